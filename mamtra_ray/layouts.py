@@ -66,7 +66,7 @@ def num_attention_layers(num_layers: int, ratio: str) -> int:
     Raises:
         InputError: the ratio is malformed, or ``num_layers`` cannot be divided that way.
     """
-    attention, mamba = _parse_ratio(ratio)
+    attention, mamba = parse_ratio(ratio)
     if num_layers % (attention + mamba):
         possible = [f"1:{n}" for n in range(1, num_layers) if num_layers % (1 + n) == 0]
         raise InputError(
@@ -76,9 +76,7 @@ def num_attention_layers(num_layers: int, ratio: str) -> int:
     return num_layers // (attention + mamba) * attention
 
 
-def from_strategy(
-    name: str, num_layers: int, ratio: str, importance: Sequence[float] | None = None
-) -> Layout:
+def from_strategy(name: str, num_layers: int, ratio: str, importance: Sequence[float] | None = None) -> Layout:
     """The paper's placement strategies (Table 1).
 
     The name says where the *attention* goes. The paper shows front, middle and back only as a drawing, which
@@ -110,7 +108,7 @@ def from_strategy(
             raise InputError(f"strategy 'importance' needs one score per layer ({num_layers}), got {given}")
         ranked = sorted(range(num_layers), key=lambda layer: (-importance[layer], layer))
         return Layout.from_attention_layers(ranked[:kept], num_layers)
-    attention_per_block, mamba_per_block = _parse_ratio(ratio)
+    attention_per_block, mamba_per_block = parse_ratio(ratio)
     block = attention_per_block + mamba_per_block
     first_of_middle = (num_layers - kept) // 2
     layers = {
@@ -124,7 +122,8 @@ def from_strategy(
     return Layout.from_attention_layers(layers[name], num_layers)
 
 
-def _parse_ratio(ratio: str) -> tuple[int, int]:
+def parse_ratio(ratio: str) -> tuple[int, int]:
+    """``"1:3"`` -> (1, 3), attention and Mamba; raises :class:`InputError` for anything else."""
     attention, separator, mamba = str(ratio).partition(":")
     if not (separator and attention.isdigit() and mamba.isdigit() and int(attention) + int(mamba) > 0):
         raise InputError(f"a ratio is attention:mamba in whole numbers, such as 1:3, not {ratio!r}")
