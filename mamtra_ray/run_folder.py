@@ -1,0 +1,258 @@
+"""What a search leaves in its run folder: the names of the files, their columns, and how to read them.
+
+The search writes, the report and the listening test read; both take names and schemas from here. ::
+
+    runs/<name>/
+      config.yaml         the resolved search space                          (the only file a run must have)
+      trials.parquet      one row per layout and rung                        TRIAL_COLUMNS
+      probe.parquet       one row per layout scored by a forward pass        PROBE_COLUMNS
+      curves.parquet      training loss along the way                        CURVE_COLUMNS
+      finalists.parquet   one row per layout that was distilled long         FINALIST_COLUMNS
+      reference.json      the teacher's scores, and what the codec costs     Reference
+      ledger.json         seconds, tokens and trials of every phase
+      audio/index.json    which audio/<system>/<utterance_id>.wav says what  AudioIndex
+      best/               the checkpoint
+      report.html
+
+Rates (WER, CER) are fractions, cross-entropies nats per speech token, times seconds, caches bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mamtra_ray.artifacts import read_json, read_manifest, write_json, written_atomically
+from mamtra_ray.config import Config, load_config
+from mamtra_ray.errors import InputError
+
+CONFIG = "config.yaml"
+TRIALS = "trials.parquet"
+PROBE = "probe.parquet"
+CURVES = "curves.parquet"
+FINALISTS = "finalists.parquet"
+REFERENCE = "reference.json"
+LEDGER = "ledger.json"
+AUDIO = "audio"
+AUDIO_INDEX = "audio/index.json"
+BEST = "best"
+REPORT = "report.html"
+
+ORIGINAL, CODEC, TEACHER = "original", "codec", "teacher"
+"""Systems of the audio that are no student: the recording, its round trip through the codec, the teacher.
+A student's system name is its layout string."""
+
+TRIAL_COLUMNS = (
+    "trial_id",
+    "layout",  # "AMAM..."
+    "origin",  # a strategy of the paper, "probe" or "optuna"
+    "ratio",  # attention:mamba in lowest terms
+    "rung",  # 0-based fidelity
+    "tokens",  # training tokens seen at this rung
+    "seconds",
+    "ce",
+    "kl",  # KL(teacher || student), held out
+    "ce_start",  # before the first training step
+    "cache_bytes",
+    "decode_flops",
+    "parameters",
+    "status",  # running | finished
+)
+PROBE_COLUMNS = ("layout", "ratio", "ce", "kl", "tokens", "seconds")
+CURVE_COLUMNS = ("trial_id", "layout", "rung", "step", "tokens", "total", "ce", "logits", "emb")
+FINALIST_COLUMNS = (
+    "layout",
+    "origin",
+    "ratio",
+    "ce",
+    "wer",  # null when no speech was generated, like the next three
+    "wer_low",  # 95 % interval
+    "wer_high",
+    "cer",
+    "tokens",
+    "steps",
+)
+
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """Error rates of one system with the 95 % interval of the WER."""
+
+    wer: float
+    wer_low: float
+    wer_high: float
+    cer: float | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What students are compared with; ``None`` where nothing was generated."""
+
+    teacher_ce: float
+    evaluation_sentences: int
+    teacher: Score | None = None
+    codec: Score | None = None
+    """The recordings after a round trip through the codec: the floor of every model that speaks through it."""
+    original: Score | None = None
+    """The recordings themselves: the recogniser's own errors."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One audio file. ``file`` is relative to the ``audio`` folder."""
+
+    system: str
+    utterance_id: str
+    file: str
+    hypothesis: str | None = None
+    """What the recogniser heard."""
+
+
+@dataclass(frozen=True)
+class AudioIndex:
+    """The audio of a run: ``texts`` by utterance id, ``systems`` in the order to show them."""
+
+    systems: tuple[str, ...] = ()
+    texts: dict[str, str] = field(default_factory=dict)
+    clips: tuple[Clip, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read. Tables are lists of rows; what is not there yet is empty or ``None``."""
+
+    path: Path
+    config: Config
+    trials: list[dict[str, Any]]
+    probe: list[dict[str, Any]]
+    curves: list[dict[str, Any]]
+    finalists: list[dict[str, Any]]
+    reference: Reference | None
+    ledger: dict[str, dict[str, Any]]
+    audio: AudioIndex
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        InputError: the folder is no run (no ``config.yaml``), or one of its files is damaged or lacks a column.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"run folder {path} does not exist")
+    if not (path / CONFIG).exists():
+        raise InputError(f"{path} is no run folder: it has no {CONFIG} (python -m mamtra_ray.search writes it)")
+    ledger = read_json(path / LEDGER) if (path / LEDGER).exists() else {}
+    if not isinstance(ledger, dict):
+        raise InputError(f"{path / LEDGER} holds no phases")
+    return Run(
+        path=path,
+        config=load_config(path / CONFIG),
+        trials=read_rows(path / TRIALS, TRIAL_COLUMNS),
+        probe=read_rows(path / PROBE, PROBE_COLUMNS),
+        curves=read_rows(path / CURVES, CURVE_COLUMNS),
+        finalists=read_rows(path / FINALISTS, FINALIST_COLUMNS),
+        reference=read_reference(path),
+        ledger=ledger.get("phases", {}),
+        audio=read_audio_index(path),
+    )
+
+
+def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of a Parquet table that must have ``columns`` (and may have more); none if there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} is damaged or no Parquet file: {error}") from None
+    missing = [column for column in columns if column not in table.column_names]
+    if missing:
+        raise InputError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    return table.to_pylist()
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Write ``rows`` as Parquet, atomically; every row must have all ``columns`` and may have more.
+
+    Raises:
+        ValueError: a row lacks a column (a mistake of the writing code, not of a user).
+    """
+    for row in rows:
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise ValueError(f"a row of {path.name} lacks {', '.join(missing)}")
+    with written_atomically(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def write_reference(folder: Path, reference: Reference) -> None:
+    """Write ``reference.json``."""
+    _write(folder / REFERENCE, "reference", dataclasses.asdict(reference))
+
+
+def read_reference(folder: Path) -> Reference | None:
+    """Read ``reference.json``; ``None`` if the run has none yet."""
+    path = folder / REFERENCE
+    if not path.exists():
+        return None
+    content = _read(path, "reference")
+    try:
+        scores = {name: content[name] and Score(**content[name]) for name in ("teacher", "codec", "original")}
+        return Reference(content["teacher_ce"], content["evaluation_sentences"], **scores)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is no reference of a run: {error}") from None
+
+
+def write_audio_index(folder: Path, index: AudioIndex) -> None:
+    """Write ``audio/index.json``; the files it names must already be there."""
+    for clip in index.clips:
+        if not (folder / AUDIO / clip.file).exists():
+            raise ValueError(f"{clip.file} is in the audio index but not in {folder / AUDIO}")
+    _write(folder / AUDIO_INDEX, "audio_index", dataclasses.asdict(index))
+
+
+def read_audio_index(folder: Path) -> AudioIndex:
+    """Read ``audio/index.json``; an empty index if the run has no audio.
+
+    Raises:
+        InputError: damaged, or it names a file outside the audio folder, or one that is missing.
+    """
+    path = folder / AUDIO_INDEX
+    if not path.exists():
+        return AudioIndex()
+    content = _read(path, "audio_index")
+    try:
+        clips = tuple(Clip(**clip) for clip in content["clips"])
+        index = AudioIndex(tuple(content["systems"]), dict(content["texts"]), clips)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no audio index of a run: {error}") from None
+    audio = (folder / AUDIO).resolve()
+    for clip in index.clips:
+        file = (audio / clip.file).resolve()
+        # Run folders travel between people: an index must not make the report embed other files of this machine.
+        if not file.is_relative_to(audio) or not file.is_file():
+            raise InputError(f"{path} names {clip.file}, which is not in {folder / AUDIO}")
+        if clip.utterance_id not in index.texts:
+            raise InputError(f"{path} has no text for utterance {clip.utterance_id}")
+    return index
+
+
+def _write(path: Path, kind: str, content: dict[str, Any]) -> None:
+    write_json(path, {"kind": kind, "schema_version": _SCHEMA_VERSION, **content})
+
+
+def _read(path: Path, kind: str) -> dict[str, Any]:
+    return read_manifest(path, kind, _SCHEMA_VERSION)
