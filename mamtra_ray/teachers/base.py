@@ -1,0 +1,346 @@
+"""Speech language models: the one class for every teacher and student, their vocabulary and sequences.
+
+A model reads a *unified* vocabulary: ids [0, text_size) are text, then speech_size speech ids, then
+control_size control ids (start of sequence, task, ...), one embedding table for all. Its head scores speech
+ids only, counted from 0.
+
+Tensor letters: B batch, L new positions, T past and new positions, D model width, S speech vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from mamtra_ray.errors import InputError, nearest_name
+from mamtra_ray.layouts import Layout
+from mamtra_ray.losses import IGNORE
+from mamtra_ray.models.checkpoint import load_into, read_model, write_model
+from mamtra_ray.models.hybrid import HybridConfig, empty_body, mixers, new_cache, run_body
+from mamtra_ray.models.transfer import INITIALISATIONS, mixer_from_attention, mixer_from_library
+
+__all__ = ["IGNORE", "SequenceFormat", "SpeechLM", "Teacher", "Vocabulary", "make_student"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Sizes of the three parts of the unified vocabulary, and the speech ids that end an utterance.
+
+    Attributes:
+        eos_id: speech id that training predicts after the last token.
+        stop_ids: speech ids that end generation; contains ``eos_id``.
+    """
+
+    text_size: int
+    speech_size: int
+    control_size: int
+    eos_id: int
+    stop_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        if self.eos_id not in self.stop_ids:
+            raise InputError(f"the stop ids {self.stop_ids} must contain the end-of-speech id {self.eos_id}")
+        if not all(0 <= stop_id < self.speech_size for stop_id in self.stop_ids):
+            raise InputError(f"the stop ids {self.stop_ids} must be speech ids below {self.speech_size}")
+
+    @property
+    def speech_offset(self) -> int:
+        """Unified id of speech id 0."""
+        return self.text_size
+
+    @property
+    def control_offset(self) -> int:
+        """Unified id of the first control id."""
+        return self.text_size + self.speech_size
+
+    @property
+    def size(self) -> int:
+        return self.text_size + self.speech_size + self.control_size
+
+
+@dataclass(frozen=True)
+class SequenceFormat:
+    """How text and speech make one sequence: prefix, text, separator, speech (``prefix`` etc. in unified ids).
+
+    CosyVoice 2: prefix (sos,), separator (task,). Llasa: its chat template around the text.
+    """
+
+    prefix: tuple[int, ...]
+    separator: tuple[int, ...]
+    vocabulary: Vocabulary
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", tuple(self.prefix))
+        object.__setattr__(self, "separator", tuple(self.separator))
+
+    def training_example(self, text_tokens: Sequence[int], speech_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Input ids and labels of one utterance, aligned: the label at a position is what it predicts.
+
+        Args:
+            text_tokens: text ids.
+            speech_tokens: S speech ids, without the end.
+
+        Returns:
+            ``(input_ids, labels)``, int64, equally long. The last S + 1 labels are speech ids (the separator's
+            last position predicts the first speech token, the last speech token predicts the end), all others
+            :data:`IGNORE`.
+        """
+        input_ids = self.prompt(text_tokens, prompt_speech_tokens=speech_tokens)
+        labels = torch.full_like(input_ids, IGNORE)
+        labels[len(labels) - len(speech_tokens) - 1 :] = torch.tensor([*speech_tokens, self.vocabulary.eos_id])
+        return input_ids, labels
+
+    def prompt(
+        self,
+        text_tokens: Sequence[int],
+        prompt_text_tokens: Sequence[int] = (),
+        prompt_speech_tokens: Sequence[int] = (),
+    ) -> Tensor:
+        """Input ids (int64) after which generation starts; the prompt is the voice to continue, if any."""
+        text = [*prompt_text_tokens, *text_tokens]
+        self._check(text, self.vocabulary.text_size, "text token")
+        self._check(prompt_speech_tokens, self.vocabulary.speech_size, "speech token")
+        speech = [self.vocabulary.speech_offset + token for token in prompt_speech_tokens]
+        return torch.tensor([*self.prefix, *text, *self.separator, *speech], dtype=torch.int64)
+
+    @staticmethod
+    def _check(tokens: Sequence[int], size: int, what: str) -> None:
+        if len(tokens) and not (0 <= min(tokens) and max(tokens) < size):
+            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise InputError(f"{what} {wrong} is outside the vocabulary of {size}: was another tokenizer used?")
+
+
+class SpeechLM(nn.Module):
+    """A decoder over text and speech tokens: embedding table and hybrid body (``body``), and ``head``.
+
+    Embedding table and head are frozen (``requires_grad`` False) and stay the teacher's in every student: with
+    one head for both, the teacher's exact logits follow from its cached hidden states, D numbers a token
+    instead of S, and losses through the head need gradients of its input only.
+
+    Parameters live on the ``meta`` device until :meth:`from_tensors` or :meth:`load` assigns them.
+    """
+
+    def __init__(self, config: HybridConfig, vocabulary: Vocabulary, head_bias: bool) -> None:
+        super().__init__()
+        if config.vocab_size != vocabulary.size:
+            raise InputError(f"the embedding table has {config.vocab_size} rows, the vocabulary {vocabulary.size} ids")
+        self.config = config
+        self.vocabulary = vocabulary
+        self.body = empty_body(config)
+        self.head = nn.Linear(config.hidden_size, vocabulary.speech_size, bias=head_bias, device="meta")
+        self.body.embed_tokens.requires_grad_(False)
+        self.head.requires_grad_(False)
+
+    @classmethod
+    def from_tensors(
+        cls, config: HybridConfig, vocabulary: Vocabulary, tensors: Mapping[str, Tensor], source: str | Path = "model"
+    ) -> SpeechLM:
+        """Assign ``tensors`` (names of :meth:`state_dict`; not copied). ``source`` is named in errors."""
+        model = cls(config, vocabulary, head_bias="head.bias" in tensors)
+        load_into(model, tensors, source)
+        return model.to(next(iter(tensors.values())).device)
+
+    @property
+    def layout(self) -> Layout:
+        return self.config.layout
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings of unified ids: (...) -> (..., D)."""
+        return self.body.embed_tokens(input_ids)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for :meth:`hidden_states`."""
+        return new_cache(self.body)
+
+    def hidden_states(
+        self,
+        input_ids_BL: Tensor | None = None,
+        attention_mask_BT: Tensor | None = None,
+        inputs_embeds_BLD: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        return_layers: bool = False,
+    ) -> Any:
+        """Final hidden states after the last norm, the head's input: (B, L, D).
+
+        Args:
+            input_ids_BL: unified ids; or ``inputs_embeds_BLD``.
+            attention_mask_BT: 1 for real tokens, over past and new positions; rows may be padded left or
+                right. None if nothing is padded, and best left out for right-padded training batches: no
+                position ever sees what is on its right, and attention is faster without a mask.
+            inputs_embeds_BLD: embeddings in place of ids.
+            past_key_values: from :meth:`new_cache`, updated in place.
+            return_layers: also return every decoder layer's output (before the final norm).
+
+        Returns:
+            ``hidden_BLD``, or ``(hidden_BLD, tuple of num_layers (B, L, D))``.
+        """
+        if (input_ids_BL is None) == (inputs_embeds_BLD is None):
+            raise ValueError("give either input_ids_BL or inputs_embeds_BLD")
+        if inputs_embeds_BLD is None:
+            inputs_embeds_BLD = self.embed(input_ids_BL)
+        if not return_layers:
+            return run_body(self.body, inputs_embeds_BLD, attention_mask_BT, past_key_values)
+        layers: list[Tensor] = []
+        hooks = [layer.register_forward_hook(lambda _m, _i, output: layers.append(output)) for layer in self.body.layers]
+        try:
+            hidden_BLD = run_body(self.body, inputs_embeds_BLD, attention_mask_BT, past_key_values)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return hidden_BLD, tuple(layers)
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Scores of the speech ids: (..., D) -> (..., S)."""
+        return self.head(hidden_BLD)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits (B, L, S); takes what :meth:`hidden_states` takes."""
+        return self.logits(self.hidden_states(*args, **kwargs))
+
+    def save(self, folder: Path | str) -> None:
+        """Write the compact native form (``config.json``, ``model.safetensors``), atomically, dtypes kept."""
+        write_model(
+            Path(folder),
+            "speech_lm",
+            SCHEMA_VERSION,
+            self.state_dict(),
+            model=self.config.to_dict(),
+            vocabulary=dataclasses.asdict(self.vocabulary),
+        )
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> SpeechLM:
+        """Read what :meth:`save` wrote, bit for bit; converted to ``dtype`` if one is given.
+
+        Raises:
+            InputError: missing, truncated, damaged or foreign files.
+        """
+        content, tensors = read_model(Path(folder), "speech_lm", SCHEMA_VERSION, device)
+        try:
+            config, vocabulary = HybridConfig.from_dict(content["model"]), Vocabulary(**content["vocabulary"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{Path(folder) / 'config.json'} is incomplete: {error}") from None
+        return cls.from_tensors(config, vocabulary, tensors, folder).to(dtype=dtype)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the configuration and all values; equal for any storage type that holds them exactly."""
+        digest = hashlib.sha256(repr(sorted(self.config.to_dict().items())).encode())
+        digest.update(repr(self.vocabulary).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+
+@torch.no_grad()
+def make_student(
+    teacher: SpeechLM,
+    layout: Layout | str,
+    initialisation: str = "transfer",
+    mixer_library: Mapping[int, Mapping[str, Tensor]] | None = None,
+    state_sharing: str = "per_query_head",
+    seed: int = 0,
+    share_weights: bool = False,
+) -> SpeechLM:
+    """A student of ``layout``: the teacher with Mamba mixers in place of some attentions.
+
+    Everything a layer has besides its mixer (MLP, norms), attention where it stays, embeddings and head are
+    the teacher's. The mixer of a layer depends on ``seed`` and the layer only, so students of different
+    layouts start from the same mixers.
+
+    Args:
+        teacher: all attention, or a hybrid whose Mamba layers ``layout`` keeps (they are copied).
+        layout: one letter per decoder layer.
+        initialisation: ``transfer``, ``xavier``, ``kaiming`` (see :func:`mixer_from_attention`) or ``aligned``.
+        mixer_library: for ``aligned``: per layer, the tensors of a mixer.
+        state_sharing: see :class:`~mamtra_ray.models.mamba.MixerConfig`.
+        seed: of the random parts of the mixers.
+        share_weights: use the teacher's own tensors instead of copies, for forward passes only (probing many
+            layouts in milliseconds each); training such a student would change the teacher.
+
+    Raises:
+        InputError: a layout of another length, attention asked for where the teacher has none, an unknown
+            initialisation, or a library without a needed layer.
+    """
+    layout = Layout.from_string(layout) if isinstance(layout, str) else layout
+    if layout.num_layers != teacher.config.num_layers:
+        raise InputError(f"layout {layout} has {layout.num_layers} layers, the teacher {teacher.config.num_layers}")
+    if initialisation not in INITIALISATIONS:
+        raise InputError(f"unknown initialisation {initialisation!r}: {nearest_name(initialisation, INITIALISATIONS)}")
+    if initialisation == "aligned" and mixer_library is None:
+        raise InputError("initialisation 'aligned' needs a mixer library")
+    own_mixers = mixers(teacher.body)
+    if lost := sorted(set(layout.attention_layers) & set(own_mixers)):
+        raise InputError(f"layout {layout} wants attention in layer {lost[0]}, where {teacher.layout} has none left")
+    if own_mixers and state_sharing != teacher.config.state_sharing:
+        raise InputError(f"the Mamba layers of {teacher.layout} share states {teacher.config.state_sharing}")
+    config = dataclasses.replace(teacher.config, layout=layout, state_sharing=state_sharing)
+    new_layers = set(layout.mamba_layers) - set(own_mixers)
+    replaced = tuple(f"body.layers.{layer}.self_attn." for layer in new_layers)
+    tensors = {
+        name: tensor if share_weights else tensor.clone()
+        for name, tensor in teacher.state_dict().items()
+        if not name.startswith(replaced)
+    }
+    for layer in sorted(new_layers):
+        attention = teacher.body.layers[layer].self_attn
+        if initialisation == "aligned":
+            assert mixer_library is not None
+            mixer = mixer_from_library(mixer_library, layer, attention, config.mixer)
+        else:
+            mixer = mixer_from_attention(attention, config.mixer, initialisation, seed * config.num_layers + layer)
+        tensors |= {f"body.layers.{layer}.mamba.mixer.{name}": tensor for name, tensor in mixer.state_dict().items()}
+    return SpeechLM.from_tensors(config, teacher.vocabulary, tensors)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher and what generation and evaluation must know about it.
+
+    Attributes:
+        fingerprint: of the model, see :meth:`SpeechLM.fingerprint`.
+        tokens_per_second: speech tokens per second of audio.
+        length_per_text_token: fewest and most speech tokens an utterance may have, per text token.
+        max_length: longest sequence (text and speech) the model was trained for; None if not limited.
+        sampling: the system's own sampling settings, by the names of :class:`mamtra_ray.generate.Sampling`.
+    """
+
+    name: str
+    model: SpeechLM
+    sequence: SequenceFormat
+    fingerprint: str
+    tokens_per_second: float
+    length_per_text_token: tuple[float, float]
+    max_length: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def length_bounds(self, text_tokens: Sequence[int]) -> tuple[int, int]:
+        """(fewest, most) speech tokens to generate for ``text_tokens``."""
+        fewest, most = self.length_per_text_token
+        longest = int(most * len(text_tokens))
+        if self.max_length is not None:
+            longest = min(longest, self.max_length - len(self.sequence.prompt(text_tokens)))
+        if longest < 1:
+            raise InputError(f"a text of {len(text_tokens)} tokens leaves no room for speech")
+        return min(int(fewest * len(text_tokens)), longest), longest
