@@ -1,0 +1,1 @@
+"""The hybrid's parts: the state-space scan, the Mamba mixer, and how they enter a Transformer body."""

@@ -1,0 +1,213 @@
+"""The state-space scan of Mamba-2 (SSD): plain recurrence, chunked scan, one step.
+
+For every head, with dt = softplus(dt_raw + dt_bias) and A < 0 (Dao and Gu 2024, arXiv 2405.21060):
+
+    S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T          S is [P, N]
+    y_t = S_t C_t + D x_t
+
+Argument order, signs and the softplus follow mamba-ssm's ``mamba_chunk_scan_combined``. The head counts may differ:
+x, dt, B and C each have a number of heads, every one divides the largest (H, the heads of y), and a head is shared by
+consecutive heads of y, as in grouped-query attention. There are as many states as the largest of the head counts of
+x, dt and B. So in grouped-query form x and B have G key-value heads and C has H query heads; with H values of dt every
+query head has a state of its own, with G values the query heads of a group share one.
+
+On CUDA tensors the same functions call mamba-ssm (``ssd_cuda``).
+
+Letters: B batch, L length, H heads, G groups, S states, P head dim, N state size. A letter of a head axis names what
+the usual case has there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamtra_ray.models.ssd_chunked import ChunkedScan
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def repeat_heads(t: Tensor, heads: int, dim: int) -> Tensor:
+    """Every head repeated for the consecutive heads that share it."""
+    return t if t.shape[dim] == heads else t.repeat_interleave(heads // t.shape[dim], dim)
+
+
+def state_and_output_heads(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, head_dim: int) -> tuple[int, int]:
+    """(states, heads of y), after checking that the head counts fit."""
+    counts = {"x": x.shape[head_dim], "dt": dt.shape[head_dim], "B": B.shape[head_dim], "C": C.shape[head_dim]}
+    states = max(counts["x"], counts["dt"], counts["B"])
+    heads = max(states, counts["C"])
+    if any(heads % n for n in counts.values()) or any(states % counts[name] for name in ("x", "dt", "B")):
+        raise ValueError(f"each head count must divide the larger ones, got {counts}")
+    if heads % states:
+        raise ValueError(f"the {states} states cannot be shared evenly by {heads} heads ({counts})")
+    return states, heads
+
+
+def softplus_dt(
+    dt_BLH: Tensor, dt_bias_H: Tensor | None, mask_BL: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """softplus(dt + dt_bias), zero where the mask is 0: such a position leaves the state untouched."""
+    dt_BLH = dt_BLH.to(dtype)
+    if dt_bias_H is not None:
+        dt_BLH = dt_BLH + dt_bias_H.to(dtype)
+    # threshold 40: torch's default of 20 would return its argument 2e-9 too small, visible in float64.
+    dt_BLH = F.softplus(dt_BLH, threshold=40.0)
+    return dt_BLH if mask_BL is None else dt_BLH.masked_fill(~mask_BL.bool()[..., None], 0)
+
+
+def without_padding(t_BLHX: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """Zeros at padded positions: their values may be anything, and dt = 0 does not silence a NaN."""
+    return t_BLHX if mask_BL is None else t_BLHX.masked_fill(~mask_BL.bool()[..., None, None], 0)
+
+
+def ssd_scan_reference(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLHN: Tensor,
+    *,
+    D_H: Tensor | None = None,
+    dt_bias_H: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    mask_BL: Tensor | None = None,
+    chunk_size: int = 64,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one position after the other, in the type of x (any floating type).
+
+    Same arguments and results as :func:`ssd_scan`, differentiable by autograd; ``chunk_size`` is not used.
+    """
+    del chunk_size
+    states, heads = state_and_output_heads(x_BLHP, dt_BLH, B_BLGN, C_BLHN, 2)
+    dtype = x_BLHP.dtype
+    dt_BLS = repeat_heads(softplus_dt(dt_BLH, dt_bias_H, mask_BL, dtype), states, 2)
+    A_S = repeat_heads(A_H.to(dtype), states, 0)
+    x_BLSP = repeat_heads(without_padding(x_BLHP, mask_BL), states, 2)
+    B_BLSN = repeat_heads(without_padding(B_BLGN, mask_BL).to(dtype), states, 2)
+    C_BLHN = repeat_heads(C_BLHN.to(dtype), heads, 2)
+    batch, length, _, P = x_BLSP.shape
+    if initial_state_BHPN is None:
+        state_BSPN = x_BLSP.new_zeros(batch, states, P, B_BLSN.shape[-1])
+    else:
+        state_BSPN = initial_state_BHPN.to(dtype)
+    outputs = []
+    for t in range(length):
+        decay_BS = torch.exp(dt_BLS[:, t] * A_S)
+        inflow_BSPN = (dt_BLS[:, t, :, None] * x_BLSP[:, t])[..., None] * B_BLSN[:, t, :, None]
+        state_BSPN = decay_BS[..., None, None] * state_BSPN + inflow_BSPN
+        y_BHP = (repeat_heads(state_BSPN, heads, 1) @ C_BLHN[:, t, :, :, None]).squeeze(-1)
+        if D_H is not None:
+            y_BHP = y_BHP + repeat_heads(D_H.to(dtype), heads, 0)[:, None] * repeat_heads(x_BLHP[:, t], heads, 1)
+        outputs.append(y_BHP)
+    y_BLHP = torch.stack(outputs, 1)
+    return (y_BLHP, state_BSPN) if return_final_state else y_BLHP
+
+
+def ssd_scan(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLHN: Tensor,
+    *,
+    D_H: Tensor | None = None,
+    dt_bias_H: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    mask_BL: Tensor | None = None,
+    chunk_size: int = 64,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scan over a whole sequence, from parts of ``chunk_size`` positions.
+
+    Args:
+        x_BLHP: values, [B, L, heads, P]; may be bfloat16 or float16 like B and C.
+        dt_BLH: step sizes before bias and softplus, [B, L, heads].
+        A_H: negative decay rates, one for each head of dt.
+        B_BLGN: keys, [B, L, heads, N].
+        C_BLHN: queries, [B, L, heads, N].
+        D_H: weight of the skip from x, one for each head of y (or a divisor of that).
+        dt_bias_H: added to dt before the softplus.
+        initial_state_BHPN: state before the first position, [B, states, P, N]; zeros if None.
+        mask_BL: 1 (True) at real positions. A padded position, on either side, leaves the state as it is and takes
+            no gradient; y there is finite but means nothing.
+        chunk_size: positions worked on as one matrix product; any length is allowed. Changes only speed and rounding.
+        return_final_state: also return the state after the last position, [B, states, P, N].
+
+    Returns:
+        y [B, L, H, P] in the type of x, and with ``return_final_state`` the state in float32 (float64 for a float64 x).
+
+    dt, A, D and the state are kept in float32 (float64 for a float64 x). Gradients reach every tensor argument.
+    """
+    states, heads = state_and_output_heads(x_BLHP, dt_BLH, B_BLGN, C_BLHN, 2)
+    if x_BLHP.is_cuda:
+        from mamtra_ray.models import ssd_cuda
+
+        return ssd_cuda.scan(
+            x_BLHP, dt_BLH, A_H, B_BLGN, C_BLHN, D_H=D_H, dt_bias_H=dt_bias_H,
+            initial_state_BHPN=initial_state_BHPN, mask_BL=mask_BL, return_final_state=return_final_state,
+        )  # fmt: skip
+    dtype = _compute_dtype(x_BLHP)
+    groups = max(x_BLHP.shape[2], B_BLGN.shape[2])
+    x_BLGP = repeat_heads(without_padding(x_BLHP, mask_BL), groups, 2)
+    B_BLGN = repeat_heads(without_padding(B_BLGN, mask_BL), groups, 2)
+    dt_BLS = repeat_heads(softplus_dt(dt_BLH, dt_bias_H, mask_BL, dtype), states, 2)
+    A_S = repeat_heads(A_H.to(dtype), states, 0)
+    C_BLHN = repeat_heads(C_BLHN, heads, 2)
+    batch, _, _, P = x_BLGP.shape
+    per_group = states // groups
+    if initial_state_BHPN is None:
+        state_BGNEP = dt_BLS.new_zeros(batch, groups, B_BLGN.shape[-1], per_group, P)
+    else:
+        state_BGNEP = initial_state_BHPN.to(dtype).unflatten(1, (groups, per_group)).permute(0, 1, 4, 2, 3)
+    y_BGLRP, final_BGNEP = ChunkedScan.apply(
+        x_BLGP.transpose(1, 2),
+        dt_BLS.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1),
+        A_S.view(groups, per_group),
+        B_BLGN.transpose(1, 2),
+        C_BLHN.unflatten(2, (groups, heads // groups)).transpose(1, 2),
+        None if D_H is None else repeat_heads(D_H.to(dtype), heads, 0).view(groups, -1),
+        state_BGNEP,
+        chunk_size,
+    )
+    y_BLHP = y_BGLRP.transpose(1, 2).flatten(2, 3)
+    if not return_final_state:
+        return y_BLHP
+    return y_BLHP, final_BGNEP.permute(0, 1, 3, 4, 2).flatten(1, 2)
+
+
+def ssd_step(
+    state_BHPN: Tensor,
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BHN: Tensor,
+    D_H: Tensor | None = None,
+    dt_bias_H: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One position: (y [B, H, P] in the type of x, the new state [B, states, P, N] in the type of the old one).
+
+    Head counts as in :func:`ssd_scan`. The old state is not changed.
+    """
+    states, heads = state_and_output_heads(x_BHP, dt_BH, B_BGN, C_BHN, 1)
+    if x_BHP.is_cuda:
+        from mamtra_ray.models import ssd_cuda
+
+        return ssd_cuda.step(state_BHPN, x_BHP, dt_BH, A_H, B_BGN, C_BHN, D_H, dt_bias_H)
+    dtype = state_BHPN.dtype
+    dt_BS = repeat_heads(softplus_dt(dt_BH, dt_bias_H, None, dtype), states, 1)
+    decay_BS = torch.exp(dt_BS * repeat_heads(A_H.to(dtype), states, 0))
+    x_BSP = repeat_heads(x_BHP.to(dtype), states, 1)
+    B_BSN = repeat_heads(B_BGN.to(dtype), states, 1)
+    state_BSPN = state_BHPN * decay_BS[..., None, None]
+    state_BSPN = state_BSPN.addcmul_((dt_BS[..., None] * x_BSP)[..., None], B_BSN[:, :, None])
+    C_BSNJ = repeat_heads(C_BHN.to(dtype), heads, 1).unflatten(1, (states, heads // states)).transpose(2, 3)
+    y_BHP = (state_BSPN @ C_BSNJ).transpose(2, 3).flatten(1, 2)
+    if D_H is not None:
+        y_BHP = y_BHP + repeat_heads(D_H.to(dtype), heads, 0)[:, None] * repeat_heads(x_BHP.to(dtype), heads, 1)
+    return y_BHP.to(x_BHP.dtype), state_BSPN

@@ -1,0 +1,100 @@
+"""The scan, the step and the gated norm on CUDA: mamba-ssm's Triton kernels behind our signatures.
+
+``pip install mamtra-ray[cuda]`` brings mamba-ssm. Its kernels want x and dt for every head, so shared heads are
+repeated first, as MambaInLlama does; a state shared by query heads is then computed for each of them and read off once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# mamba-ssm's own default, right for its kernels; ssd_scan's chunk_size is tuned for a CPU cache.
+CHUNK_SIZE = 256
+
+
+def scan(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLHN: Tensor,
+    *,
+    D_H: Tensor | None,
+    dt_bias_H: Tensor | None,
+    initial_state_BHPN: Tensor | None,
+    mask_BL: Tensor | None,
+    return_final_state: bool,
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`mamtra_ray.models.ssd.ssd_scan`."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    from mamtra_ray.models.ssd import repeat_heads, softplus_dt, state_and_output_heads, without_padding
+
+    states, heads = state_and_output_heads(x_BLHP, dt_BLH, B_BLGN, C_BLHN, 2)
+    groups = max(B_BLGN.shape[2], C_BLHN.shape[2])
+    if initial_state_BHPN is not None:
+        initial_state_BHPN = repeat_heads(initial_state_BHPN, heads, 1).contiguous()
+    y_BLHP, final_BHPN = mamba_chunk_scan_combined(
+        repeat_heads(without_padding(x_BLHP, mask_BL), heads, 2),
+        repeat_heads(softplus_dt(dt_BLH, dt_bias_H, mask_BL), heads, 2),
+        repeat_heads(A_H.float(), heads, 0),
+        repeat_heads(without_padding(B_BLGN, mask_BL), groups, 2),
+        repeat_heads(C_BLHN, groups, 2),
+        chunk_size=chunk_size,
+        D=None if D_H is None else repeat_heads(D_H.float(), heads, 0),
+        initial_states=initial_state_BHPN,
+        return_final_states=True,
+    )
+    return (y_BLHP, final_BHPN[:, :: heads // states]) if return_final_state else y_BLHP
+
+
+def step(
+    state_BHPN: Tensor,
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BHN: Tensor,
+    D_H: Tensor | None,
+    dt_bias_H: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mamtra_ray.models.ssd.ssd_step`."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    from mamtra_ray.models.ssd import repeat_heads, softplus_dt, state_and_output_heads
+
+    states, heads = state_and_output_heads(x_BHP, dt_BH, B_BGN, C_BHN, 1)
+    groups = max(B_BGN.shape[1], C_BHN.shape[1])
+    P, N = state_BHPN.shape[2:]
+    # The kernel changes the state in place; ours is left alone.
+    state_BHPN = repeat_heads(state_BHPN, heads, 1).clone(memory_format=torch.contiguous_format)
+    dt_BH = repeat_heads(softplus_dt(dt_BH, dt_bias_H, None), heads, 1)
+    # Expanded, not repeated: strides of 0 tell the kernel that A and dt are one number for a head.
+    y_BHP = selective_state_update(
+        state_BHPN,
+        repeat_heads(x_BHP, heads, 1),
+        dt_BH[..., None].expand(-1, -1, P),
+        repeat_heads(A_H.float(), heads, 0)[:, None, None].expand(-1, P, N),
+        repeat_heads(B_BGN, groups, 1),
+        repeat_heads(C_BHN, groups, 1),
+        D=None if D_H is None else repeat_heads(D_H.float(), heads, 0)[:, None].expand(-1, P),
+    )
+    return y_BHP, state_BHPN[:, :: heads // states]
+
+
+def gated_rms_norm(y_BLHP: Tensor, z_BLHP: Tensor, weight_HP: Tensor, eps: float) -> Tensor:
+    """See :func:`mamtra_ray.models.mamba.gated_rms_norm`."""
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+    normed_BLI = rmsnorm_fn(
+        y_BLHP.flatten(2),
+        weight_HP.flatten(),
+        None,
+        z=z_BLHP.flatten(2),
+        eps=eps,
+        group_size=weight_HP.shape[-1],
+        norm_before_gate=False,
+    )
+    return normed_BLI.to(z_BLHP.dtype).view(z_BLHP.shape)
