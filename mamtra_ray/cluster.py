@@ -1,0 +1,68 @@
+"""Connecting to Ray, and refusing before anything starts what the cluster cannot run."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from mamtra_ray.config import Config
+from mamtra_ray.errors import InputError
+
+
+def connect(address: str | None = None) -> dict[str, float]:
+    """Join a Ray cluster, or start one in this process; returns its resources.
+
+    Args:
+        address: as for ``ray.init``: ``auto``, ``host:port``, ``ray://...``; none means ``$RAY_ADDRESS`` (which
+            ``ray job submit`` sets), and where that is not set a new local cluster of this machine.
+
+    Raises:
+        InputError: no cluster answers at ``address``.
+    """
+    # Nothing leaves the machine unasked.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # One thread per process: measured faster than several workers fighting over the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ray Train's trials hang on being stopped without the dashboard's agent, so it stays on.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, include_dashboard=True if address == "local" else None, **_QUIET)
+        except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
+    return ray.cluster_resources()
+
+
+_QUIET = {"logging_level": logging.WARNING, "log_to_driver": False}
+
+
+def with_gpus(config: Config, resources: dict[str, float]) -> Config:
+    """``config`` with the GPUs per worker settled: what the user asked for, else one wherever there are GPUs."""
+    if config.search.gpus_per_worker is not None:
+        return config
+    gpus = 1.0 if resources.get("GPU", 0) >= 1 else 0.0
+    return config.model_copy(update={"search": config.search.model_copy(update={"gpus_per_worker": gpus})})
+
+
+def check_resources(config: Config, resources: dict[str, float]) -> None:
+    """Refuse worker counts that would wait for ever in PENDING.
+
+    Raises:
+        InputError: the cluster has too few CPUs or GPUs for a trial or for a finalist.
+    """
+    needs = {
+        "a trial (search.workers_per_trial)": config.search.workers_per_trial,
+        "a finalist (distill.workers)": config.distill.workers,
+        "the alignment (align.workers)": config.align.workers,
+    }
+    for kind, amount in {"CPU": config.search.cpus_per_worker, "GPU": config.search.gpus_per_worker or 0}.items():
+        for what, workers in needs.items():
+            if workers * amount > resources.get(kind, 0):
+                raise InputError(
+                    f"{what} needs {workers} workers x {amount:g} {kind} = {workers * amount:g}, but the cluster has "
+                    f"{resources.get(kind, 0):g}; lower the number of workers or search."
+                    f"{'cpus' if kind == 'CPU' else 'gpus'}_per_worker"
+                )

@@ -1,0 +1,125 @@
+"""Verb ``export``: a distilled student as a Hugging Face checkpoint with a model card."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mamtra_ray import __version__
+from mamtra_ray.artifacts import write_json, write_text
+from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.layouts import Layout
+from mamtra_ray.models.granite import write_granite
+from mamtra_ray.run_folder import FINALIST_COLUMNS, FINALISTS, read_rows, read_run
+from mamtra_ray.session import cached_teacher
+from mamtra_ray.teachers import Teacher
+from mamtra_ray.teachers.base import SpeechLM
+
+LAYOUT_FILE = "layout.json"
+
+
+def export_student(student_folder: Path, folder: Path, row: Mapping[str, Any], teacher: Teacher) -> None:
+    """Write the student as a GraniteMoeHybrid checkpoint that plain transformers loads, with its layout and card.
+
+    The folder is replaced as a whole, so it never mixes two students.
+
+    Args:
+        student_folder: what ``SpeechLM.save`` wrote.
+        folder: the checkpoint's folder.
+        row: the student's row of the finalists table.
+        teacher: what it was distilled from.
+    """
+    student = SpeechLM.load(student_folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        new.chmod(0o755)
+        write_granite(new, student.config, student.state_dict(), dataclasses.asdict(student.vocabulary))
+        write_json(
+            new / LAYOUT_FILE,
+            {
+                "kind": "layout",
+                "schema_version": 1,
+                "layout": str(student.layout),
+                "attention_layers": student.layout.attention_layers,
+                "ratio": student.layout.ratio,
+                "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint},
+                "sequence": {"prefix": teacher.sequence.prefix, "separator": teacher.sequence.separator},
+                "scores": {name: row.get(name) for name in ("ce", "kl", "wer", "wer_low", "wer_high", "cer", "tokens")},
+                "mamtra_ray": __version__,
+            },
+        )
+        write_text(new / "README.md", model_card(student, row, teacher))
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.replace(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def model_card(student: SpeechLM, row: Mapping[str, Any], teacher: Teacher) -> str:
+    """The README of an exported checkpoint, with the front matter that model hubs read."""
+    layout, vocabulary = student.layout, student.vocabulary
+    heard = ""
+    if row.get("wer") is not None:
+        heard = f"- word error rate {row['wer']:.2%} (95 % interval {row['wer_low']:.2%} to {row['wer_high']:.2%})\n"
+    prefix, separator = list(teacher.sequence.prefix), list(teacher.sequence.separator)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-to-speech
+tags: [mamba, hybrid, distillation, speech]
+---
+# {teacher.name}, {layout.ratio} Mamba hybrid
+
+Layout `{layout}` (A attention, M Mamba; attention kept in layers {", ".join(map(str, layout.attention_layers))}),
+distilled from {teacher.name} (fingerprint {teacher.fingerprint[:16]}) on {row["tokens"]:,} tokens by mamtra_ray
+{__version__}, after MamTra (arXiv 2603.12342).
+
+- held-out cross-entropy {row["ce"]:.4f} nats per token
+{heard}
+## Use
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+text = [...]  # text token ids, 0 to {vocabulary.text_size - 1}
+ids = torch.tensor([{prefix} + text + {separator}])
+speech = model.generate(ids, max_new_tokens=20 * len(text), do_sample=False)[0, ids.shape[1]:] - {vocabulary.text_size}
+```
+
+Ids {vocabulary.speech_offset} to {vocabulary.control_offset - 1} are speech tokens (subtract {vocabulary.text_size});
+{vocabulary.eos_id} ends an utterance. `generation_config.json` keeps `generate` to speech ids; calling the model's
+forward gives logits of the whole vocabulary, 0 for ids that are not speech.
+"""
+
+
+@exit_code_2_on_input_error
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the verb."""
+    parser = argparse.ArgumentParser(prog="python -m mamtra_ray.export", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a search")
+    parser.add_argument("--layout", required=True, help="a finalist's layout, such as AMAM...")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/LAYOUT")
+    options = parser.parse_args(arguments)
+    config = read_run(options.run).config
+    layout = Layout.from_string(options.layout)
+    rows = {row["layout"]: row for row in read_rows(options.run / FINALISTS, FINALIST_COLUMNS)}
+    if str(layout) not in rows:
+        raise InputError(f"{layout} is no finalist of {options.run} (finalists: {', '.join(rows) or 'none yet'})")
+    output = options.output or options.run / "export" / str(layout)
+    teacher = cached_teacher(config.teacher.kind, config.teacher.path)
+    export_student(options.run / "finalists" / str(layout) / "student", output, rows[str(layout)], teacher)
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

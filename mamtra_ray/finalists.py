@@ -1,0 +1,107 @@
+"""The last rung: the paper's placements and the best found layouts, distilled longer on Ray Train and heard."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from mamtra_ray.artifacts import read_manifest, write_manifest
+from mamtra_ray.candidates import Candidate, paper_candidates, without_repeats
+from mamtra_ray.config import SearchConfig
+from mamtra_ray.distill import Report, distill_on_workers
+from mamtra_ray.errors import InputError
+from mamtra_ray.layouts import Layout, num_attention_layers
+from mamtra_ray.trial import TrialSettings
+
+_RESULT_VERSION = 1
+
+
+def choose_finalists(
+    search: SearchConfig, num_layers: int, rows: list[dict[str, Any]], importance: list[float] | None = None
+) -> list[Candidate]:
+    """The paper's placements of every budget, then the best found layouts of every budget.
+
+    Rows are compared at the highest rung they reached first, then by CE: a layout that successive halving let go on
+    is ahead of one it stopped.
+    """
+    finalists = paper_candidates(search, num_layers, importance)
+    papers = {candidate.layout for candidate in finalists}
+    for ratio in search.ratios:
+        kept = num_attention_layers(num_layers, ratio)
+        best: dict[str, dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda row: row["rung"]):
+            if row["layout"].count("A") == kept and Layout(row["layout"]) not in papers:
+                best[row["layout"]] = row
+        ranked = sorted(best.values(), key=lambda row: (-row["rung"], row["ce"]))
+        finalists += [Candidate(Layout(row["layout"]), row["origin"]) for row in ranked[: search.finalists]]
+    return without_repeats(finalists)
+
+
+def distill_finalist(
+    settings: TrialSettings,
+    layout: Layout,
+    folder: Path,
+    made_by: dict[str, str],
+    on_progress: Callable[[int], None],
+) -> Report:
+    """Distil ``layout`` with the full token budget; ``folder/student`` holds the result, ``result.json`` the scores.
+
+    A finished result with the same ``made_by`` is read back; a stopped training goes on from its last checkpoint.
+    """
+    result = folder / "result.json"
+    if result.exists():
+        manifest = read_manifest(result, "finalist", _RESULT_VERSION)
+        if manifest["made_by"] == made_by:
+            return Report(**manifest["report"])
+        raise InputError(f"{folder} was distilled with other settings; move it away, or start another run with --run")
+    config = settings.config
+    total = config.distill.tokens
+    checkpoints = range(config.distill.checkpoint_tokens, total, config.distill.checkpoint_tokens)
+    job = dataclasses.replace(settings.job(layout, (*checkpoints, total)), progress=settings.records)
+    with _watched(settings.records, str(layout), on_progress):
+        report = distill_on_workers(
+            job,
+            folder,
+            workers=config.distill.workers,
+            cpus=config.search.cpus_per_worker,
+            gpus=config.search.gpus_per_worker or 0,
+        )
+    write_manifest(result, "finalist", _RESULT_VERSION, made_by, report=dataclasses.asdict(report))
+    return report
+
+
+def choose_best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The finalist to export among those of one budget.
+
+    A WER from a few dozen sentences is noisy, so it only rules layouts out: among those whose WER lies within the
+    95 % interval of the lowest one, the lowest held-out CE wins. Without a WER the CE decides alone.
+    """
+    heard = [row for row in rows if row["wer"] is not None]
+    if heard:
+        lowest = min(heard, key=lambda row: (row["wer"], row["ce"]))
+        rows = [row for row in heard if row["wer"] <= lowest["wer_high"]]
+    return min(rows, key=lambda row: row["ce"])
+
+
+@contextlib.contextmanager
+def _watched(records: Any, layout: str, on_progress: Callable[[int], None]) -> Iterator[None]:
+    """While the block runs, tell ``on_progress`` about every second how many tokens a training has seen."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            on_progress(ray.get(records.tokens_of.remote(layout)))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,92 @@
+"""What a long run says on the screen, and its ledger: phases, counts with the time left, a closing table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mamtra_ray.artifacts import read_json, write_json
+
+
+class Ledger:
+    """``ledger.json``: what every phase of a run cost, added up over all sessions of the run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.phases: dict[str, dict[str, Any]] = read_json(path)["phases"] if path.exists() else {}
+
+    def add(self, phase: str, **amounts: float | str) -> None:
+        """Add numbers to a phase's totals (texts replace) and write the file."""
+        totals = self.phases.setdefault(phase, {})
+        for name, amount in amounts.items():
+            totals[name] = totals.get(name, 0) + amount if not isinstance(amount, str) else amount
+        write_json(self.path, {"kind": "ledger", "schema_version": 1, "phases": self.phases})
+
+
+class Screen:
+    """Prints phases and their progress; on a terminal one line is redrawn, in a log a line every ten seconds."""
+
+    def __init__(self, phases: Sequence[str], ledger: Ledger) -> None:
+        self.phases, self.ledger = list(phases), ledger
+        self.began = self.last_line = time.monotonic()
+        self.redraws = sys.stdout.isatty()
+
+    @contextmanager
+    def phase(self, name: str, what: str) -> Iterator[None]:
+        """A numbered heading, then the phase's seconds into the ledger, also when it is interrupted."""
+        number = f"[{self.phases.index(name) + 1}/{len(self.phases)}]"
+        self.say(f"{number} {name}: {what}")
+        self.began = self.last_line = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - self.began
+            self.ledger.add(name, seconds=round(seconds, 2))
+            self.say(f"{number} {name}: {duration(seconds)}")
+
+    def count(self, done: float, total: float, unit: str, note: str = "") -> None:
+        """``done`` of ``total`` with the time left at the present pace; ``note`` follows."""
+        now = time.monotonic()
+        if done < total and now - self.last_line < (0.2 if self.redraws else 10):
+            return
+        self.last_line = now
+        elapsed = now - self.began
+        left = f"{duration(elapsed / done * (total - done))} left" if done else "..."
+        line = f"    {done:,.0f}/{total:,.0f} {unit}  {left}  {note}"
+        if self.redraws:
+            print(f"\r\033[K{line}", end="\n" if done >= total else "", flush=True)
+        else:
+            print(line, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        print(f"\r\033[K{line}" if self.redraws else line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1:15``; hours appear when there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned by their widest cell; numbers to the right."""
+    cells = [list(header), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [
+        all(isinstance(row[column], int | float) or str(row[column])[:1].isdigit() for row in rows)
+        for column in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

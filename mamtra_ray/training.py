@@ -1,0 +1,246 @@
+"""One student's distillation with Eq. 5, on one process or one of several: steps, validation, checkpoints.
+
+Knows PyTorch but not Ray: ``distill.py`` runs it in Ray Train workers, ``trial.py`` in Tune trials.
+
+Shapes: B batch, L length, D model width, N labelled positions of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mamtra_ray.artifacts import read_manifest, write_manifest, written_atomically
+from mamtra_ray.config import DistillConfig
+from mamtra_ray.losses import IGNORE, LossWeights, distillation_loss
+from mamtra_ray.teachers.base import SpeechLM
+
+_CHECKPOINT_VERSION = 1
+
+
+class Batch(Protocol):
+    """What a step needs; ``shared_batches.DistillBatch`` is one."""
+
+    input_ids_BL: Tensor
+    """Unified ids, padded right."""
+    labels_BL: Tensor
+    """Speech ids, or IGNORE."""
+    teacher_targets: Any
+    """The teacher's rows for the labelled positions, in the order of ``labels_BL[labels_BL != IGNORE]``."""
+    num_tokens: int
+    """Labelled positions."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a training is; enough to go on with the very next batch."""
+
+    tokens: int = 0
+    """Training tokens seen, over all workers."""
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Passes over the cache that are complete."""
+    batch: int = 0
+    """Batches of the current epoch that are done, per worker."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores on the validation split, per token, in nats."""
+
+    ce: float
+    """Cross-entropy with the corpus tokens."""
+    kl: float
+    """KL(teacher || student), not skewed."""
+    tokens: int
+
+
+class _Objective(nn.Module):
+    """Student and Eq. 5 as one module, so that DistributedDataParallel sees a single forward pass."""
+
+    def __init__(self, student: SpeechLM, config: DistillConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.weights = LossWeights(ce=config.ce_weight, logits=config.logits_weight, emb=config.embedding_weight)
+        self.skew = config.skew
+
+    def forward(self, batch: Batch, num_tokens: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The terms of Eq. 5 as sums over this batch divided by ``num_tokens``; a tuple, as DDP wants it."""
+        # Padded right, so no position sees padding: without a mask attention takes its faster causal path.
+        hidden_BLD = self.student.hidden_states(batch.input_ids_BL)
+        labelled_BL = batch.labels_BL != IGNORE
+        terms = distillation_loss(
+            hidden_BLD[labelled_BL],
+            self.student.head,
+            batch.labels_BL[labelled_BL],
+            batch.teacher_targets,
+            self.weights,
+            alpha=self.skew,
+            num_tokens=num_tokens,
+        )
+        return terms.total, terms.ce, terms.logits, terms.emb
+
+
+class Distillation:
+    """A student in training: optimizer, schedule and position.
+
+    Args:
+        student: starts from this; moved to ``device``.
+        config: optimizer, schedule and loss weights.
+        total_tokens: the schedule ends here.
+        device: where it trains.
+        world_size: processes that train together; above 1 a process group must be initialised.
+    """
+
+    def __init__(
+        self, student: SpeechLM, config: DistillConfig, total_tokens: int, device: torch.device, world_size: int = 1
+    ) -> None:
+        self.config, self.total_tokens, self.device, self.world_size = config, total_tokens, device, world_size
+        self.student = student.to(device).train()
+        objective = _Objective(self.student, config)
+        self.objective: nn.Module = objective
+        if world_size > 1:
+            # All trained tensors take part in every step, so no search for unused ones is needed.
+            self.objective = nn.parallel.DistributedDataParallel(
+                objective, device_ids=[device] if device.type == "cuda" else None
+            )
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            fused=device.type == "cuda",
+        )
+        self.position = Position()
+
+    def learning_rate(self) -> float:
+        """Learning rate of the next step: linear warm-up, then cosine to a tenth, or constant."""
+        done = min(self.position.tokens / self.total_tokens, 1.0)
+        warmup = self.config.warmup_fraction
+        if done < warmup:
+            # Half a step ahead, so that the first step does not have a rate of exactly 0.
+            return self.config.learning_rate * (done + 0.5 / self.total_tokens * self.config.batch_tokens) / warmup
+        if self.config.schedule == "constant":
+            return self.config.learning_rate
+        progress = (done - warmup) / (1 - warmup)
+        return self.config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        tokens = self._tokens_of_all(batch.num_tokens)
+        with self._autocast():
+            # DDP averages gradients over the processes, so each divides by its share of all tokens.
+            total, ce, logits, emb = self.objective(batch, tokens / self.world_size)
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in self.student.parameters() if p.requires_grad], self.config.gradient_clip
+        )
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()} at step {self.position.step}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        position = self.position
+        self.position = Position(position.tokens + tokens, position.step + 1, position.epoch, position.batch + 1)
+        return {"total": float(total), "ce": float(ce), "logits": float(logits), "emb": float(emb)}
+
+    def next_epoch(self) -> None:
+        """Call when the batches of an epoch are used up."""
+        position = self.position
+        self.position = Position(position.tokens, position.step, position.epoch + 1, 0)
+
+    def save(self, folder: Path) -> None:
+        """Write student, optimizer and position; :meth:`load` goes on with the next step bit for bit."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.student.save(folder / "student")
+        with written_atomically(folder / "optimizer.pt") as path:
+            torch.save(self.optimizer.state_dict(), path)
+        made_by = {"layout": str(self.student.layout), "total_tokens": self.total_tokens}
+        write_manifest(
+            folder / "training.json", "training state", _CHECKPOINT_VERSION, made_by, position=asdict(self.position)
+        )
+
+    def load(self, folder: Path) -> None:
+        """Take student weights, optimizer and position from :meth:`save`'s folder."""
+        state = read_manifest(folder / "training.json", "training state", _CHECKPOINT_VERSION)
+        self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location=self.device))
+        self.position = Position(**state["position"])
+
+    def _autocast(self) -> Any:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.precision))
+
+    def _tokens_of_all(self, tokens: int) -> int:
+        """Labelled tokens of this step over all processes."""
+        if self.world_size == 1:
+            return tokens
+        total = torch.tensor(tokens, device=self.device)
+        torch.distributed.all_reduce(total)
+        return int(total)
+
+
+@torch.no_grad()
+def validate(student: SpeechLM, batches: Iterator[Batch]) -> HeldOut:
+    """CE with the corpus and KL to the teacher over all ``batches`` (every token counts the same)."""
+    was_training = student.training
+    student.eval()
+    weights = LossWeights(ce=1.0, logits=1.0, emb=0.0)
+    ce = kl = 0.0
+    tokens = 0
+    for batch in batches:
+        labelled_BL = batch.labels_BL != IGNORE
+        hidden_ND = student.hidden_states(batch.input_ids_BL)[labelled_BL]
+        labels_N = batch.labels_BL[labelled_BL]
+        # alpha = 0 turns the skewed KL into KL(teacher || student).
+        terms = distillation_loss(hidden_ND, student.head, labels_N, batch.teacher_targets, weights, alpha=0.0)
+        ce += float(terms.ce) * len(labels_N)
+        kl += float(terms.logits) * len(labels_N)
+        tokens += len(labels_N)
+    student.train(was_training)
+    return HeldOut(ce / tokens, kl / tokens, tokens)
+
+
+class Stopwatch:
+    """Seconds spent waiting for data and in all, for the share of time a training waits."""
+
+    def __init__(self) -> None:
+        self.started = self.last_tick = time.perf_counter()
+        self.waited = 0.0
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass ``batches`` through, adding up how long each one took to arrive."""
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def a_second_passed(self) -> bool:
+        """True at most once a second."""
+        now = time.perf_counter()
+        if now - self.last_tick < 1.0:
+            return False
+        self.last_tick = now
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Since the stopwatch was made."""
+        return time.perf_counter() - self.started

@@ -1,0 +1,98 @@
+"""The files in cluster/ against the schemas of what reads them."""
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from mamtra_ray import metrics
+
+CLUSTER = Path(__file__).parent.parent / "cluster"
+
+
+def _object(properties: dict, required: tuple[str, ...] = ()) -> dict:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+ANY_OBJECT = {"type": "object"}
+INTEGER, STRING, BOOLEAN = {"type": "integer"}, {"type": "string"}, {"type": "boolean"}
+POD = _object({"metadata": ANY_OBJECT, "spec": {"type": "object", "required": ["containers"]}}, ("spec",))
+START_PARAMS = {"type": "object", "additionalProperties": STRING}
+# Fields of the ray.io/v1 RayJob resource (KubeRay 1.x); whole, the definition is 1.4 MB.
+RAY_JOB = _object(
+    {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayJob"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": _object(
+            {
+                "entrypoint": STRING,
+                "shutdownAfterJobFinishes": BOOLEAN,
+                "ttlSecondsAfterFinished": INTEGER,
+                "backoffLimit": INTEGER,
+                "runtimeEnvYAML": STRING,
+                "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+                "rayClusterSpec": _object(
+                    {
+                        "rayVersion": STRING,
+                        "headGroupSpec": _object({"rayStartParams": START_PARAMS, "template": POD}, ("template",)),
+                        "workerGroupSpecs": {
+                            "type": "array",
+                            "items": _object(
+                                {
+                                    "groupName": STRING,
+                                    "replicas": INTEGER,
+                                    "minReplicas": INTEGER,
+                                    "maxReplicas": INTEGER,
+                                    "rayStartParams": START_PARAMS,
+                                    "template": POD,
+                                },
+                                ("groupName", "maxReplicas", "minReplicas", "template"),
+                            ),
+                        },
+                    },
+                    ("headGroupSpec",),
+                ),
+            },
+            ("entrypoint", "rayClusterSpec"),
+        ),
+    },
+    ("apiVersion", "kind", "metadata", "spec"),
+)
+
+
+def test_ray_up_file_meets_rays_own_schema():
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(yaml.safe_load((CLUSTER / "ray_cluster.yaml").read_text()), schema)
+
+
+def test_ray_job_has_only_fields_of_the_resource():
+    job = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())
+    jsonschema.validate(job, RAY_JOB)
+    job["spec"]["entryPoint"] = "typo"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job, RAY_JOB)
+
+
+def test_runtime_environments_are_accepted_by_ray():
+    runtime_env = yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())
+    ray.runtime_env.RuntimeEnv(working_dir=".", **runtime_env)
+    job = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())
+    ray.runtime_env.RuntimeEnv(**yaml.safe_load(job["spec"]["runtimeEnvYAML"]))
+
+
+def test_grafana_shows_every_metric_that_a_search_exports():
+    source = Path(metrics.__file__).read_text()
+    exported = set(re.findall(r'"(mamtra_\w+)"', source))
+    dashboard = json.loads((CLUSTER / "grafana_dashboard.json").read_text())
+    shown = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"ray_(mamtra_\w+)", target["expr"])
+    }
+    assert exported and shown == exported
