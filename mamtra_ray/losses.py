@@ -298,10 +298,7 @@ def _chunk_losses(
             log_c = log_p + math.log1p(-alpha) - log_m
             r = (log_c + log_q).exp()
             q_scale_N = q_scale_N + weights.logits * r.sum(-1)
-            if ids_NK is None:
-                minus_NV = r
-            else:
-                minus_NV = (log_q_NV + log_c[:, -1:]).exp().scatter(1, ids_NK, r[:, :-1])
+            minus_NV = r if ids_NK is None else (log_q_NV + log_c[:, -1:]).exp().scatter(1, ids_NK, r[:, :-1])
     if not wants_gradient:
         return ce_sum, kl_sum, None
     grad_NV = log_q_NV.exp_().mul_(q_scale_N[:, None])

@@ -214,7 +214,9 @@ def test_never_more_than_a_chunk_of_logits(problem):
             return result
 
     with Watch():
-        distillation_loss(student.requires_grad_(), head, labels, HiddenTargets(teacher), chunk_tokens=5).total.backward()
+        distillation_loss(
+            student.requires_grad_(), head, labels, HiddenTargets(teacher), chunk_tokens=5
+        ).total.backward()
     assert biggest == 5
 
 

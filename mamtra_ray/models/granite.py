@@ -120,7 +120,9 @@ def read_granite(
     content = read_json(folder / CONFIG_FILE)
     section = content.get(SECTION) if isinstance(content, dict) else None
     if not isinstance(section, dict) or section.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"{folder / CONFIG_FILE} is no export of this project (no {SECTION!r} of version {SCHEMA_VERSION})")
+        raise InputError(
+            f"{folder / CONFIG_FILE} is no export of this project (no {SECTION!r} of version {SCHEMA_VERSION})"
+        )
     granite = read_tensors(folder / WEIGHTS_FILE, device)
     if file_hash(folder / WEIGHTS_FILE) != section.get("weights_sha256"):
         raise InputError(f"{folder / WEIGHTS_FILE} is not the file {CONFIG_FILE} was written with (its hash differs)")
@@ -185,7 +187,7 @@ def _row_blocks(config: MixerConfig, parameter: str) -> list[tuple[int, int, int
         return [own, shared, shared, own, per_state]
     if parameter.startswith("conv1d."):
         return [shared, shared, own]
-    return [per_state] if parameter in ("dt_bias", "A_log", "D") else []
+    return [per_state] if parameter in ("dt_bias", "A_log") else []
 
 
 def _expand(config: MixerConfig, parameter: str, tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.models.mamba import MambaMixer, MixerConfig, MixerState
+from mamtra_ray.models.mamba import MambaMixer, MixerConfig, MixerState, StateSharing
 
 LAYER_TYPES = {"A": "full_attention", "M": "linear_attention"}
 
@@ -57,7 +57,7 @@ class HybridConfig:
     max_position_embeddings: int
     qkv_bias: bool
     o_bias: bool = False
-    state_sharing: str = "per_query_head"
+    state_sharing: StateSharing = "per_query_head"
     conv_kernel: int = 4
     chunk_size: int = 64
 
@@ -77,6 +77,7 @@ class HybridConfig:
             state_sharing=self.state_sharing,
             norm_eps=self.rms_norm_eps,
             chunk_size=self.chunk_size,
+            out_bias=self.o_bias,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def empty_body(config: HybridConfig) -> GraniteMoeHybridModel:
         body = GraniteMoeHybridModel(granite)
         for index, layer in enumerate(body.layers):
             if layer.mamba is not None:
-                layer.mamba = CachedMixer(MambaMixer(config.mixer, out_bias=config.o_bias), index)
+                layer.mamba = CachedMixer(MambaMixer(config.mixer), index)
                 continue
             # Granite has biases on all four projections or none; Qwen2 has them on three.
             for name, biased in _attention_biases(config).items():
@@ -312,7 +313,8 @@ def run_body(
     length = inputs_embeds_BLD.shape[1]
     if attention_mask_BT is not None and past is not None and attention_mask_BT.shape[1] != past + length:
         raise ValueError(
-            f"the attention mask covers {attention_mask_BT.shape[1]} positions, but there are {past} past and {length} new"
+            f"the attention mask covers {attention_mask_BT.shape[1]} positions,"
+            f" but there are {past} past and {length} new ones"
         )
     if attention_mask_BT is None:
         positions_BL = torch.arange(length, device=inputs_embeds_BLD.device)[None] + (past or 0)
@@ -340,5 +342,7 @@ def _past_length(cache: DynamicCache | None) -> int | None:
     """Positions in the cache; None if it has Mamba layers only, which do not count them (nor need to)."""
     if cache is None:
         return 0
-    lengths = [layer.get_seq_length() for layer in cache.layers if not isinstance(layer, LinearAttentionCacheLayerMixin)]
+    lengths = [
+        layer.get_seq_length() for layer in cache.layers if not isinstance(layer, LinearAttentionCacheLayerMixin)
+    ]
     return lengths[0] if lengths else None

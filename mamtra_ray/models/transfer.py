@@ -44,7 +44,7 @@ def mixer_from_attention(
     # Drawn in float32 on the CPU, so that a seed means the same weights everywhere.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mixer = MambaMixer(config, out_bias=attention.o_proj.bias is not None)
+        mixer = MambaMixer(config)
         if initialisation == "xavier":
             nn.init.xavier_uniform_(mixer.in_proj.weight)
             nn.init.xavier_uniform_(mixer.out_proj.weight)
@@ -57,20 +57,16 @@ def mixer_from_attention(
 
 
 def _copy_projections(attention: nn.Module, mixer: MambaMixer) -> None:
-    rows = mixer.config.in_proj_rows
-    in_proj = mixer.in_proj.weight
-    conv_weight, conv_bias = mixer.conv1d.weight, mixer.conv1d.bias
-    conv_weight.zero_()
-    conv_weight[..., -1] = 1
-    conv_bias.zero_()
-    first_channel = rows["x"].start
+    rows, channels = mixer.config.in_proj_slices(), mixer.config.conv_slices()
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[..., -1] = 1
+    mixer.conv1d.bias.zero_()
     for name, projection in (("x", attention.v_proj), ("B", attention.k_proj), ("C", attention.q_proj)):
-        in_proj[rows[name]] = projection.weight.float().cpu()
+        mixer.in_proj.weight[rows[name]] = projection.weight.to("cpu", torch.float32)
         if projection.bias is not None:
-            channels = slice(rows[name].start - first_channel, rows[name].stop - first_channel)
-            conv_bias[channels] = projection.bias.float().cpu()
+            mixer.conv1d.bias[channels[name]] = projection.bias.to("cpu", torch.float32)
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
-    if attention.o_proj.bias is not None:
+    if mixer.out_proj.bias is not None:
         mixer.out_proj.bias.copy_(attention.o_proj.bias)
 
 
@@ -87,7 +83,7 @@ def mixer_from_library(
         raise InputError(f"the mixer library has no layer {layer}: it holds {sorted(library)}")
     weight = attention.q_proj.weight
     with torch.device("meta"):
-        mixer = MambaMixer(config, out_bias=attention.o_proj.bias is not None)
+        mixer = MambaMixer(config)
     expected = {name: tensor.shape for name, tensor in mixer.state_dict().items()}
     found = {name: tensor.shape for name, tensor in library[layer].items()}
     if found != expected:

@@ -1,4 +1,4 @@
-"""Speech language models: the one class for every teacher and student, their vocabulary and sequences.
+"""Speech language models: the one class for every teacher and student.
 
 A model reads a *unified* vocabulary: ids [0, text_size) are text, then speech_size speech ids, then
 control_size control ids (start of sequence, task, ...), one embedding table for all. Its head scores speech
@@ -24,101 +24,15 @@ from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.layouts import Layout
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.models.checkpoint import load_into, read_model, write_model
+from mamtra_ray.models.granite import read_granite, write_granite
 from mamtra_ray.models.hybrid import HybridConfig, empty_body, mixers, new_cache, run_body
+from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.models.transfer import INITIALISATIONS, mixer_from_attention, mixer_from_library
+from mamtra_ray.teachers.sequences import SequenceFormat, Vocabulary
 
 __all__ = ["IGNORE", "SequenceFormat", "SpeechLM", "Teacher", "Vocabulary", "make_student"]
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Sizes of the three parts of the unified vocabulary, and the speech ids that end an utterance.
-
-    Attributes:
-        eos_id: speech id that training predicts after the last token.
-        stop_ids: speech ids that end generation; contains ``eos_id``.
-    """
-
-    text_size: int
-    speech_size: int
-    control_size: int
-    eos_id: int
-    stop_ids: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
-        if self.eos_id not in self.stop_ids:
-            raise InputError(f"the stop ids {self.stop_ids} must contain the end-of-speech id {self.eos_id}")
-        if not all(0 <= stop_id < self.speech_size for stop_id in self.stop_ids):
-            raise InputError(f"the stop ids {self.stop_ids} must be speech ids below {self.speech_size}")
-
-    @property
-    def speech_offset(self) -> int:
-        """Unified id of speech id 0."""
-        return self.text_size
-
-    @property
-    def control_offset(self) -> int:
-        """Unified id of the first control id."""
-        return self.text_size + self.speech_size
-
-    @property
-    def size(self) -> int:
-        return self.text_size + self.speech_size + self.control_size
-
-
-@dataclass(frozen=True)
-class SequenceFormat:
-    """How text and speech make one sequence: prefix, text, separator, speech (``prefix`` etc. in unified ids).
-
-    CosyVoice 2: prefix (sos,), separator (task,). Llasa: its chat template around the text.
-    """
-
-    prefix: tuple[int, ...]
-    separator: tuple[int, ...]
-    vocabulary: Vocabulary
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prefix", tuple(self.prefix))
-        object.__setattr__(self, "separator", tuple(self.separator))
-
-    def training_example(self, text_tokens: Sequence[int], speech_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Input ids and labels of one utterance, aligned: the label at a position is what it predicts.
-
-        Args:
-            text_tokens: text ids.
-            speech_tokens: S speech ids, without the end.
-
-        Returns:
-            ``(input_ids, labels)``, int64, equally long. The last S + 1 labels are speech ids (the separator's
-            last position predicts the first speech token, the last speech token predicts the end), all others
-            :data:`IGNORE`.
-        """
-        input_ids = self.prompt(text_tokens, prompt_speech_tokens=speech_tokens)
-        labels = torch.full_like(input_ids, IGNORE)
-        labels[len(labels) - len(speech_tokens) - 1 :] = torch.tensor([*speech_tokens, self.vocabulary.eos_id])
-        return input_ids, labels
-
-    def prompt(
-        self,
-        text_tokens: Sequence[int],
-        prompt_text_tokens: Sequence[int] = (),
-        prompt_speech_tokens: Sequence[int] = (),
-    ) -> Tensor:
-        """Input ids (int64) after which generation starts; the prompt is the voice to continue, if any."""
-        text = [*prompt_text_tokens, *text_tokens]
-        self._check(text, self.vocabulary.text_size, "text token")
-        self._check(prompt_speech_tokens, self.vocabulary.speech_size, "speech token")
-        speech = [self.vocabulary.speech_offset + token for token in prompt_speech_tokens]
-        return torch.tensor([*self.prefix, *text, *self.separator, *speech], dtype=torch.int64)
-
-    @staticmethod
-    def _check(tokens: Sequence[int], size: int, what: str) -> None:
-        if len(tokens) and not (0 <= min(tokens) and max(tokens) < size):
-            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
-            raise InputError(f"{what} {wrong} is outside the vocabulary of {size}: was another tokenizer used?")
 
 
 class SpeechLM(nn.Module):
@@ -200,7 +114,9 @@ class SpeechLM(nn.Module):
         if not return_layers:
             return run_body(self.body, inputs_embeds_BLD, attention_mask_BT, past_key_values)
         layers: list[Tensor] = []
-        hooks = [layer.register_forward_hook(lambda _m, _i, output: layers.append(output)) for layer in self.body.layers]
+        hooks = [
+            layer.register_forward_hook(lambda _m, _i, output: layers.append(output)) for layer in self.body.layers
+        ]
         try:
             hidden_BLD = run_body(self.body, inputs_embeds_BLD, attention_mask_BT, past_key_values)
         finally:
@@ -228,9 +144,7 @@ class SpeechLM(nn.Module):
         )
 
     @classmethod
-    def load(
-        cls, folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> SpeechLM:
+    def load(cls, folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> SpeechLM:
         """Read what :meth:`save` wrote, bit for bit; converted to ``dtype`` if one is given.
 
         Raises:
@@ -242,6 +156,18 @@ class SpeechLM(nn.Module):
         except (KeyError, TypeError) as error:
             raise InputError(f"{Path(folder) / 'config.json'} is incomplete: {error}") from None
         return cls.from_tensors(config, vocabulary, tensors, folder).to(dtype=dtype)
+
+    def save_granite(self, folder: Path | str, tokenizer_folder: Path | str | None = None) -> None:
+        """Write a GraniteMoeHybrid checkpoint for ``AutoModelForCausalLM``; see :mod:`mamtra_ray.models.granite`."""
+        tokenizer_folder = None if tokenizer_folder is None else Path(tokenizer_folder)
+        vocabulary = dataclasses.asdict(self.vocabulary)
+        write_granite(Path(folder), self.config, self.state_dict(), vocabulary, tokenizer_folder)
+
+    @classmethod
+    def load_granite(cls, folder: Path | str, device: torch.device | str = "cpu") -> SpeechLM:
+        """Read what :meth:`save_granite` wrote back into the compact form, bit for bit."""
+        config, vocabulary, tensors = read_granite(Path(folder), device)
+        return cls.from_tensors(config, Vocabulary(**vocabulary), tensors, folder)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the configuration and all values; equal for any storage type that holds them exactly."""
@@ -259,7 +185,7 @@ def make_student(
     layout: Layout | str,
     initialisation: str = "transfer",
     mixer_library: Mapping[int, Mapping[str, Tensor]] | None = None,
-    state_sharing: str = "per_query_head",
+    state_sharing: StateSharing = "per_query_head",
     seed: int = 0,
     share_weights: bool = False,
 ) -> SpeechLM:

@@ -67,7 +67,9 @@ def speech_lm_from_checkpoint(
         source: named in errors.
     """
     if config.vocab_size < vocabulary.size:
-        raise InputError(f"{source}: {config.vocab_size} embeddings are fewer than the vocabulary's {vocabulary.size} ids")
+        raise InputError(
+            f"{source}: {config.vocab_size} embeddings are fewer than the vocabulary's {vocabulary.size} ids"
+        )
     tensors = body_tensors(checkpoint, config.num_layers)
     tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][: vocabulary.size].clone()
     tensors = {f"body.{name}": tensor for name, tensor in tensors.items()}
@@ -84,7 +86,10 @@ def read_format(folder: Path) -> dict[str, Any]:
     """The checked content of ``speech_lm.json``, optional keys filled in."""
     path = Path(folder) / FORMAT_FILE
     content = read_manifest(path, "speech_lm_format", SCHEMA_VERSION)
-    expected = {"vocabulary": {field.name for field in dataclasses.fields(Vocabulary)}, "sequence": {"prefix", "separator"}}
+    expected = {
+        "vocabulary": {field.name for field in dataclasses.fields(Vocabulary)},
+        "sequence": {"prefix", "separator"},
+    }
     for section, keys in expected.items():
         found = content.get(section)
         if not isinstance(found, dict) or set(found) != keys:
