@@ -155,7 +155,7 @@ class Distillation:
         self.optimizer.zero_grad(set_to_none=True)
         position = self.position
         self.position = Position(position.tokens + tokens, position.step + 1, position.epoch, position.batch + 1)
-        return {"total": float(total), "ce": float(ce), "logits": float(logits), "emb": float(emb)}
+        return {"total": float(total.detach()), "ce": float(ce), "logits": float(logits), "emb": float(emb)}
 
     def next_epoch(self) -> None:
         """Call when the batches of an epoch are used up."""

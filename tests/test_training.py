@@ -1,0 +1,191 @@
+"""Distillation steps: they lower the loss, resume bit for bit, and several processes equal one."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import transformers_model, write_folder
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from mamtra_ray.artifacts import write_json
+from mamtra_ray.config import DistillConfig
+from mamtra_ray.errors import InputError
+from mamtra_ray.losses import IGNORE, HiddenTargets
+from mamtra_ray.teachers import huggingface
+from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
+from mamtra_ray.training import Distillation, validate
+
+CONFIG = DistillConfig(learning_rate=3e-3, warmup_fraction=0.25, batch_tokens=40)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids_BL: Tensor
+    labels_BL: Tensor
+    teacher_targets: Any
+    num_tokens: int
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Teacher:
+    return huggingface.load(write_folder(tmp_path_factory.mktemp("teacher"), transformers_model("qwen2")))
+
+
+def make_batch(teacher: Teacher, lengths: tuple[int, ...], seed: int) -> Batch:
+    """Right-padded utterances with the teacher's hidden states at the labelled positions."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = teacher.model.vocabulary
+    rows = []
+    for length in lengths:
+        text = torch.randint(vocabulary.text_size, (3,), generator=generator).tolist()
+        speech = torch.randint(vocabulary.eos_id, (length,), generator=generator).tolist()
+        rows.append(teacher.sequence.training_example(text, speech))
+    ids_BL = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
+    labels_BL = torch.nn.utils.rnn.pad_sequence([labels for _, labels in rows], True, IGNORE)
+    labelled_BL = labels_BL != IGNORE
+    with torch.no_grad():
+        hidden_ND = teacher.model.hidden_states(ids_BL)[labelled_BL]
+    return Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), int(labelled_BL.sum()))
+
+
+def student_of(teacher: Teacher) -> SpeechLM:
+    letters = "AM" * (teacher.model.layout.num_layers // 2) + "M" * (teacher.model.layout.num_layers % 2)
+    return make_student(teacher.model, letters)
+
+
+def test_steps_lower_the_held_out_loss_and_leave_table_and_head_alone(teacher):
+    batches = [make_batch(teacher, (9, 4), seed) for seed in range(3)]
+    training = Distillation(student_of(teacher), CONFIG, 20 * 15, CPU)
+    table = training.student.body.embed_tokens.weight.clone()
+    before = validate(training.student, iter(batches))
+    for step in range(20):
+        training.step(batches[step % 3])
+    after = validate(training.student, iter(batches))
+    assert after.ce < before.ce and after.kl < 0.9 * before.kl
+    assert training.position.tokens == sum(batches[step % 3].num_tokens for step in range(20))
+    assert torch.equal(training.student.body.embed_tokens.weight, table)
+    assert torch.equal(training.student.head.weight, teacher.model.head.weight)
+
+
+def test_held_out_scores_count_every_token_once(teacher):
+    batches = [make_batch(teacher, (9, 4), 0), make_batch(teacher, (2,), 1)]
+    student = student_of(teacher)
+    ce, kl, tokens = 0.0, 0.0, 0
+    for batch in batches:
+        labelled = batch.labels_BL != IGNORE
+        logits = student(batch.input_ids_BL)[labelled].double()
+        target = teacher.model.head(batch.teacher_targets.hidden_ND).double().log_softmax(-1)
+        ce += cross_entropy(logits, batch.labels_BL[labelled], reduction="sum").item()
+        kl += kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True).item()
+        tokens += int(labelled.sum())
+    scores = validate(student, iter(batches))
+    assert scores.tokens == tokens
+    assert scores.ce == pytest.approx(ce / tokens, rel=1e-5)
+    assert scores.kl == pytest.approx(kl / tokens, rel=1e-4)
+
+
+def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(teacher, tmp_path):
+    batches = [make_batch(teacher, (5, 7), seed) for seed in range(4)]
+    whole = Distillation(student_of(teacher), CONFIG, 100, CPU)
+    for batch in batches:
+        whole.step(batch)
+    first = Distillation(student_of(teacher), CONFIG, 100, CPU)
+    for batch in batches[:2]:
+        first.step(batch)
+    first.next_epoch()
+    first.save(tmp_path)
+    second = Distillation(student_of(teacher), CONFIG, 100, CPU)
+    second.load(tmp_path)
+    assert (second.position.step, second.position.epoch, second.position.batch) == (2, 1, 0)
+    for batch in batches[2:]:
+        second.step(batch)
+    for (name, expected), found in zip(
+        whole.student.state_dict().items(), second.student.state_dict().values(), strict=True
+    ):
+        assert torch.equal(expected, found), name
+
+
+def test_a_foreign_training_state_is_refused(teacher, tmp_path):
+    training = Distillation(student_of(teacher), CONFIG, 100, CPU)
+    training.save(tmp_path)
+    write_json(tmp_path / "training.json", {"kind": "corpus"})
+    with pytest.raises(InputError, match="no training state"):
+        training.load(tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_learning_rate_schedule(teacher, schedule):
+    config = CONFIG.model_copy(update={"schedule": schedule})
+    training = Distillation(student_of(teacher), config, 1000, CPU)
+
+    def at(tokens: int) -> float:
+        training.position = dataclasses.replace(training.position, tokens=tokens)
+        return training.learning_rate() / config.learning_rate
+
+    assert 0 < at(0) < at(100) < at(200) < 1
+    assert at(250) == pytest.approx(1)
+    middle = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5))
+    assert at(625) == pytest.approx(1 if schedule == "constant" else middle)
+    assert at(1000) == pytest.approx(1 if schedule == "constant" else 0.1)
+    assert at(5000) == at(1000)
+
+
+def test_an_exploded_step_is_refused_before_it_spoils_the_weights(teacher):
+    training = Distillation(student_of(teacher), CONFIG, 100, CPU)
+    batch = make_batch(teacher, (5,), 0)
+    spoiled = Batch(
+        batch.input_ids_BL, batch.labels_BL, HiddenTargets(batch.teacher_targets.hidden_ND * math.inf), batch.num_tokens
+    )
+    before = [parameter.clone() for parameter in training.student.parameters()]
+    with pytest.raises(FloatingPointError, match="gradient norm"):
+        training.step(spoiled)
+    assert all(torch.equal(a, b) for a, b in zip(before, training.student.parameters(), strict=True))
+
+
+def test_two_processes_equal_one(teacher, tmp_path):
+    """Utterances of unequal length on two processes give the weights of one process with the whole batch."""
+    parts = [make_batch(teacher, (9,), 0), make_batch(teacher, (3,), 1)]
+    teacher.model.save(tmp_path / "teacher")
+    torch.save([[b.input_ids_BL, b.labels_BL, b.teacher_targets.hidden_ND] for b in parts], tmp_path / "parts.pt")
+    torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
+
+    length = parts[0].input_ids_BL.shape[1]
+    whole = Batch(
+        torch.cat([torch.nn.functional.pad(b.input_ids_BL, (0, length - b.input_ids_BL.shape[1])) for b in parts]),
+        torch.cat(
+            [torch.nn.functional.pad(b.labels_BL, (0, length - b.labels_BL.shape[1]), value=IGNORE) for b in parts]
+        ),
+        HiddenTargets(torch.cat([b.teacher_targets.hidden_ND for b in parts])),
+        sum(b.num_tokens for b in parts),
+    )
+    alone = Distillation(student_of(teacher), CONFIG, 100, CPU)
+    for _ in range(3):
+        alone.step(whole)
+    together = SpeechLM.load(tmp_path / "student").state_dict()
+    moved = 0.0
+    for name, expected in alone.student.state_dict().items():
+        torch.testing.assert_close(together[name], expected, rtol=0, atol=2e-5, msg=name)
+    start = student_of(teacher).state_dict()
+    moved = max((together[name] - start[name]).abs().max().item() for name in start)
+    assert moved > 1e-3
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    ids_BL, labels_BL, hidden_ND = torch.load(f"{folder}/parts.pt", weights_only=True)[rank]
+    batch = Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), int((labels_BL != IGNORE).sum()))
+    teacher = SpeechLM.load(f"{folder}/teacher")
+    letters = "AM" * (teacher.layout.num_layers // 2) + "M" * (teacher.layout.num_layers % 2)
+    training = Distillation(make_student(teacher, letters), CONFIG, 100, CPU, world_size=2)
+    for _ in range(3):
+        training.step(batch)
+    if rank == 0:
+        training.student.save(Path(folder) / "student")
+    torch.distributed.destroy_process_group()
