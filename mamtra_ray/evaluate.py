@@ -1,0 +1,256 @@
+"""Verb ``evaluate``: what a recogniser hears when teacher and students speak the test sentences.
+
+Systems and chunks of sentences are spread over Ray actors, one per CPU or GPU. Every recognised sentence is on disk
+(``evaluation/<system>.jsonl``) before the next chunk is waited for, and is not spoken again by a later call with the
+same model and settings; the text normalisation may change without speaking again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mamtra_ray.artifacts import content_hash, file_hash
+from mamtra_ray.cluster import connect
+from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, save_config
+from mamtra_ray.corpus import Utterance, corpus_identity, read_corpus, utterances
+from mamtra_ray.errors import InputError, exit_code_2_on_input_error, nearest_name
+from mamtra_ray.evaluation_pool import evaluated
+from mamtra_ray.evaluation_results import (
+    FOLDER,
+    Evaluation,
+    audio_file,
+    read_rows,
+    scored,
+    write_audio,
+    write_rows,
+    write_summary,
+)
+from mamtra_ray.evaluation_worker import CODEC, TEACHER, Chunk, Row
+from mamtra_ray.progress import Ledger, Screen, table
+from mamtra_ray.run_folder import ORIGINAL
+from mamtra_ray.speech.vocoder import write_wav
+from mamtra_ray.speech.wer import NORMALIZATIONS
+from mamtra_ray.teachers import load_teacher
+
+__all__ = ["Evaluation", "evaluate_systems", "main"]
+
+SENTENCES_PER_CHUNK = 16
+"""Spoken in one batch; at most these are spoken again after a kill, per actor."""
+
+
+def evaluate_systems(
+    config: Config,
+    systems: Mapping[str, Path | None],
+    folder: Path,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Evaluation]:
+    """Score systems on the test split; Ray must be initialised.
+
+    Args:
+        config: sections ``teacher``, ``corpus`` and ``evaluate``, and the workers' resources of ``search``.
+        systems: folder of a saved SpeechLM by name; None is the teacher. The pseudo-systems ``codec`` (the corpus's
+            own tokens, if it has any) and ``teacher`` are always added.
+        folder: run folder; gets ``evaluation/`` (rows and ``summary.json``) and ``audio/``.
+        on_progress: called with (utterances done, of how many) after every chunk.
+
+    Returns:
+        One :class:`Evaluation` by name.
+
+    Raises:
+        InputError: no test sentence, an unusable system, or something the recogniser or codec needs is missing.
+    """
+    sentences, without_words, corpus_hash = _test_sentences(config)
+    chosen = _with_references(systems, sentences)
+    made_by = {
+        "teacher": load_teacher(config.teacher.kind, config.teacher.path).fingerprint,
+        "corpus": corpus_hash,
+        "settings": _settings_hash(config),
+    }
+    examples = [sentence.utterance_id for sentence in sentences[: config.evaluate.audio_examples]]
+    hashes = {name: content_hash([made_by, _model_hash(name, model)]) for name, model in chosen.items()}
+    finished = {name: _reusable_rows(folder, name, hashes[name], examples) for name in chosen}
+    chunks = _missing_chunks(chosen, sentences, finished, examples)
+    total = sum(len(_sentences_of(name, sentences)) for name in chosen)
+    done = total - sum(len(chunk.utterances) for chunk in chunks)
+    on_progress(done, total)
+    for chunk, rows, waveforms, sample_rate in evaluated(config, chunks):
+        for utterance_id, waveform in waveforms.items():
+            write_wav(audio_file(folder, chunk.system, utterance_id), waveform.astype("float32"), sample_rate)
+        finished[chunk.system] |= {
+            row["utterance_id"]: {"evaluation_hash": hashes[chunk.system], **row} for row in rows
+        }
+        write_rows(folder, chunk.system, finished[chunk.system].values())
+        done += len(rows)
+        on_progress(done, total)
+    in_order = {
+        name: [finished[name][sentence.utterance_id] for sentence in _sentences_of(name, sentences)] for name in chosen
+    }
+    evaluations = scored(in_order, config.evaluate.normalization)
+    for name, evaluation in evaluations.items():
+        # Sentences of an earlier, longer evaluation stay in the file, after the ones scored now.
+        now = {row["utterance_id"]: row for row in evaluation.rows}
+        write_rows(folder, name, (now | {key: row for key, row in finished[name].items() if key not in now}).values())
+    write_summary(folder, evaluations, made_by, without_words)
+    write_audio(folder, evaluations, examples)
+    return evaluations
+
+
+def _test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
+    """The first sentences of the test split; ids of those without a word after normalisation; the corpus hash."""
+    settings = config.evaluate
+    if settings.normalization not in NORMALIZATIONS:
+        hint = nearest_name(settings.normalization, NORMALIZATIONS)
+        raise InputError(f"evaluate.normalization: unknown name {settings.normalization!r}: {hint}")
+    if not settings.sentences:
+        raise InputError("evaluate.sentences is 0: there is nothing to speak")
+    test = read_corpus(config.corpus.path, "test")
+    normalize = NORMALIZATIONS[settings.normalization]
+    first = utterances(test.slice(0, settings.sentences))
+    speakable = [sentence for sentence in first if normalize(sentence.text).split()]
+    if not speakable:
+        raise InputError(f"the test split has no sentence with a word after {settings.normalization} normalisation")
+    kept = {sentence.utterance_id for sentence in speakable}
+    without_words = [sentence.utterance_id for sentence in first if sentence.utterance_id not in kept]
+    return speakable, without_words, corpus_identity(test).corpus_hash
+
+
+def _with_references(systems: Mapping[str, Path | None], sentences: Sequence[Utterance]) -> dict[str, Path | None]:
+    for name, model in systems.items():
+        if not name or name.startswith(".") or "/" in name or name in (CODEC, ORIGINAL):
+            raise InputError(f"a system cannot be called {name!r}: its name becomes a file name")
+        if model is not None and not (Path(model) / "config.json").is_file():
+            raise InputError(f"system {name!r}: {model} holds no saved model (config.json is missing)")
+    references: dict[str, Path | None] = {TEACHER: None}
+    if _sentences_of(CODEC, sentences):
+        references = {CODEC: None, **references}
+    return references | {name: None if model is None else Path(model).resolve() for name, model in systems.items()}
+
+
+def _sentences_of(system: str, sentences: Sequence[Utterance]) -> list[Utterance]:
+    if system != CODEC:
+        return list(sentences)
+    return [sentence for sentence in sentences if len(sentence.speech_tokens)]
+
+
+def _settings_hash(config: Config) -> str:
+    """Of what determines the recognised text of a sentence: not how many are scored, nor how they are normalised."""
+    settings = config.evaluate.model_dump(exclude={"sentences", "normalization", "audio_examples"})
+    codec = Path(config.evaluate.codec) if config.evaluate.codec else None
+    settings["codec"] = file_hash(codec) if codec and codec.is_file() else str(codec and codec.resolve())
+    return content_hash([settings, config.search.seed])
+
+
+def _model_hash(name: str, model: Path | None) -> str:
+    # config.json names its weights by their hash, which is checked when they are loaded.
+    return file_hash(model / "config.json") if model else name if name == CODEC else TEACHER
+
+
+def _reusable_rows(folder: Path, system: str, evaluation_hash: str, examples: Sequence[str]) -> dict[str, Row]:
+    return {
+        row["utterance_id"]: row
+        for row in read_rows(folder, system)
+        if row["evaluation_hash"] == evaluation_hash
+        and (
+            row["utterance_id"] not in examples
+            or not row["audio_seconds"]
+            or audio_file(folder, system, row["utterance_id"]).exists()
+        )
+    }
+
+
+def _missing_chunks(
+    systems: Mapping[str, Path | None],
+    sentences: Sequence[Utterance],
+    finished: Mapping[str, Mapping[str, Row]],
+    examples: Sequence[str],
+) -> list[Chunk]:
+    chunks = []
+    for name, model in systems.items():
+        missing = [
+            sentence for sentence in _sentences_of(name, sentences) if sentence.utterance_id not in finished[name]
+        ]
+        # Equally long sentences in one batch: less padding, and rows end at about the same time.
+        missing.sort(key=lambda sentence: len(sentence.text_tokens))
+        for first in range(0, len(missing), SENTENCES_PER_CHUNK):
+            batch = tuple(missing[first : first + SENTENCES_PER_CHUNK])
+            chunks.append(Chunk(name, model, batch, frozenset(examples)))
+    return chunks
+
+
+def result_table(evaluations: Mapping[str, Evaluation]) -> str:
+    """Rates in percent with their intervals, and the paired difference to the teacher."""
+    metrics = sorted({metric for evaluation in evaluations.values() for metric in evaluation.metrics})
+    rows: list[list[Any]] = []
+    for name, evaluation in evaluations.items():
+        difference = evaluation.difference_to_teacher
+        rows.append(
+            [
+                name,
+                f"{evaluation.wer:.2%}",
+                f"{evaluation.wer_low:.2%} .. {evaluation.wer_high:.2%}",
+                f"{evaluation.cer:.2%}",
+                f"{difference.difference:+.2%} [{difference.low:+.2%}, {difference.high:+.2%}]" if difference else "",
+                len(evaluation.failures),
+                evaluation.sentences,
+                *[f"{evaluation.metrics[metric]:.3f}" if metric in evaluation.metrics else "" for metric in metrics],
+            ]
+        )
+    header = ["system", "WER", "95 % interval", "CER", "WER - teacher (paired)", "failures", "sentences", *metrics]
+    return table(header, rows)
+
+
+def _systems_from_arguments(given: Sequence[str], folder: Path) -> dict[str, Path | None]:
+    systems: dict[str, Path | None] = {}
+    for text in given:
+        name, separator, path = text.partition("=")
+        if not separator:
+            raise InputError(f"--system is NAME=FOLDER, such as found=runs/demo/finalists/AMAM/student, not {text!r}")
+        systems[name] = Path(path)
+    if given:
+        return systems
+    return {student.parent.name: student for student in sorted(folder.glob("finalists/*/student"))}
+
+
+@exit_code_2_on_input_error
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the verb."""
+    parser = argparse.ArgumentParser(prog="python -m mamtra_ray.evaluate", description=__doc__.splitlines()[0])
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--system",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a saved model, may be repeated (default: the finalists of the run folder)",
+    )
+    parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
+    options = parser.parse_args(arguments)
+    config, folder = config_from_arguments(options)
+    systems = _systems_from_arguments(options.system, folder)
+    sentences, without_words, _ = _test_sentences(config)
+    chosen = _with_references(systems, sentences)
+    print(f"{len(sentences)} sentences, {len(without_words)} left out without words; systems {', '.join(chosen)}")
+    if options.dry_run:
+        seconds = sum(len(_sentences_of(name, sentences)) for name in chosen)
+        print(f"{seconds} utterances to speak and hear with {config.evaluate.recognizer}, into {folder / FOLDER}")
+        return 0
+    connect(options.address)
+    if not (folder / "config.yaml").exists():
+        save_config(config, folder / "config.yaml")
+    screen = Screen(("evaluate",), Ledger(folder / "ledger.json"))
+    with screen.phase("evaluate", f"{len(chosen)} systems x {len(sentences)} sentences"):
+        evaluations = evaluate_systems(
+            config, systems, folder, on_progress=lambda done, total: screen.count(done, total, "utterances")
+        )
+    print(f"\n{config.evaluate.recognizer} recogniser, {config.evaluate.normalization} normalisation\n")
+    print(result_table(evaluations))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

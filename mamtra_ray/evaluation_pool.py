@@ -1,0 +1,66 @@
+"""Spreads chunks of an evaluation over Ray actors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from mamtra_ray.config import Config
+from mamtra_ray.errors import InputError
+from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker, Row
+
+
+def evaluated(config: Config, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Row], dict[str, np.ndarray], int]]:
+    """Yield every chunk with its rows, kept waveforms and their sample rate, in the order they finish.
+
+    Chunks go to actors as these become ready, so an actor that waits for a busy CPU holds nothing up. An actor whose
+    node or process dies is started again by Ray, and its chunk with it.
+
+    Raises:
+        InputError: an actor cannot load the teacher, a system, the codec or the recogniser.
+    """
+    if not chunks:
+        return
+    cpus, gpus = config.search.cpus_per_worker, _gpus_per_actor(config)
+    cluster = ray.cluster_resources()
+    slots = min(cluster.get("CPU", 1) // cpus, cluster.get("GPU", 0) // gpus if gpus else len(chunks))
+    if slots < 1:
+        raise InputError(f"an evaluation actor needs {cpus:g} CPU and {gpus:g} GPU, the cluster has {cluster}")
+    actor_class = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(EvaluationWorker)
+    actors = [actor_class.remote(config, max(1, int(cpus))) for _ in range(min(int(slots), len(chunks)))]
+    waiting = deque(chunks)
+    running: dict[Any, tuple[Any, Chunk | None]] = {actor.prepare.remote(): (actor, None) for actor in actors}
+    unfinished = len(chunks)
+    try:
+        while unfinished:
+            (reference,), _ = ray.wait(list(running), num_returns=1)
+            actor, chunk = running.pop(reference)
+            result = _result(reference)
+            if waiting:
+                following = waiting.popleft()
+                running[actor.run.remote(following)] = (actor, following)
+            if chunk is not None:
+                unfinished -= 1
+                yield chunk, *result
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _gpus_per_actor(config: Config) -> float:
+    if config.search.gpus_per_worker is not None:
+        return config.search.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        raise

@@ -1,0 +1,199 @@
+"""Scores of an evaluation: from rows of recognised sentences to rates, intervals, and the files of a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mamtra_ray.artifacts import write_manifest, write_text
+from mamtra_ray.errors import InputError
+from mamtra_ray.evaluation_worker import CODEC, TEACHER, Row
+from mamtra_ray.run_folder import AUDIO, AudioIndex, Clip, read_audio_index, write_audio_index
+from mamtra_ray.speech.normalization import MEAN_OVER_UTTERANCES
+from mamtra_ray.speech.wer import PairedDifference, WerResult, bootstrap_interval, paired_difference, word_error_rate
+
+SCHEMA_VERSION = 1
+FOLDER = "evaluation"
+_OWN_COLUMNS = {"audio_seconds", "word_errors", "words", "character_errors", "characters"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One system's scores; rates are fractions."""
+
+    system: str
+    normalization: str
+    wer: float
+    """Headline rate: corpus WER, or the mean over utterances where the normalisation's benchmark has it so (seed)."""
+    wer_low: float
+    """95 % bootstrap interval of ``wer`` over utterances."""
+    wer_high: float
+    cer: float
+    """Character errors over reference characters of all utterances."""
+    corpus_wer: float
+    mean_utterance_wer: float
+    sentences: int
+    rows: tuple[Row, ...]
+    """Per utterance: what was said, heard and counted."""
+    failures: tuple[Row, ...]
+    """Rows that did not become speech or text, or ran into the length limit; the rates count them as they are."""
+    difference_to_teacher: PairedDifference | None
+    """WER minus the teacher's on the same sentences; None for the teacher, and where it said other sentences."""
+    metrics: Mapping[str, float]
+    """Mean over the utterances that have it, of every further score."""
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the rows, JSON-ready."""
+        content = asdict(replace(self, rows=(), failures=()))
+        del content["rows"]
+        content["failures"] = [
+            {"utterance_id": row["utterance_id"], "failure": row["failure"]} for row in self.failures
+        ]
+        return content
+
+
+def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, Evaluation]:
+    """Rates of every system; ``rows`` by system, each in the order of the sentences.
+
+    Args:
+        rows: with at least ``utterance_id``, ``text``, ``hypothesis``, ``failure``.
+        normalization: a name in :data:`~mamtra_ray.speech.wer.NORMALIZATIONS`.
+    """
+    headline = {}
+    evaluations = {}
+    for system in sorted(rows, key=lambda name: name != TEACHER):
+        result = word_error_rate(
+            [row["text"] for row in rows[system]], [row["hypothesis"] for row in rows[system]], normalization
+        )
+        headline[system] = _per_utterance(result) if normalization in MEAN_OVER_UTTERANCES else result
+        low, high = bootstrap_interval(headline[system].errors, headline[system].words)
+        counted = tuple(
+            {
+                **row,
+                "normalized_hypothesis": hypothesis,
+                "word_errors": int(errors),
+                "words": int(words),
+                "character_errors": int(character_errors),
+                "characters": int(characters),
+            }
+            for row, hypothesis, errors, words, character_errors, characters in zip(
+                rows[system],
+                result.hypotheses,
+                result.errors,
+                result.words,
+                result.character_errors,
+                result.characters,
+                strict=True,
+            )
+        )
+        same = [row["utterance_id"] for row in counted] == [row["utterance_id"] for row in rows.get(TEACHER, ())]
+        evaluations[system] = Evaluation(
+            system=system,
+            normalization=normalization,
+            wer=headline[system].wer,
+            wer_low=low,
+            wer_high=high,
+            cer=result.cer,
+            corpus_wer=result.wer,
+            mean_utterance_wer=result.mean_utterance_wer,
+            sentences=len(counted),
+            rows=counted,
+            failures=tuple(row for row in counted if row["failure"]),
+            difference_to_teacher=paired_difference(headline[system], headline[TEACHER])
+            if same and system != TEACHER
+            else None,
+            metrics=_means(counted),
+        )
+    return {system: evaluations[system] for system in rows}
+
+
+def _per_utterance(result: WerResult) -> WerResult:
+    """The same result with every utterance weighing one, so that its corpus rate is the mean over utterances."""
+    rates = result.errors / result.words
+    return replace(result, wer=result.mean_utterance_wer, errors=rates, words=np.ones(len(rates)))
+
+
+def _means(rows: Iterable[Row]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, float) and name not in _OWN_COLUMNS:
+                values.setdefault(name, []).append(value)
+    return {name: float(np.mean(numbers)) for name, numbers in values.items()}
+
+
+def rows_file(folder: Path, system: str) -> Path:
+    """``evaluation/<system>.jsonl``."""
+    return folder / FOLDER / f"{system}.jsonl"
+
+
+def audio_file(folder: Path, system: str, utterance_id: str) -> Path:
+    """``audio/<system>/<utterance_id>.wav``; an id's slashes become underscores."""
+    return folder / AUDIO / system / f"{utterance_id.replace('/', '_')}.wav"
+
+
+def write_rows(folder: Path, system: str, rows: Iterable[Row]) -> None:
+    """Write a system's rows as JSON lines, atomically."""
+    write_text(rows_file(folder, system), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(folder: Path, system: str) -> list[Row]:
+    """A system's rows as last written; none if there is no file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = rows_file(folder, system)
+    if not path.exists():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if all(row["utterance_id"] and row["evaluation_hash"] for row in rows):
+            return rows
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path} is damaged: move it away, and its sentences are spoken again")
+
+
+def write_summary(
+    folder: Path, evaluations: Mapping[str, Evaluation], made_by: Mapping[str, Any], without_words: Sequence[str]
+) -> None:
+    """``evaluation/summary.json``: every system's rates, failures, and the sentences that could not be scored."""
+    write_manifest(
+        folder / FOLDER / "summary.json",
+        "evaluation",
+        SCHEMA_VERSION,
+        made_by,
+        systems={name: evaluation.summary() for name, evaluation in evaluations.items()},
+        left_out_no_words_after_normalization=list(without_words),
+    )
+
+
+def write_audio(folder: Path, evaluations: Mapping[str, Evaluation], examples: Sequence[str]) -> None:
+    """Add the examples' sound files of these systems to ``audio/index.json``; other systems' clips stay."""
+    old = read_audio_index(folder)
+    systems = [CODEC] * (CODEC in evaluations) + [TEACHER] * (TEACHER in evaluations)
+    systems += [name for name in evaluations if name not in systems]
+    clips, texts = [], dict(old.texts)
+    for name in systems:
+        for row in evaluations[name].rows:
+            path = audio_file(folder, name, row["utterance_id"])
+            if row["utterance_id"] in examples and path.exists():
+                file = str(path.relative_to(folder / AUDIO))
+                clips.append(Clip(name, row["utterance_id"], file, row["hypothesis"]))
+                texts[row["utterance_id"]] = row["text"]
+    kept = [clip for clip in old.clips if clip.system not in evaluations]
+    clips = kept + clips
+    used = {clip.utterance_id for clip in clips}
+    order = [name for name in old.systems if name not in evaluations]
+    # What students are compared with comes first.
+    references = [name for name in systems if name in (CODEC, TEACHER)]
+    order = references + order + [name for name in systems if name not in references]
+    write_audio_index(
+        folder, AudioIndex(tuple(order), {key: text for key, text in texts.items() if key in used}, tuple(clips))
+    )

@@ -1,0 +1,199 @@
+"""One CPU (or GPU) of an evaluation: speaks a few sentences with a system, listens, and reports what it heard.
+
+In its own module because Ray workers import it by name; ``python -m mamtra_ray.evaluate`` would make it ``__main__``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mamtra_ray.artifacts import content_hash
+from mamtra_ray.config import Config
+from mamtra_ray.corpus import Utterance
+from mamtra_ray.errors import InputError
+
+CODEC = "codec"
+"""Pseudo-system: the corpus's own speech tokens decoded, the lowest rate any model of these tokens can reach."""
+TEACHER = "teacher"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Utterances that one system speaks in one batch."""
+
+    system: str
+    model: Path | None
+    """Folder of a saved SpeechLM; None for the teacher and the codec."""
+    utterances: tuple[Utterance, ...]
+    keep_audio: frozenset[str]
+    """Ids of those whose sound is sent back."""
+
+
+def sampling_of(config: Config) -> Any:
+    """The :class:`~mamtra_ray.generate.Sampling` that ``config.evaluate`` asks for."""
+    from mamtra_ray.generate import COSYVOICE2, Sampling
+
+    settings = config.evaluate
+    window = COSYVOICE2.repetition_window if settings.repetition_aware else 0
+    return Sampling(settings.temperature, settings.top_k, settings.top_p, window, COSYVOICE2.repetition_threshold)
+
+
+class EvaluationWorker:
+    """Holds recogniser, codec and teacher; loads a system when a chunk of another one arrives."""
+
+    def __init__(self, config: Config, num_threads: int = 1) -> None:
+        self.config = config
+        self.num_threads = num_threads
+        self.prepared = False
+
+    def prepare(self) -> None:
+        """Load recogniser, codec and metrics (not in ``__init__``, whose errors Ray reports without their type).
+
+        Raises:
+            InputError: one of their files or packages is missing.
+        """
+        if self.prepared:
+            return
+        os.environ.setdefault("OMP_NUM_THREADS", str(self.num_threads))
+        import torch
+
+        from mamtra_ray.speech.codecs import vocoder_of_teacher
+        from mamtra_ray.speech.quality import metric_from_name
+        from mamtra_ray.speech.whisper import recognizer_from_name
+
+        torch.set_num_threads(self.num_threads)
+        settings, teacher = self.config.evaluate, self.config.teacher
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.recognizer = recognizer_from_name(settings.recognizer, self.num_threads)
+        self.metrics = [metric_from_name(name) for name in settings.metrics]
+        self.vocoder = vocoder_of_teacher(
+            teacher.kind,
+            Path(teacher.path) if teacher.path else None,
+            Path(settings.codec) if settings.codec else None,
+        )
+        self.teacher: Any = None
+        self.student: tuple[Path, Any] | None = None
+        self.prepared = True
+
+    def run(self, chunk: Chunk) -> tuple[list[Row], dict[str, np.ndarray], int]:
+        """Speak and recognise a chunk.
+
+        Returns:
+            One row per utterance (``utterance_id, text, hypothesis, speech_tokens, stopped, audio_seconds, failure``
+            and the metrics' values); float16 waveforms of the kept ones, by id; and their sample rate.
+        """
+        self.prepare()
+        spoken = self._speech_tokens(chunk)
+        rows, waveforms = [], []
+        for utterance, (tokens, stopped) in zip(chunk.utterances, spoken, strict=True):
+            waveform, failure = self._decode(tokens, utterance)
+            rows.append(
+                {
+                    "utterance_id": utterance.utterance_id,
+                    "text": utterance.text,
+                    "hypothesis": "",
+                    "speech_tokens": [int(token) for token in tokens],
+                    "stopped": stopped,
+                    "audio_seconds": round(len(waveform) / self.vocoder.sample_rate, 3),
+                    "failure": failure if stopped or failure else "the model did not stop within the length limit",
+                }
+            )
+            waveforms.append(waveform)
+        heard = [index for index, waveform in enumerate(waveforms) if len(waveform)]
+        self._recognize(rows, waveforms, heard)
+        self._score(rows, waveforms, heard, chunk.utterances)
+        kept = {
+            rows[index]["utterance_id"]: waveforms[index].astype(np.float16)
+            for index in heard
+            if rows[index]["utterance_id"] in chunk.keep_audio
+        }
+        return rows, kept, self.vocoder.sample_rate
+
+    def _speech_tokens(self, chunk: Chunk) -> list[tuple[Sequence[int], bool]]:
+        """Each utterance's speech tokens, and whether the system ended it by itself."""
+        if chunk.system == CODEC:
+            return [(utterance.speech_tokens.tolist(), True) for utterance in chunk.utterances]
+        from mamtra_ray.generate import generate
+
+        if self.teacher is None:
+            from mamtra_ray.teachers import load_teacher
+
+            self.teacher = load_teacher(self.config.teacher.kind, self.config.teacher.path, device=self.device)
+        prompts, bounds = [], []
+        for utterance in chunk.utterances:
+            prompt = [utterance.prompt_text_tokens, utterance.prompt_speech_tokens]
+            prompt_text, prompt_speech = [() if tokens is None else tokens.tolist() for tokens in prompt]
+            text = utterance.text_tokens.tolist()
+            prompts.append(self.teacher.sequence.prompt(text, prompt_text, prompt_speech))
+            bounds.append(self.teacher.length_bounds(text))
+        # A sentence has its own seed, so its speech does not depend on how sentences are divided into chunks.
+        seeds = [
+            int(content_hash([self.config.search.seed, utterance.utterance_id])[:8], 16)
+            for utterance in chunk.utterances
+        ]
+        model = self.teacher.model if chunk.model is None else self._student(chunk.model)
+        generated = generate(model, prompts, bounds, sampling_of(self.config), seeds)
+        return [(result.tokens, result.stopped) for result in generated]
+
+    def _student(self, folder: Path) -> Any:
+        from mamtra_ray.teachers.base import SpeechLM
+
+        if self.student is None or self.student[0] != folder:
+            self.student = (folder, SpeechLM.load(folder, device=self.device).eval())
+        return self.student[1]
+
+    def _decode(self, tokens: Sequence[int], utterance: Utterance) -> tuple[np.ndarray, str | None]:
+        """A 1-D waveform, empty if there is none, and why."""
+        from mamtra_ray.speech.codecs import Voice
+
+        silence = np.zeros(0, np.float32)
+        if not len(tokens):
+            return silence, "no speech token was generated"
+        prompt = utterance.prompt_speech_tokens
+        audio = Path(utterance.prompt_audio) if utterance.prompt_audio else None
+        try:
+            return self.vocoder.decode(tokens, None if prompt is None else Voice(prompt, audio)), None
+        except (InputError, RuntimeError, ValueError, OSError) as error:
+            # One bad utterance must not end an evaluation of hours; it counts as not spoken, and is listed.
+            return silence, f"decoding to sound failed: {error}"
+
+    def _recognize(self, rows: list[Row], waveforms: list[np.ndarray], heard: list[int]) -> None:
+        from mamtra_ray.speech.recognizer import SAMPLE_RATE
+        from mamtra_ray.speech.resampling import resampled
+
+        inputs = [resampled(waveforms[index], self.vocoder.sample_rate, SAMPLE_RATE) for index in heard]
+        try:
+            texts = self.recognizer.transcribe(inputs)
+        except (RuntimeError, ValueError, IndexError):
+            texts = [self._recognize_one(rows[index], sound) for index, sound in zip(heard, inputs, strict=True)]
+        for index, text in zip(heard, texts, strict=True):
+            rows[index]["hypothesis"] = text
+
+    def _recognize_one(self, row: Row, waveform: np.ndarray) -> str:
+        try:
+            return self.recognizer.transcribe([waveform])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            row["failure"] = f"recognition failed: {error}"
+            return ""
+
+    def _score(
+        self, rows: list[Row], waveforms: list[np.ndarray], heard: list[int], utterances: Sequence[Utterance]
+    ) -> None:
+        for metric in self.metrics:
+            prompts = [utterances[index].prompt_audio for index in heard]
+            scores = metric.score(
+                [waveforms[index] for index in heard],
+                self.vocoder.sample_rate,
+                [rows[index]["text"] for index in heard],
+                [Path(prompt) if prompt else None for prompt in prompts],
+            )
+            for index, values in zip(heard, scores, strict=True):
+                rows[index] |= values

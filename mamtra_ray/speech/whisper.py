@@ -1,0 +1,133 @@
+"""Whisper with the user's own weights, through transformers or faster-whisper; no weights are downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mamtra_ray.errors import InputError, nearest_name
+from mamtra_ray.speech.recognizer import SAMPLE_RATE, Recognizer, load_recognizer
+
+_KINDS = ("demo", "whisper", "faster-whisper")
+_WINDOW_SECONDS = 30
+"""What Whisper's encoder hears at once; longer sound goes through its long-form decoding."""
+
+
+def recognizer_from_name(name: str, num_threads: int = 1) -> Recognizer:
+    """The recogniser behind ``evaluate.recognizer``.
+
+    Args:
+        name: ``demo``, ``whisper:FOLDER`` (transformers) or ``faster-whisper:FOLDER`` (CTranslate2).
+        num_threads: CPU threads of one transcription.
+
+    Raises:
+        InputError: unknown name, missing folder, or a package that is not installed.
+    """
+    kind, separator, folder = name.partition(":")
+    if kind not in _KINDS or (kind == "demo") == bool(separator):
+        raise InputError(
+            f"evaluate.recognizer is demo, whisper:FOLDER or faster-whisper:FOLDER, not {name!r}"
+            + ("" if kind in _KINDS else f": {nearest_name(kind, _KINDS)}")
+        )
+    if kind == "demo":
+        return load_recognizer(num_threads=num_threads)
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"evaluate.recognizer: {folder or 'no folder'} given, which is no folder with Whisper weights")
+    return _load_transformers(path) if kind == "whisper" else _load_ctranslate2(path, num_threads)
+
+
+@dataclass(frozen=True)
+class WhisperTransformers:
+    """Whisper as Seed-TTS-eval runs it: transformers' generate, greedy, English, no temperature fallback."""
+
+    name: str
+    model: Any
+    """A `transformers.WhisperForConditionalGeneration` in evaluation mode."""
+    processor: Any
+    """Its `transformers.WhisperProcessor`."""
+    batch_size: int = 8
+
+    def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
+        """Text of every waveform (float32, 16 kHz, mono)."""
+        texts = [""] * len(waveforms)
+        window = _WINDOW_SECONDS * SAMPLE_RATE
+        short = [index for index, waveform in enumerate(waveforms) if len(waveform) <= window]
+        for first in range(0, len(short), self.batch_size):
+            batch = short[first : first + self.batch_size]
+            for index, text in zip(batch, self._transcribe([waveforms[index] for index in batch]), strict=True):
+                texts[index] = text
+        for index in set(range(len(waveforms))) - set(short):
+            # A model that does not stop speaks for longer than a window; cutting there would hide its insertions.
+            texts[index] = self._transcribe([waveforms[index]], truncation=False, padding="longest")[0]
+        return texts
+
+    def _transcribe(self, waveforms: list[np.ndarray], **long_form: Any) -> list[str]:
+        import torch
+
+        inputs = self.processor(
+            waveforms, sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True, **long_form
+        ).to(self.model.device)
+        inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_timestamps": bool(long_form)}
+        if getattr(self.model.generation_config, "is_multilingual", False):
+            settings |= {"language": "english", "task": "transcribe"}
+        with torch.inference_mode():
+            ids = self.model.generate(**inputs, **settings)
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _load_transformers(path: Path) -> WhisperTransformers:
+    import torch
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = WhisperForConditionalGeneration.from_pretrained(
+            path, local_files_only=True, dtype=torch.float16 if device == "cuda" else torch.float32
+        )
+        processor = WhisperProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is no Hugging Face Whisper folder: {' '.join(str(error).split())}") from None
+    return WhisperTransformers(f"whisper {path.name}, transformers, greedy", model.eval().to(device), processor)
+
+
+@dataclass(frozen=True)
+class WhisperFaster:
+    """Whisper through faster-whisper with beam 5, its default, and without temperature fallback."""
+
+    name: str
+    model: Any
+    """A `faster_whisper.WhisperModel`."""
+
+    def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
+        """Text of every waveform (float32, 16 kHz, mono)."""
+        texts = []
+        for waveform in waveforms:
+            segments, _ = self.model.transcribe(
+                np.asarray(waveform, np.float32),
+                language="en",
+                beam_size=5,
+                temperature=0.0,
+                condition_on_previous_text=False,
+            )
+            texts.append(" ".join(segment.text.strip() for segment in segments))
+        return texts
+
+
+def _load_ctranslate2(path: Path, num_threads: int) -> WhisperFaster:
+    try:
+        from faster_whisper import WhisperModel
+    except ImportError:
+        raise InputError(
+            "evaluate.recognizer=faster-whisper needs the package faster-whisper, which is not installed: "
+            "pip install 'mamtra-ray[demo]'"
+        ) from None
+    if not (path / "model.bin").is_file():
+        raise InputError(f"{path} is no CTranslate2 Whisper folder: model.bin is missing")
+    model = WhisperModel(str(path), device="auto", cpu_threads=num_threads, local_files_only=True)
+    return WhisperFaster(f"whisper {path.name}, faster-whisper, beam 5", model)

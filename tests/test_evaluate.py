@@ -1,0 +1,267 @@
+"""Evaluation: the Ray pool against the same steps by hand, reuse, failures, and the files it leaves."""
+
+import json
+import wave
+
+import jiwer
+import numpy as np
+import pytest
+import ray
+import torch
+from tiny_models import VOCABULARY, transformers_model, write_folder
+from tiny_whisper import write_tiny_whisper
+
+from mamtra_ray import evaluate, evaluation_pool
+from mamtra_ray.config import load_config
+from mamtra_ray.corpus import write_corpus
+from mamtra_ray.errors import InputError
+from mamtra_ray.evaluate import evaluate_systems
+from mamtra_ray.evaluation_results import scored
+from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker, sampling_of
+from mamtra_ray.generate import generate
+from mamtra_ray.run_folder import read_audio_index
+from mamtra_ray.speech import tokenizer as tk
+from mamtra_ray.speech.vocoder import Codec, DecoderConfig, TokenDecoder, load_codec
+from mamtra_ray.speech.whisper import recognizer_from_name
+from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.base import make_student
+
+TEXTS = ["a bad cab", "dead bee", "ace", "a cab added", "fade"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a teacher, a student, a corpus, a codec and a recogniser, all tiny and random."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_folder(folder / "teacher", transformers_model())
+    teacher = load_teacher("huggingface", folder / "teacher")
+    make_student(teacher.model, "AMAM").save(folder / "student")
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "utterance_id": f"test/{index}",
+            "text": text,
+            "text_tokens": random.integers(0, VOCABULARY.text_size, 3).tolist(),
+            "speech_tokens": random.integers(0, VOCABULARY.eos_id, 30).tolist() if index else [],
+            "split": "test",
+        }
+        for index, text in enumerate([*TEXTS, "..."])
+    ]
+    write_corpus(folder / "corpus.parquet", rows, tokenizer="tiny", made_by={"test": True})
+    torch.manual_seed(0)
+    codebook = torch.randn(VOCABULARY.speech_size, tk.FRAMES_PER_TOKEN * tk.NUM_MELS)
+    decoder = TokenDecoder(DecoderConfig(channels=8, num_blocks=1))
+    Codec(tk.Tokenizer(codebook), decoder, {"made": "by a test"}).save(folder / "codec.safetensors")
+    write_tiny_whisper(folder / "whisper")
+    return folder
+
+
+def config_of(place, **changes):
+    values = {
+        "teacher.kind": "huggingface",
+        "teacher.path": place / "teacher",
+        "corpus.path": place / "corpus.parquet",
+        "evaluate.codec": place / "codec.safetensors",
+        "evaluate.recognizer": f"whisper:{place / 'whisper'}",
+        "evaluate.normalization": "whisper_basic",
+        "evaluate.audio_examples": 2,
+        **changes,
+    }
+    return load_config(None, [f"{key}={value}" for key, value in values.items()])
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def evaluated_run(place, cluster, tmp_path_factory):
+    """One evaluation by two actors, used by several tests."""
+    folder = tmp_path_factory.mktemp("run")
+    progress = []
+    evaluations = evaluate_systems(
+        config_of(place), {"AMAM": place / "student"}, folder, on_progress=lambda *counts: progress.append(counts)
+    )
+    return folder, evaluations, progress
+
+
+def test_pool_equals_the_steps_by_hand(place, evaluated_run):
+    folder, evaluations, progress = evaluated_run
+    config = config_of(place)
+    teacher = load_teacher("huggingface", place / "teacher")
+    student = make_student(teacher.model, "AMAM")
+    codec = load_codec(place / "codec.safetensors")
+    recognizer = recognizer_from_name(config.evaluate.recognizer)
+    assert list(evaluations) == ["codec", "teacher", "AMAM"]
+    assert progress[0] == (0, 14) and progress[-1] == (14, 14)
+    corpus = {row["utterance_id"]: row for row in evaluate.read_corpus(place / "corpus.parquet").to_pylist()}
+    heard = set()
+    for name, model in {"codec": None, "teacher": teacher.model, "AMAM": student}.items():
+        rows = evaluations[name].rows
+        assert [row["text"] for row in rows] == (TEXTS if model else TEXTS[1:])
+        for row in rows:
+            sentence = corpus[row["utterance_id"]]
+            if model is None:
+                tokens, stopped = sentence["speech_tokens"], True
+            else:
+                prompt = teacher.sequence.prompt(sentence["text_tokens"])
+                (alone,) = generate(model, [prompt], [teacher.length_bounds(sentence["text_tokens"])])
+                tokens, stopped = list(alone.tokens), alone.stopped
+            assert (row["speech_tokens"], row["stopped"]) == (tokens, stopped)
+            assert bool(row["failure"]) == (not stopped)
+            assert row["hypothesis"] == recognizer.transcribe([codec.decode(tokens)])[0]
+            heard.add(row["hypothesis"])
+        hypotheses = [" ".join(row["hypothesis"].lower().split()) for row in rows]
+        assert evaluations[name].wer == pytest.approx(jiwer.wer([row["text"] for row in rows], hypotheses))
+        assert evaluations[name].cer == pytest.approx(jiwer.cer([row["text"] for row in rows], hypotheses))
+    assert len(heard) > 3
+    difference = evaluations["AMAM"].difference_to_teacher
+    assert difference.difference == pytest.approx(evaluations["AMAM"].wer - evaluations["teacher"].wer)
+    # The codec has no recording of the first sentence, so its rate is of other sentences than the teacher's.
+    assert evaluations["teacher"].difference_to_teacher is None and evaluations["codec"].difference_to_teacher is None
+
+
+def test_files_of_an_evaluation(evaluated_run):
+    folder, evaluations, _ = evaluated_run
+    summary = json.loads((folder / "evaluation" / "summary.json").read_text())
+    assert summary["systems"]["AMAM"]["wer"] == evaluations["AMAM"].wer
+    assert summary["left_out_no_words_after_normalization"] == ["test/5"]
+    lines = (folder / "evaluation" / "teacher.jsonl").read_text().splitlines()
+    assert [json.loads(line)["utterance_id"] for line in lines] == [f"test/{index}" for index in range(5)]
+    index = read_audio_index(folder)
+    assert index.systems == ("codec", "teacher", "AMAM")
+    assert {clip.file for clip in index.clips} == {
+        "codec/test_1.wav", *[f"{system}/test_{index}.wav" for system in ("teacher", "AMAM") for index in (0, 1)]
+    }  # fmt: skip
+    clip = next(clip for clip in index.clips if clip.system == "teacher")
+    row = next(row for row in evaluations["teacher"].rows if row["utterance_id"] == clip.utterance_id)
+    assert clip.hypothesis == row["hypothesis"]
+    with wave.open(str(folder / "audio" / clip.file)) as file:
+        assert file.getnframes() / file.getframerate() == pytest.approx(row["audio_seconds"], abs=1e-3)
+
+
+def test_finished_sentences_are_not_spoken_again(place, evaluated_run, monkeypatch):
+    folder, before, _ = evaluated_run
+
+    def no_actor(*_, **__):
+        raise AssertionError("an actor was started although everything was there")
+
+    monkeypatch.setattr(evaluation_pool.ray, "remote", no_actor)
+    systems = {"AMAM": place / "student"}
+    again = evaluate_systems(config_of(place), systems, folder)
+    assert again["AMAM"].summary() == before["AMAM"].summary()
+    seed = evaluate_systems(config_of(place, **{"evaluate.normalization": "seed"}), systems, folder)
+    assert seed["AMAM"].wer == seed["AMAM"].mean_utterance_wer
+    fewer = evaluate_systems(config_of(place, **{"evaluate.sentences": 2}), systems, folder)
+    assert fewer["AMAM"].sentences == 2
+    with pytest.raises(AssertionError, match="an actor was started"):
+        evaluate_systems(config_of(place, **{"evaluate.temperature": 0.5}), systems, folder)
+    assert evaluate_systems(config_of(place), systems, folder)["AMAM"].sentences == 5
+
+
+def test_only_lost_sentences_are_spoken_again(place, evaluated_run):
+    folder, before, _ = evaluated_run
+    path = folder / "evaluation" / "AMAM.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + lines[3:]))
+    progress = []
+    after = evaluate_systems(
+        config_of(place), {"AMAM": place / "student"}, folder, on_progress=lambda *counts: progress.append(counts)
+    )
+    assert progress == [(13, 14), (14, 14)]
+    assert after["AMAM"].rows == before["AMAM"].rows
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(InputError, match=r"AMAM.jsonl is damaged"):
+        evaluate_systems(config_of(place), {"AMAM": place / "student"}, folder)
+    path.write_text("".join(lines))
+
+
+def test_errors_of_an_actor_reach_the_user(place, cluster, tmp_path):
+    with pytest.raises(InputError, match="nowhere given, which is no folder with Whisper weights$"):
+        evaluate_systems(config_of(place, **{"evaluate.recognizer": "whisper:nowhere"}), {}, tmp_path)
+
+
+def test_bad_input_is_refused_before_any_work(place, tmp_path, capsys):
+    for changes, message in {
+        ("evaluate.normalization", "seeds"): "did you mean 'seed'",
+        ("evaluate.sentences", 0): "nothing to speak",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            evaluate_systems(config_of(place, **dict([changes])), {}, tmp_path)
+    for name in ("codec", "a/b", ""):
+        with pytest.raises(InputError, match="cannot be called"):
+            evaluate_systems(config_of(place), {name: None}, tmp_path)
+    with pytest.raises(InputError, match="holds no saved model"):
+        evaluate_systems(config_of(place), {"a": tmp_path}, tmp_path)
+    assert evaluate.main(["--system", "name-only", "--run", str(tmp_path)]) == 2
+    assert "NAME=FOLDER" in capsys.readouterr().err
+
+
+class _Recognizer:
+    name = "stub"
+
+    def transcribe(self, waveforms):
+        if len(waveforms) > 1 or waveforms[0].max() > 0.5:
+            raise RuntimeError("too loud")
+        return ["heard"]
+
+
+class _Vocoder:
+    sample_rate = 8_000
+
+    def decode(self, speech_tokens, voice=None):
+        if speech_tokens[0] == 0:
+            raise InputError("token 0 is silence")
+        return np.full(800, speech_tokens[0] / 10, np.float32)
+
+
+def test_failures_of_single_utterances_are_listed_and_counted(place):
+    worker = EvaluationWorker(config_of(place))
+    worker.prepared, worker.recognizer, worker.vocoder, worker.metrics = True, _Recognizer(), _Vocoder(), []
+    sentences = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[:4]
+    for sentence, first in zip(sentences, (None, 0, 1, 9), strict=True):
+        tokens = np.array([] if first is None else [first, 1], np.int32)
+        object.__setattr__(sentence, "speech_tokens", tokens)
+    rows, kept, rate = worker.run(Chunk("codec", None, tuple(sentences), frozenset({"test/2"})))
+    assert [row["hypothesis"] for row in rows] == ["", "", "heard", ""]
+    assert [row["failure"] for row in rows] == [
+        "no speech token was generated",
+        "decoding to sound failed: token 0 is silence",
+        None,
+        "recognition failed: too loud",
+    ]
+    assert list(kept) == ["test/2"] and rate == 8_000
+    evaluation = scored({"codec": rows}, "whisper_basic")["codec"]
+    assert [row["utterance_id"] for row in evaluation.failures] == ["test/0", "test/1", "test/3"]
+    assert evaluation.wer == pytest.approx(1.0)
+
+
+def test_seed_headline_is_the_mean_over_utterances():
+    def row(text, hypothesis, **more):
+        return {"utterance_id": text, "text": text, "hypothesis": hypothesis, "failure": None, **more}
+
+    random = np.random.default_rng(1)
+    teacher = [row("one two", "one"), row("a b c d e f g h", "a b c d e f g h")] + [
+        row(f"word{index} " * int(random.integers(1, 9)), f"word{index}") for index in range(30)
+    ]
+    student = [row(r["text"], "" if index % 3 else r["hypothesis"], utmos=3.0) for index, r in enumerate(teacher)]
+    result = scored({"student": student, "teacher": teacher}, "seed")
+    rates = np.array([jiwer.wer(r["text"].strip(), r["hypothesis"]) for r in teacher])
+    assert result["teacher"].wer == pytest.approx(rates.mean())
+    assert result["teacher"].corpus_wer < result["teacher"].wer
+    means = [random.choice(rates, len(rates)).mean() for _ in range(4000)]
+    assert (result["teacher"].wer_low, result["teacher"].wer_high) == pytest.approx(
+        np.quantile(means, [0.025, 0.975]), abs=0.03
+    )
+    difference = result["student"].difference_to_teacher
+    assert difference.difference == pytest.approx(result["student"].wer - result["teacher"].wer)
+    assert difference.low > 0 and result["student"].metrics == {"utmos": 3.0}
+
+
+def test_sampling_settings(place):
+    config = config_of(place, **{"evaluate.temperature": 0.7, "evaluate.repetition_aware": "true"})
+    sampling = sampling_of(config)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_window) == (0.7, 0.8, 25, 10)
