@@ -170,6 +170,10 @@ class EvaluateConfig(_Section):
     """Sentences of the test split that are spoken and recognised; 0 skips the WER."""
     recognizer: str = "demo"
     """demo (offline Whisper tiny.en), or whisper:PATH, faster-whisper:PATH with the user's weights."""
+    codec: str | None = None
+    """Folder or file of the codec that makes sound of speech tokens; none: the teacher's own (demo, cosyvoice2)."""
+    metrics: tuple[str, ...] = ()
+    """Further scores: speaker_similarity, speaker_similarity:PATH, utmos:PATH, dnsmos, versa:FILE."""
     normalization: str = "demo"
     """Text normalisation before the WER: demo, seed, whisper_basic, whisper_en."""
     temperature: float = Field(0.0, ge=0)
@@ -182,6 +186,11 @@ class EvaluateConfig(_Section):
     """CosyVoice 2's repetition-aware sampling."""
     audio_examples: int = Field(4, ge=0)
     """Utterances whose audio goes into the report, for every system."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class Config(_Section):
