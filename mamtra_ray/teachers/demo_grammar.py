@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from mamtra_ray.errors import InputError, nearest_name
 
 MOVING_VERBS = ("move", "bring", "carry", "push")
-HANDLING_VERBS = ("open", "find", "wash")
-COLOURS = ("yellow", "purple", "orange", "green", "silver", "black")
-OBJECTS = ("window", "camera", "basket", "bottle", "guitar", "ladder", "pencil", "blanket", "mirror", "letter")
+HANDLING_VERBS = ("open", "find", "watch")
+COLOURS = ("yellow", "purple", "orange", "green", "golden", "black")
+OBJECTS = ("window", "camera", "basket", "bottle", "guitar", "trumpet", "pencil", "blanket", "telephone", "letter")
 PLACES = ("kitchen", "garden", "museum", "office", "station", "library", "hospital", "bridge")
 NUMBERS = ("three", "five", "six", "seven", "nine", "eleven")
 TIMES = ("today", "tomorrow", "tonight", "monday", "friday", "sunday")
@@ -43,7 +43,7 @@ WORDS = tuple(
 _WORD_IDS = {word: index for index, word in enumerate(WORDS)}
 _WEEKDAYS = frozenset({"monday", "friday", "sunday"})
 _CLAUSE_COUNTS = (1, 2, 3)
-_CLAUSE_WEIGHTS = (0.4, 0.4, 0.2)
+_CLAUSE_WEIGHTS = (0.55, 0.33, 0.12)
 
 
 def draw_sentence(random_state: random.Random) -> str:
@@ -124,13 +124,10 @@ def tokenize_text(text: str) -> list[int]:
     """
     words = text.lower().replace(",", " ").replace(".", " ").split()
     if not words:
-        raise InputError("The text is empty; expected at least one word of the demo vocabulary.")
+        raise InputError("the text is empty; expected at least one word of the demo vocabulary")
     for word in words:
         if word not in _WORD_IDS:
-            raise InputError(
-                f"The demo teacher does not know the word {word!r}; the nearest word it knows is "
-                f"{nearest_name(word, WORDS)!r}."
-            )
+            raise InputError(f"The demo teacher does not know the word {word!r}: {nearest_name(word, WORDS)}")
     return [_WORD_IDS[word] for word in words]
 
 

@@ -1,0 +1,177 @@
+"""Word and character error rates of recognised speech, with intervals from resampling utterances."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mamtra_ray.errors import InputError, nearest_name
+from mamtra_ray.speech.normalization import PUBLISHED
+
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def _spell_digits(match: re.Match[str]) -> str:
+    digits = match.group()
+    if len(digits) > 2 or (len(digits) == 2 and digits[0] == "0"):
+        return " ".join(_UNITS[int(digit)] for digit in digits)
+    number = int(digits)
+    if number < 20:
+        return _UNITS[number]
+    tens, units = divmod(number, 10)
+    return _TENS[tens] + (f" {_UNITS[units]}" if units else "")
+
+
+def normalize_demo(text: str) -> str:
+    """Lower-case words without punctuation, digits spelled out.
+
+    Whisper writes spoken numbers as digits; up to 99 they are read as a number, longer strings
+    digit by digit ("20" -> "twenty", "914" -> "nine one four"), "#7" as "number seven".
+    """
+    text = text.lower().replace("#", " number ")
+    text = re.sub(r"\bno\.\s*(?=\d)", "number ", text)
+    text = re.sub(r"\d+", lambda match: f" {_spell_digits(match)} ", text)
+    text = re.sub(r"[^a-z' ]", " ", text)
+    return " ".join(text.split())
+
+
+NORMALIZATIONS: dict[str, Callable[[str], str]] = {"demo": normalize_demo, **PUBLISHED}
+"""Text normalisation by name; applied to reference and hypothesis alike."""
+
+
+@dataclass(frozen=True)
+class WerResult:
+    """Errors of recognised speech. Rates are fractions, not percent.
+
+    `errors` and `words` are int64 arrays with one entry an utterance, so that intervals and paired
+    comparisons can be made later without recognising again.
+    """
+
+    wer: float
+    """Sum of errors over sum of reference words (corpus WER)."""
+    mean_utterance_wer: float
+    """Unweighted mean of the utterances' WERs, as seed-tts-eval reports it."""
+    cer: float
+    """Character errors over reference characters, blanks included."""
+    errors: np.ndarray
+    words: np.ndarray
+    character_errors: np.ndarray
+    characters: np.ndarray
+    hypotheses: tuple[str, ...]
+    """Normalised hypotheses."""
+
+
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalize: str = "demo") -> WerResult:
+    """Word and character error rates through jiwer's alignment.
+
+    Args:
+        references: what was to be said.
+        hypotheses: what was recognised, in the same order.
+        normalize: a name in `NORMALIZATIONS`.
+
+    Raises:
+        InputError: unequal counts, no utterance, an unknown normalisation, or a reference without words.
+    """
+    import jiwer
+
+    if normalize not in NORMALIZATIONS:
+        raise InputError(
+            f"unknown text normalisation {normalize!r}: {nearest_name(normalize, NORMALIZATIONS)}"
+        )
+    if len(references) != len(hypotheses) or not references:
+        raise InputError(
+            f"WER needs as many hypotheses as references and at least one; "
+            f"got {len(references)} references and {len(hypotheses)} hypotheses."
+        )
+    apply = NORMALIZATIONS[normalize]
+    normal_references = [apply(reference) for reference in references]
+    normal_hypotheses = [apply(hypothesis) for hypothesis in hypotheses]
+    counts = []
+    for reference, hypothesis, original in zip(normal_references, normal_hypotheses, references, strict=True):
+        if not reference:
+            raise InputError(f"The reference {original!r} has no words after the {normalize!r} normalisation.")
+        words = jiwer.process_words(reference, hypothesis)
+        characters = jiwer.process_characters(reference, hypothesis)
+        counts.append(
+            (
+                words.substitutions + words.deletions + words.insertions,
+                words.hits + words.substitutions + words.deletions,
+                characters.substitutions + characters.deletions + characters.insertions,
+                characters.hits + characters.substitutions + characters.deletions,
+            )
+        )
+    errors, num_words, character_errors, num_characters = np.array(counts, np.int64).T
+    return WerResult(
+        wer=float(errors.sum() / num_words.sum()),
+        mean_utterance_wer=float((errors / num_words).mean()),
+        cer=float(character_errors.sum() / num_characters.sum()),
+        errors=errors,
+        words=num_words,
+        character_errors=character_errors,
+        characters=num_characters,
+        hypotheses=tuple(normal_hypotheses),
+    )
+
+
+def bootstrap_interval(
+    errors: Sequence[int] | np.ndarray,
+    words: Sequence[int] | np.ndarray,
+    seed: int = 0,
+    level: float = 0.95,
+    num_draws: int = 2000,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the corpus WER, resampling utterances.
+
+    Args:
+        errors, words: one entry an utterance, as in `WerResult`.
+        seed: seed of the resampling.
+        level: probability the interval should cover.
+        num_draws: bootstrap samples.
+
+    Returns:
+        (low, high) as fractions.
+    """
+    rates = _resampled_rates(np.asarray(errors, np.float64)[None], np.asarray(words, np.float64), seed, num_draws)[0]
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Corpus WER of a minus that of b on the same utterances, with its bootstrap interval (fractions)."""
+
+    difference: float
+    low: float
+    high: float
+    probability_a_not_worse: float
+    """Share of the bootstrap samples in which a's WER is at most b's."""
+
+
+def paired_difference(
+    a: WerResult, b: WerResult, seed: int = 0, level: float = 0.95, num_draws: int = 2000
+) -> PairedDifference:
+    """Compare two systems on the same utterances; resampling both together removes sentence difficulty.
+
+    Raises:
+        InputError: the two results are not of the same references.
+    """
+    if not np.array_equal(a.words, b.words):
+        raise InputError("A paired comparison needs both results on the same utterances in the same order.")
+    rates = _resampled_rates(np.stack([a.errors, b.errors]).astype(np.float64), a.words, seed, num_draws)
+    differences = rates[0] - rates[1]
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    return PairedDifference(a.wer - b.wer, float(low), float(high), float((differences <= 0).mean()))
+
+
+def _resampled_rates(errors_SN: np.ndarray, words_N: np.ndarray, seed: int, num_draws: int) -> np.ndarray:
+    """Corpus WER of S systems in every bootstrap sample, shape (S, num_draws)."""
+    num_utterances = len(words_N)
+    draws = np.random.default_rng(seed).integers(num_utterances, size=(num_draws, num_utterances))
+    return errors_SN[:, draws].sum(-1) / np.asarray(words_N, np.float64)[draws].sum(-1)

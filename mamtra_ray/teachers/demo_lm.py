@@ -1,0 +1,230 @@
+"""Fourth stage of the demo build: train the teacher, a small Qwen2 over words and speech tokens.
+
+Trained with transformers' own `Qwen2ForCausalLM`; nothing of this project's models is involved, so the
+teacher is an independent check of them.
+
+Tensor letters: B utterances, L positions, N labelled positions.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from mamtra_ray.artifacts import written_atomically
+from mamtra_ray.losses import IGNORE
+from mamtra_ray.teachers.base import SequenceFormat, Vocabulary
+from mamtra_ray.teachers.demo_grammar import WORDS
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Shape and training of the teacher."""
+
+    num_layers: int = 12
+    hidden_size: int = 128
+    mlp_size: int = 336
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    max_length: int = 512
+    steps: int = 2_600
+    batch_tokens: int = 2_000
+    """Padded positions of one batch."""
+    learning_rate: float = 3e-3
+    corruption: float = 0.12
+    """Share of the speech tokens that the model reads replaced by random ones. A model that only ever read
+    correct tokens would not find back after its own first mistake."""
+    seed: int = 0
+    steps_per_checkpoint: int = 200
+
+
+Example = tuple[list[int], list[np.ndarray]]
+"""Text ids, and the speech tokens of the same sentence in every phase of the token grid."""
+
+
+def sequence_format(codebook_size: int) -> SequenceFormat:
+    """Ids of the demo: words, speech tokens and their end, then start-of-sequence and task."""
+    vocabulary = Vocabulary(len(WORDS), codebook_size + 1, 2, codebook_size, (codebook_size,))
+    start, task = vocabulary.control_offset, vocabulary.control_offset + 1
+    return SequenceFormat((start,), (task,), vocabulary)
+
+
+def new_teacher(sequence: SequenceFormat, settings: TeacherSettings) -> Qwen2ForCausalLM:
+    """An untrained teacher whose `generate` only ever says speech ids."""
+    vocabulary = sequence.vocabulary
+    torch.manual_seed(settings.seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary.size,
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.mlp_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_heads,
+            num_key_value_heads=settings.num_kv_heads,
+            max_position_embeddings=settings.max_length,
+            tie_word_embeddings=False,
+            bos_token_id=sequence.prefix[0],
+            eos_token_id=vocabulary.speech_offset + vocabulary.eos_id,
+            pad_token_id=vocabulary.speech_offset + vocabulary.eos_id,
+        )
+    )
+    speech = range(vocabulary.speech_offset, vocabulary.control_offset)
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+        suppress_tokens=[index for index in range(vocabulary.size) if index not in speech],
+        max_length=settings.max_length,
+        do_sample=False,
+    )
+    with torch.no_grad():
+        # Rows outside the speech ids are never trained; zeros make the file smaller and say so.
+        model.lm_head.weight[: vocabulary.speech_offset] = 0
+        model.lm_head.weight[vocabulary.control_offset :] = 0
+    return model
+
+
+def train_teacher(
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    sequence: SequenceFormat,
+    settings: TeacherSettings,
+    checkpoint: Path,
+) -> Qwen2ForCausalLM:
+    """Train for `settings.steps` steps, going on from `checkpoint` if it exists.
+
+    Args:
+        train: text and token sequences; every visit of a sentence draws one of its phases.
+        validation: their first phases are scored at every checkpoint.
+        sequence: ids and order of a training sequence.
+        settings: shape and training.
+        checkpoint: torch file with model, optimizer and step, written every `steps_per_checkpoint` steps.
+    """
+    model = new_teacher(sequence, settings)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, (0.9, 0.98), weight_decay=0.1)
+    first_step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"]
+        print(f"teacher: going on from step {first_step}", flush=True)
+    started, running = time.monotonic(), math.nan
+    for step, batch in enumerate(_batches(train, sequence, settings), 1):
+        if step > settings.steps:
+            break
+        if step <= first_step:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
+        input_ids_BL, labels_BL = _pad(batch)
+        input_ids_BL = _corrupt(input_ids_BL, labels_BL, sequence.vocabulary, settings, step)
+        loss = speech_loss(model, input_ids_BL, labels_BL, sequence.vocabulary)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        running = loss.item() if math.isnan(running) else running + 0.02 * (loss.item() - running)
+        if step % settings.steps_per_checkpoint == 0 or step == settings.steps:
+            with written_atomically(checkpoint) as temporary:
+                torch.save(
+                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary
+                )
+            rest = (time.monotonic() - started) / (step - first_step) * (settings.steps - step)
+            held_out = validation_loss(model, validation, sequence, settings)
+            print(
+                f"teacher: step {step}/{settings.steps}, loss {running:.3f} (corrupted input), "
+                f"validation {held_out:.3f} nats a token, about {rest / 60:.1f} min left",
+                flush=True,
+            )
+    return model.eval()
+
+
+def speech_loss(model: Qwen2ForCausalLM, input_ids_BL: Tensor, labels_BL: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Mean cross-entropy in nats over the labelled positions, among the speech ids only."""
+    # Padding is on the right, where causal attention never looks: no mask.
+    hidden_ND = model.model(input_ids=input_ids_BL, use_cache=False).last_hidden_state[labels_BL != IGNORE]
+    head = model.lm_head.weight[vocabulary.speech_offset : vocabulary.control_offset]
+    return functional.cross_entropy(hidden_ND @ head.T, labels_BL[labels_BL != IGNORE])
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Qwen2ForCausalLM, examples: Sequence[Example], sequence: SequenceFormat, settings: TeacherSettings
+) -> float:
+    """Mean cross-entropy of the first phases, in nats a token (the end counts as one)."""
+    ordered = sorted(examples, key=lambda example: len(example[1][0]))
+    rows = [sequence.training_example(text, phases[0]) for text, phases in ordered]
+    total, count = 0.0, 0
+    for batch in _split(rows, settings.batch_tokens):
+        input_ids_BL, labels_BL = _pad(batch)
+        labelled = int((labels_BL != IGNORE).sum())
+        total += speech_loss(model, input_ids_BL, labels_BL, sequence.vocabulary).item() * labelled
+        count += labelled
+    return total / count
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Factor of the learning rate: linear warm-up over 4 %, then a cosine to a hundredth."""
+    warmup = max(1, steps // 25)
+    if step <= warmup:
+        return step / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def _batches(
+    train: Sequence[Example], sequence: SequenceFormat, settings: TeacherSettings
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Endless batches of about equally long sequences; every epoch has its own seeded order and phases."""
+    epoch = 0
+    while True:
+        random_state = random.Random(f"{settings.seed} {epoch}")
+        rows = [sequence.training_example(text, random_state.choice(phases)) for text, phases in train]
+        random_state.shuffle(rows)
+        # Sorting pools of a few batches keeps most of the randomness and wastes little on padding.
+        pools = [sorted(rows[start : start + 300], key=lambda row: len(row[0])) for start in range(0, len(rows), 300)]
+        batches = [batch for pool in pools for batch in _split(pool, settings.batch_tokens)]
+        random_state.shuffle(batches)
+        yield from batches
+        epoch += 1
+
+
+def _split(rows: Sequence[tuple[Tensor, Tensor]], batch_tokens: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Consecutive batches whose padded size stays within `batch_tokens` (one row at least)."""
+    batch: list[tuple[Tensor, Tensor]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row[0]))
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, longest = [], len(row[0])
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _pad(batch: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Right-padded input ids and labels (B, L)."""
+    input_ids, labels = zip(*batch, strict=True)
+    pad = nn.utils.rnn.pad_sequence
+    return pad(input_ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE)
+
+
+def _corrupt(
+    input_ids_BL: Tensor, labels_BL: Tensor, vocabulary: Vocabulary, settings: TeacherSettings, step: int
+) -> Tensor:
+    """Replace some of the speech tokens that are read; labels stay correct."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    is_speech_BL = (input_ids_BL >= vocabulary.speech_offset) & (input_ids_BL < vocabulary.control_offset)
+    chosen_BL = torch.rand(input_ids_BL.shape, generator=generator) < settings.corruption
+    random_BL = torch.randint(vocabulary.eos_id, input_ids_BL.shape, generator=generator) + vocabulary.speech_offset
+    return torch.where(is_speech_BL & chosen_BL, random_BL, input_ids_BL)
