@@ -11,7 +11,7 @@ Tensor letters: B batch, L new positions, T past and new positions, D model widt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +179,17 @@ def granite_config(config: HybridConfig, **overrides: Any) -> GraniteMoeHybridCo
     )
 
 
+class ExactRotaryEmbedding(GraniteMoeHybridRotaryEmbedding):
+    """RoPE whose frequencies stay float32: ``model.bfloat16()`` would round them, and positions drift apart."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
 class CachedMixer(nn.Module):
     """A :class:`MambaMixer` in a decoder layer's Mamba slot, keeping its state in transformers' hybrid cache."""
 
@@ -224,7 +235,7 @@ def empty_body(config: HybridConfig) -> GraniteMoeHybridModel:
                 if not biased:
                     getattr(layer.self_attn, name).register_parameter("bias", None)
     # Its frequencies are computed, not loaded.
-    body.rotary_emb = GraniteMoeHybridRotaryEmbedding(granite)
+    body.rotary_emb = ExactRotaryEmbedding(granite)
     return body
 
 
