@@ -66,6 +66,8 @@ class CacheConfig(_Section):
     """Approximate bits a dimension with format hidden_quantized."""
     utterances_per_shard: int = Field(512, gt=0)
     """Rows of one Parquet shard: what a killed run recomputes at most, per actor."""
+    actors: int | None = Field(None, gt=0)
+    """Ray Data actors that hold the teacher; none: one for each GPU of the cluster, or one on the CPU."""
 
 
 class StudentConfig(_Section):
@@ -82,8 +84,10 @@ class AlignConfig(_Section):
     """Padded tokens of a batch."""
     learning_rate: float = Field(3e-3, gt=0)
     """Peak learning rate of AdamW."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast type of the mixers' forward pass."""
     workers: int = Field(1, gt=0)
-    """Ray Train workers."""
+    """Processes that train together; one is a plain Ray task, several are a Ray Train run."""
 
 
 class ProbeConfig(_Section):

@@ -1,0 +1,155 @@
+"""What a Ray worker of the teacher cache does: hold the teacher, run it over utterances, write a shard.
+
+Tensor letters: B batch, L length, N labelled positions, D model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mamtra_ray.cache_formats import QuantizedHiddenFormat, calibrate, row_format
+from mamtra_ray.cache_manifest import PlannedShard, encode_shard, finished_shard, shard_table
+from mamtra_ray.cache_storage import Storage
+from mamtra_ray.corpus import Utterance, utterances
+from mamtra_ray.errors import InputError
+from mamtra_ray.losses import IGNORE
+from mamtra_ray.teachers import load_teacher
+
+# Padded tokens of one forward pass: enough to fill a GPU, little enough for its memory.
+BATCH_TOKENS = 8_192
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What every worker of one cache must know.
+
+    Attributes:
+        made_by: entries of the manifest; the loaded teacher's fingerprint must be the one in it.
+        quantizer: content of the quantiser's file, for the format that has one.
+    """
+
+    teacher_kind: str
+    teacher_path: str | None
+    storage: Storage
+    made_by: Mapping[str, Any]
+    quantizer: bytes | None = None
+
+
+class TeacherPass:
+    """A loaded teacher and the job it is for.
+
+    Raises:
+        InputError: the teacher that this machine finds is not the job's.
+    """
+
+    def __init__(self, job: CacheJob) -> None:
+        # Measured: with several workers on a machine one thread each is fastest; it also fixes the summation order.
+        torch.set_num_threads(1)
+        self.job = job
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.teacher = load_teacher(job.teacher_kind, job.teacher_path, device=self.device)
+        if self.teacher.fingerprint != job.made_by["teacher"]:
+            raise InputError(
+                f"this machine's teacher {job.teacher_path or job.teacher_kind} is another one than the driver's: "
+                f"fingerprint {self.teacher.fingerprint}, not {job.made_by['teacher']}"
+            )
+
+    @torch.inference_mode()
+    def hidden_states(self, rows: list[Utterance]) -> Iterator[tuple[list[int], Tensor]]:
+        """Final hidden states of the labelled positions, batch by batch.
+
+        Utterances of about equal length share a batch. The batches depend on ``rows`` only, so that a repeated
+        pass gives the same bits.
+
+        Yields:
+            indices into ``rows`` of a batch, and their positions' hidden states (N, D), in that order.
+        """
+        examples = [
+            self.teacher.sequence.training_example(row.text_tokens.tolist(), row.speech_tokens.tolist()) for row in rows
+        ]
+        by_length = sorted(range(len(rows)), key=lambda index: (-len(examples[index][0]), index))
+        while by_length:
+            longest = len(examples[by_length[0]][0])
+            count = max(1, BATCH_TOKENS // longest)
+            batch, by_length = by_length[:count], by_length[count:]
+            input_ids_BL = torch.zeros(len(batch), longest, dtype=torch.int64)
+            labels_BL = torch.full((len(batch), longest), IGNORE)
+            for row, index in enumerate(batch):
+                input_ids, labels = examples[index]
+                input_ids_BL[row, : len(input_ids)] = input_ids
+                labels_BL[row, : len(labels)] = labels
+            # Padded right, so no position sees padding and no mask is needed.
+            hidden_BLD = self.teacher.model.hidden_states(input_ids_BL.to(self.device))
+            yield batch, hidden_BLD[(labels_BL != IGNORE).to(self.device)]
+
+    @torch.inference_mode()
+    def shard(self, planned: PlannedShard, table: pa.Table) -> pa.Buffer:
+        """The bytes of the shard of these utterances."""
+        rows = utterances(table)
+        model = self.teacher.model
+        rows_format = row_format(
+            self.job.made_by["format"], model.config.hidden_size, model.vocabulary.speech_size, self.job.quantizer
+        )
+        encoded: list[dict[str, Any]] = [{} for _ in rows]
+        for batch, hidden_ND in self.hidden_states(rows):
+            counts = [len(rows[index].speech_tokens) + 1 for index in batch]
+            for index, columns in zip(batch, rows_format.encode(hidden_ND, model.head, counts), strict=True):
+                encoded[index] = columns
+        for row, columns in zip(rows, encoded, strict=True):
+            columns |= {
+                "utterance_id": row.utterance_id,
+                "text_tokens": row.text_tokens.astype("<i4").tobytes(),
+                "speech_tokens": row.speech_tokens.astype("<i4").tobytes(),
+                "num_text": len(row.text_tokens),
+                "num_speech": len(row.speech_tokens),
+            }
+        content = shard_table(encoded, rows_format.columns)
+        return encode_shard(content, self.job.made_by, planned, rows_format.compression)
+
+
+class ShardWriter:
+    """A Ray Data actor: rows in are planned shards with their utterances, rows out say what was written."""
+
+    def __init__(self, job: CacheJob) -> None:
+        self.job = job
+        self.teacher_pass: TeacherPass | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute and write each shard; what the user can act on comes back as an error text, not as a traceback."""
+        out: dict[str, list[Any]] = {"name": [], "num_bytes": [], "sha256": [], "error": []}
+        for name, planned, utterances_ipc in zip(batch["name"], batch["planned"], batch["utterances"], strict=True):
+            shard, error = None, ""
+            try:
+                self.teacher_pass = self.teacher_pass or TeacherPass(self.job)
+                plan = PlannedShard(**planned)
+                table = pa.ipc.open_stream(pa.py_buffer(utterances_ipc)).read_all()
+                content = self.teacher_pass.shard(plan, table)
+                self.job.storage.write(name, content)
+                shard = finished_shard(plan, content)
+            except InputError as problem:
+                error = str(problem)
+            out["name"].append(name)
+            out["num_bytes"].append(shard.num_bytes if shard else 0)
+            out["sha256"].append(shard.sha256 if shard else "")
+            out["error"].append(error)
+        return {key: np.array(values) for key, values in out.items()}
+
+
+def learn_quantizer(job: CacheJob, table: pa.Table, bits: float) -> QuantizedHiddenFormat:
+    """A Ray task: calibrate the quantiser on the teacher's rows of these utterances."""
+    teacher_pass = TeacherPass(job)
+    rows = [hidden_ND.float().cpu() for _, hidden_ND in teacher_pass.hidden_states(utterances(table))]
+    return calibrate(torch.cat(rows), bits)
+
+
+def sha256(content: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(content).hexdigest()
