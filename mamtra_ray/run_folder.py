@@ -4,6 +4,7 @@ The search writes, the report and the listening test read; both take names and s
 
     runs/<name>/
       config.yaml         the resolved search space                          (the only file a run must have)
+      architecture.json   the teacher's shape, for costs in closed form      efficiency.Architecture
       trials.parquet      one row per layout and rung                        TRIAL_COLUMNS
       probe.parquet       one row per layout scored by a forward pass        PROBE_COLUMNS
       curves.parquet      training loss along the way                        CURVE_COLUMNS
@@ -11,7 +12,7 @@ The search writes, the report and the listening test read; both take names and s
       reference.json      the teacher's scores, and what the codec costs     Reference
       ledger.json         seconds, tokens and trials of every phase
       audio/index.json    which audio/<system>/<utterance_id>.wav says what  AudioIndex
-      best/               the checkpoint
+      best/               the checkpoint; its layout.json says which finalist it is
       report.html
 
 Rates (WER, CER) are fractions, cross-entropies nats per speech token, times seconds, caches bytes.
@@ -29,9 +30,11 @@ import pyarrow.parquet as pq
 
 from mamtra_ray.artifacts import read_json, read_manifest, write_json, written_atomically
 from mamtra_ray.config import Config, load_config
+from mamtra_ray.efficiency_architectures import Architecture, MambaShape
 from mamtra_ray.errors import InputError
 
 CONFIG = "config.yaml"
+ARCHITECTURE = "architecture.json"
 TRIALS = "trials.parquet"
 PROBE = "probe.parquet"
 CURVES = "curves.parquet"
@@ -41,6 +44,7 @@ LEDGER = "ledger.json"
 AUDIO = "audio"
 AUDIO_INDEX = "audio/index.json"
 BEST = "best"
+BEST_LAYOUT = "best/layout.json"
 REPORT = "report.html"
 
 ORIGINAL, CODEC, TEACHER = "original", "codec", "teacher"
@@ -130,6 +134,7 @@ class Run:
 
     path: Path
     config: Config
+    architecture: Architecture | None
     trials: list[dict[str, Any]]
     probe: list[dict[str, Any]]
     curves: list[dict[str, Any]]
@@ -137,6 +142,8 @@ class Run:
     reference: Reference | None
     ledger: dict[str, dict[str, Any]]
     audio: AudioIndex
+    best_layout: str | None
+    """The finalist that was exported to ``best/``."""
 
     @property
     def name(self) -> str:
@@ -160,6 +167,7 @@ def read_run(path: Path) -> Run:
     return Run(
         path=path,
         config=load_config(path / CONFIG),
+        architecture=read_architecture(path),
         trials=read_rows(path / TRIALS, TRIAL_COLUMNS),
         probe=read_rows(path / PROBE, PROBE_COLUMNS),
         curves=read_rows(path / CURVES, CURVE_COLUMNS),
@@ -167,6 +175,7 @@ def read_run(path: Path) -> Run:
         reference=read_reference(path),
         ledger=ledger.get("phases", {}),
         audio=read_audio_index(path),
+        best_layout=_read(path / BEST_LAYOUT, "layout").get("layout") if (path / BEST_LAYOUT).exists() else None,
     )
 
 
@@ -196,6 +205,24 @@ def write_rows(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...])
             raise ValueError(f"a row of {path.name} lacks {', '.join(missing)}")
     with written_atomically(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def write_architecture(folder: Path, architecture: Architecture) -> None:
+    """Write ``architecture.json``."""
+    _write(folder / ARCHITECTURE, "architecture", dataclasses.asdict(architecture))
+
+
+def read_architecture(folder: Path) -> Architecture | None:
+    """Read ``architecture.json``; ``None`` if the run has none."""
+    path = folder / ARCHITECTURE
+    if not path.exists():
+        return None
+    content = _read(path, "architecture")
+    try:
+        fields = {name: content[name] for name in content if name not in ("kind", "schema_version", "made_by", "mamba")}
+        return Architecture(mamba=MambaShape(**content["mamba"]), **fields)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is no architecture: {error}") from None
 
 
 def write_reference(folder: Path, reference: Reference) -> None:

@@ -1,0 +1,123 @@
+"""Verb ``report``: the paper's tables and figures for your own runs, beside the published numbers.
+
+One ``report.html`` that works offline (with the audio in it), and ``report/`` with every table as CSV and every figure
+as PNG and CSV. Sections whose input no run holds say what would produce it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mamtra_ray import report_comparisons, report_search, report_sections
+from mamtra_ray.config import load_config
+from mamtra_ray.efficiency import break_even_length, cache_bytes
+from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.layouts import Layout
+from mamtra_ray.report_content import Report
+from mamtra_ray.report_page import write_files, write_page
+from mamtra_ray.run_folder import REPORT, Run, read_run
+
+SECTIONS = (
+    report_sections.systems,
+    report_sections.audio,
+    report_sections.layouts,
+    report_sections.ce_and_wer,
+    report_search.search,
+    report_search.complexity,
+    report_search.cache,
+    report_search.memory,
+    report_comparisons.convergence_by_initialisation,
+    report_comparisons.loss_ablation,
+    report_search.ledger,
+)
+
+
+def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
+    """Write the report of one or several runs.
+
+    Args:
+        run_dirs: run folders; the first one gives the title and the architecture.
+        output: a folder (gets ``report.html`` and ``report/``) or a path that ends in ``.html`` (``report/`` is
+            then named after it).
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: a folder that is no run, or a damaged file in one.
+    """
+    page = output if output.suffix == ".html" else output / REPORT
+    report = build_report([read_run(path) for path in run_dirs])
+    write_files(report, page.with_suffix(""))
+    write_page(report, page)
+    return page
+
+
+def build_report(runs: Sequence[Run]) -> Report:
+    """All sections for ``runs``, before they become files."""
+    if not runs:
+        raise InputError("a report needs at least one run folder: --run DIR")
+    first = runs[0]
+    trials = sum(len({row["layout"] for row in run.trials}) for run in runs)
+    finalists = sum(len(run.finalists) for run in runs)
+    return Report(
+        title=f"{first.name}: Mamba hybrids of {first.config.teacher.kind}",
+        subtitle=f"{_names(runs)}; {trials} layouts tried, {finalists} distilled to the end.",
+        facts=_facts(first),
+        sections=tuple(section(runs) for section in SECTIONS),
+    )
+
+
+def _names(runs: Sequence[Run]) -> str:
+    return ("run " if len(runs) == 1 else "runs ") + ", ".join(str(run.path) for run in runs)
+
+
+def _facts(run: Run) -> tuple[tuple[str, str, str], ...]:
+    """The outcome in a few figures: the exported finalist (else the one with the lowest CE) against the teacher."""
+    if not run.finalists:
+        return ()
+    exported = [row for row in run.finalists if row["layout"] == run.best_layout]
+    best = exported[0] if exported else min(run.finalists, key=lambda row: row["ce"])
+    facts = [("best layout", best["layout"], f"{best['ratio']}, {best['origin'].replace('_', ' ')}")]
+    teacher = run.reference.teacher if run.reference else None
+    if best["wer"] is not None:
+        beside = f"; teacher {100 * teacher.wer:.1f} %" if teacher else ""
+        interval = f"95 %: {100 * best['wer_low']:.1f} to {100 * best['wer_high']:.1f}"
+        facts.append(("word error rate", f"{100 * best['wer']:.1f} %", interval + beside))
+    beside = f"teacher {run.reference.teacher_ce:.3f}" if run.reference else "nats per token"
+    facts.append(("held-out cross-entropy", f"{best['ce']:.3f}", beside))
+    if run.architecture is not None:
+        length = run.config.search.context_length
+        layout, all_attention = Layout(best["layout"]), Layout("A" * len(best["layout"]))
+        hybrid = cache_bytes(run.architecture, layout, length)
+        saving = 1 - hybrid / cache_bytes(run.architecture, all_attention, length)
+        above = break_even_length(run.architecture, layout)
+        facts.append(("cache", f"{-100 * saving:+.0f} %", f"at {length:,} tokens; smaller only above {above:,}"))
+    return tuple(facts)
+
+
+@exit_code_2_on_input_error
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the verb."""
+    parser = argparse.ArgumentParser(prog="python -m mamtra_ray.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, action="append", metavar="DIR", help="run folder; may be repeated")
+    parser.add_argument("--space", type=Path, metavar="FILE", help="whose runs/<name> is reported without --run")
+    parser.add_argument("--output", type=Path, help="folder or .html file (default: the first run folder)")
+    parser.add_argument("--dry-run", action="store_true", help="say which sections there would be, write nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. name=other")
+    options = parser.parse_args(arguments)
+    run_dirs = options.run or [Path("runs") / load_config(options.space, options.overrides).name]
+    if options.dry_run:
+        for section in build_report([read_run(path) for path in run_dirs]).sections:
+            tables, figures = len(section.tables), len(section.figures)
+            print(f"{section.title}: {section.missing or f'{tables} tables, {figures} figures'}")
+        return 0
+    print(write_report(run_dirs, options.output or run_dirs[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The sections that compare runs which differ in one thing: convergence by initialisation, loss ablation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from mamtra_ray import paper_results
+from mamtra_ray.report_content import Column, Figure, Row, Section, Table, percent, percent_with_interval
+from mamtra_ray.report_figures import convergence
+from mamtra_ray.run_folder import Run
+
+
+def convergence_by_initialisation(runs: Sequence[Run]) -> Section:
+    """Fig. 6: the training curves of one layout under several initialisations of its mixers."""
+    comparable: dict[tuple[str, str], dict[str, Run]] = defaultdict(dict)
+    for run in runs:
+        for layout in {row["layout"] for row in run.curves}:
+            comparable[_loss_components(run), layout].setdefault(run.config.student.initialisation, run)
+    chosen = max(comparable, key=lambda key: (len(comparable[key]), key), default=None)
+    compared, layout = (comparable[chosen], chosen[1]) if chosen else ({}, "")
+    rows = [
+        {"series": initialisation, "layout": layout, "tokens": row["tokens"], "ce": row["ce"]}
+        for initialisation, run in compared.items()
+        for row in run.curves
+        if row["layout"] == layout
+    ]
+    if len(compared) < 2:
+        known = f" (these runs: {', '.join(compared)})" if compared else ""
+        missing = (
+            f"Needs runs that share a layout and differ in the initialisation{known}: repeat the search with"
+            " student.initialisation=xavier, kaiming, transfer or aligned and another --run, and give them all to"
+            " the report."
+        )
+        return Section("convergence", "Convergence by initialisation", missing=missing)
+    figure = Figure(
+        "figure_6_convergence",
+        f"Fig. 6: cross-entropy on the training batches of {layout} by initialisation of the Mamba mixers.",
+        "Line plot, one line per initialisation: " + ", ".join(compared) + ".",
+        convergence(rows, "training CE (nats per token)"),
+        rows,
+    )
+    return Section("convergence", "Convergence by initialisation", figures=(figure,))
+
+
+def loss_ablation(runs: Sequence[Run]) -> Section:
+    """Table 4: runs that leave out parts of the loss, at one layout and initialisation."""
+    comparable: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for run in runs:
+        for row in run.finalists:
+            named = {"run": run.name, "components": _loss_components(run)}
+            comparable[run.config.student.initialisation, row["layout"]].setdefault(
+                named["components"], {**named, **row}
+            )
+    chosen = max(comparable, key=lambda key: (len(comparable[key]), key), default=None)
+    rows = list(comparable[chosen].values()) if chosen else []
+    if len(rows) < 2:
+        missing = (
+            "Needs runs that share a finalist and differ in the loss: repeat the search with distill.ce_weight=0,"
+            " distill.logits_weight=0 and distill.embedding_weight=0 and another --run each, and give them all to"
+            " the report."
+        )
+        return Section("loss_ablation", "Loss ablation", tables=(_paper_table_4(),), missing=missing)
+    columns = (
+        Column("components", "loss"), Column("run", "run"), Column("ce", "CE", ".3f"),
+        Column("wer", "WER %", percent_with_interval("wer")), Column("cer", "CER %", percent("cer")),
+    )  # fmt: skip
+    caption = f"Table 4 of these runs: layout {rows[0]['layout']}, mixers {chosen[0] if chosen else ''}"
+    table = Table("table_4_loss_ablation", caption, columns, rows)
+    return Section("loss_ablation", "Loss ablation", tables=(table, _paper_table_4()))
+
+
+def _loss_components(run: Run) -> str:
+    distill = run.config.distill
+    weights = {"ce": distill.ce_weight, "logits": distill.logits_weight, "embedding": distill.embedding_weight}
+    absent = [name for name, weight in weights.items() if weight == 0]
+    return f"without {', '.join(absent)}" if absent else "all"
+
+
+def _paper_table_4() -> Table:
+    rows = [
+        {"components": name, "wer": wer / 100, "cer": cer / 100, "speaker_similarity": similarity, "utmos": utmos}
+        for name, wer, cer, similarity, utmos in paper_results.TABLE_4
+    ]
+    columns = (
+        Column("components", "loss"), Column("wer", "WER %", percent("wer")), Column("cer", "CER %", percent("cer")),
+        Column("speaker_similarity", "SSIM", ".2f"), Column("utmos", "UTMOS", ".2f"),
+    )  # fmt: skip
+    return Table("table_4_paper", "Table 4 of the paper: MamTra 1:1 after 15 epochs", columns, rows, folded=True)

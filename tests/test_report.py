@@ -1,0 +1,215 @@
+"""The report of made-up runs: what is in the page, in the files, and what is said when input is missing."""
+
+import csv
+import html.parser
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_run import made_run, quality
+from scipy import stats
+
+from mamtra_ray import paper_results
+from mamtra_ray.correlations import pearson, spearman
+from mamtra_ray.efficiency import ARCHITECTURES
+from mamtra_ray.errors import InputError
+from mamtra_ray.layouts import Layout
+from mamtra_ray.report import build_report, main, write_report
+from mamtra_ray.report_search import pareto_front, rank_agreement
+from mamtra_ray.run_folder import AUDIO_INDEX, FINALISTS, REFERENCE, TRIALS, read_architecture, read_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """One plain run, one with another initialisation, one without a part of the loss."""
+    base = tmp_path_factory.mktemp("runs")
+    return [
+        made_run(base / "plain"),
+        made_run(base / "xavier", ("student.initialisation=xavier",), penalty=0.1, seed=1),
+        made_run(base / "no_ce", ("distill.ce_weight=0",), penalty=0.2, seed=2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory) -> Path:
+    return write_report(runs, tmp_path_factory.mktemp("out"))
+
+
+class _Page(html.parser.HTMLParser):
+    """Collects addresses, text and the nesting of tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses, self.text, self.open, self.audio = [], [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img", "source", "link", "br"):
+            self.open.append(tag)
+        self.audio += tag == "audio"
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_needs_no_network(page):
+    parsed = _Page()
+    parsed.feed(page.read_text())
+    assert parsed.open == []
+    assert parsed.addresses and all(address.startswith(("data:", "#")) for address in parsed.addresses)
+    # Two utterances: codec and teacher once, one student of each of the three runs.
+    assert parsed.audio == 2 * (2 + 3)
+    text = " ".join(parsed.text)
+    for wanted in ("Table 1", "Table 2", "Table 3", "Table 4", "Fig. 3", "Fig. 4", "Fig. 5", "Fig. 6"):
+        assert wanted in text
+    # A text of the corpus is shown as it is and is no markup.
+    assert 'seven green <cats> & "one" owl' in text
+    assert "<cats>" not in page.read_text()
+
+
+def test_every_table_and_figure_is_also_a_file(page):
+    written = {path.name for path in page.with_suffix("").iterdir()}
+    for figure in ("figure_4_ce_against_wer", "figure_5_cache_growth", "figure_6_convergence"):
+        assert {f"{figure}.png", f"{figure}.csv"} <= written
+    rows = list(csv.DictReader((page.with_suffix("") / "table_3_systems.csv").open()))
+    students = [row for row in rows if row["layout"]]
+    assert len(students) == 27
+    for row in students[:9]:
+        assert float(row["ce"]) == quality(Layout(row["layout"]))
+    teacher = next(row for row in rows if row["system"] == "teacher")
+    assert float(teacher["wer"]) == 0.06 and float(teacher["ce"]) == 1.02
+    assert float(teacher["cache_bytes"]) == 12 * 2 * 2 * 32 * 2048 * 4
+
+
+def test_correlations_pooled_and_inside_ratios(runs):
+    report = build_report([read_run(runs[0])])
+    [section] = [section for section in report.sections if section.slug == "ce_and_wer"]
+    rows = {(row["points"], row["scope"]): row for row in section.tables[0].rows}
+    finalists = read_run(runs[0]).finalists
+    for ratio in ("1:1", "1:3"):
+        chosen = [row for row in finalists if row["ratio"] == ratio]
+        own = stats.spearmanr([row["ce"] for row in chosen], [row["wer"] for row in chosen]).statistic
+        assert rows["these runs", ratio]["spearman"] == pytest.approx(own)
+    # What was computed from the published figure.
+    assert rows["paper, Fig. 4", "all pooled"]["pearson"] == pytest.approx(0.930, abs=5e-4)
+    assert rows["paper, Fig. 4", "all pooled"]["spearman"] == pytest.approx(0.962, abs=5e-4)
+    usable = [row for row in paper_results.figure_4_points() if row["wer"] < 0.6]
+    assert pearson([p["ce"] for p in usable], [p["wer"] for p in usable]).value == pytest.approx(0.904, abs=5e-4)
+
+
+def test_intervals_of_correlations_cover():
+    """With a known correlation, about 95 % of the intervals hold it."""
+    randomness = np.random.default_rng(0)
+    covered = {pearson: 0, spearman: 0}
+    true = {pearson: 0.7, spearman: 6 / np.pi * np.arcsin(0.35)}
+    for _ in range(600):
+        x, noise = randomness.normal(size=(2, 25))
+        y = 0.7 * x + np.sqrt(1 - 0.49) * noise
+        for coefficient in covered:
+            result = coefficient(list(x), list(y))
+            covered[coefficient] += result.low <= true[coefficient] <= result.high
+    assert all(0.92 <= count / 600 <= 0.98 for count in covered.values())
+    assert pearson([1.0, 2.0], [1.0, 2.0]).value is None
+    assert spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).value is None
+
+
+def test_the_front_is_what_nothing_beats():
+    def row(ce, cost, rung=1):
+        return {"ce": ce, "cost": cost, "rung": rung}
+
+    rows = [row(1.0, 9), row(1.2, 5), row(1.1, 9), row(1.2, 5), row(0.5, 1, rung=0), row(1.3, 6)]
+    assert [r["on_front"] for r in pareto_front(rows, "cost")] == [True, True, False, True, False, False]
+
+
+def test_rank_agreement_stays_inside_ratios(runs):
+    run = read_run(runs[0])
+    # Within each ratio the first rung reverses the probe's order; pooled, the two would agree.
+    for row in run.trials:
+        row["ce"] = (10 if row["ratio"] == "1:3" else 0) - quality(Layout(row["layout"]))
+    rows = [row for row in rank_agreement(run) if row["scores"] == "probe and rung 0"]
+    assert {row["ratio"] for row in rows} == {"1:1", "1:3"}
+    for row in rows:
+        assert row["spearman"] == pytest.approx(-1) and row["remark"].startswith("low")
+
+
+def test_comparisons_need_runs_that_differ_in_one_thing(runs):
+    def section(of, slug):
+        return next(s for s in build_report([read_run(path) for path in of]).sections if s.slug == slug)
+
+    assert "student.initialisation=xavier" in section(runs[:1], "convergence").missing
+    assert "distill.ce_weight=0" in section(runs[:1], "loss_ablation").missing
+    # The run without CE differs in the loss, so it is no third initialisation, and the reverse.
+    assert {row["series"] for row in section(runs, "convergence").figures[0].rows} == {"aligned", "xavier"}
+    ablation = section(runs, "loss_ablation").tables[0].rows
+    assert [(row["run"], row["components"]) for row in ablation] == [("plain", "all"), ("no_ce", "without ce")]
+
+
+def test_a_run_that_has_only_begun(runs, tmp_path, capsys):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(runs[0] / "config.yaml", begun)
+    page = write_report([begun], tmp_path / "page.html")
+    assert page == tmp_path / "page.html"
+    text = page.read_text()
+    assert text.count('class="missing"') >= 7
+    assert "python -m mamtra_ray.search" in text
+    assert main(["--run", str(begun), "--dry-run"]) == 0
+    assert "No trial yet" in capsys.readouterr().out
+
+
+def test_what_is_no_run_gets_one_sentence(runs, tmp_path, capsys):
+    def refused(folder: Path) -> str:
+        assert main(["--run", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "does not exist" in refused(tmp_path / "nothing")
+    assert "no run folder" in refused(tmp_path)
+
+    broken = tmp_path / "broken"
+    shutil.copytree(runs[0], broken)
+    (broken / TRIALS).write_bytes(b"not parquet")
+    assert TRIALS in refused(broken)
+    shutil.copy(runs[0] / FINALISTS, broken / TRIALS)
+    assert "lacks the columns trial_id" in refused(broken)
+    shutil.copy(runs[0] / TRIALS, broken / TRIALS)
+    (broken / REFERENCE).write_text('{"kind": "reference", "schema_version": 99}')
+    assert "schema version 99" in refused(broken)
+    shutil.copy(runs[0] / REFERENCE, broken / REFERENCE)
+    index = broken / AUDIO_INDEX
+    index.write_text(index.read_text().replace('"teacher/u1.wav"', '"../../plain/config.yaml"'))
+    assert "is not in" in refused(broken)
+
+
+def test_the_architecture_survives_the_file(runs):
+    assert read_architecture(runs[0]) == ARCHITECTURES["demo"]
+    with pytest.raises(InputError, match="at least one run"):
+        build_report([])
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_in_a_browser_tables_sort_and_nothing_overflows(page, tmp_path):
+    """The page's own script reports: width at phone size, and a column after two clicks on its header."""
+    script = """<script>addEventListener("load", () => {
+      const table = document.querySelector("#search table:has(tbody tr td[data-key='40000'])");
+      const header = [...table.querySelectorAll("th")].find(th => th.textContent === "CE");
+      const values = () => [...table.tBodies[0].rows].map(r => +r.cells[header.cellIndex].dataset.key);
+      header.firstChild.click(); const up = values(); header.firstChild.click(); const down = values();
+      const sorted = (v, sign) => v.every((x, i) => !i || sign * (x - v[i - 1]) >= 0);
+      document.title = [sorted(up, 1), sorted(down, -1), up.length,
+        document.documentElement.scrollWidth <= innerWidth].join(" ");
+    })</script></body>"""
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</body>", script))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    window = ["--window-size=500,900", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000"]
+    command = ["chromium", *flags, *window, "--dump-dom", copy.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"<title>(.*?)</title>", dom)[1] == f"true true {min(100, 3 * 14)} true"
