@@ -305,7 +305,7 @@ def _made(
 def _batch(
     sequence: SequenceFormat, rows_format: Any, values: dict[str, list[np.ndarray]], device: torch.device
 ) -> DistillBatch:
-    """Assemble a batch; equal to padding ``sequence.training_example`` of each row, without Python loops over tokens."""
+    """Equal to padding ``sequence.training_example`` of each row, without Python loops over tokens."""
     texts = [value.view("<i4") for value in values["text_tokens"]]
     speeches = [value.view("<i4") for value in values["speech_tokens"]]
     prefix, separator = np.array(sequence.prefix, np.int64), np.array(sequence.separator, np.int64)

@@ -23,15 +23,13 @@ from ray.exceptions import RayTaskError
 
 from mamtra_ray.artifacts import check_made_by
 from mamtra_ray.cache_formats import CALIBRATION_ROWS, QUANTIZER_FILE, format_settings, quantizer_bytes
+from mamtra_ray.cache_inventory import opened
 from mamtra_ray.cache_manifest import (
     CacheManifest,
     PlannedShard,
     Shard,
-    damage_report,
     plan_shards,
     read_cache_manifest,
-    shard_problem,
-    unlisted_shard,
     write_manifest,
 )
 from mamtra_ray.cache_storage import Storage
@@ -68,8 +66,7 @@ def build_cache(
     """
     storage = Storage.of(folder)
     teacher = load_teacher(config.teacher.kind, config.teacher.path)
-    limits = {"train": config.corpus.train_tokens, "validation": config.corpus.validation_tokens}
-    corpora = {split: read_corpus(config.corpus.path, split, max_speech_tokens=n) for split, n in limits.items()}
+    corpora = {split: read_corpus(config.corpus.path, split) for split in ("train", "validation")}
     identity = corpus_identity(corpora["train"])
     for table in corpora.values():
         check_vocabulary(table, teacher.sequence.vocabulary.text_size, teacher.sequence.vocabulary.speech_size)
@@ -82,7 +79,7 @@ def build_cache(
     with storage.locked():
         storage.remove_unfinished()
         manifest = _opened_manifest(storage, made_by, teacher, config, repair)
-        manifest, missing = _take_stock(storage, manifest, corpora, repair)
+        manifest, missing = opened(storage, manifest, _wanted(config, manifest, corpora), repair)
         done = sum(shard.speech_tokens for shard in manifest.shards.values())
         total = done + sum(shard.speech_tokens for shard in missing.values())
         if on_progress is not None:
@@ -123,61 +120,20 @@ def _opened_manifest(
     return CacheManifest(made_by, teacher.model.config.hidden_size, config.cache.utterances_per_shard, False, {})
 
 
-def _take_stock(
-    storage: Storage, manifest: CacheManifest, corpora: Mapping[str, pa.Table], repair: bool
-) -> tuple[CacheManifest, dict[str, PlannedShard]]:
-    """Verify every file of the folder; return the manifest of the intact shards, and the shards to be computed."""
-    size = manifest.utterances_per_shard
-    planned: dict[str, PlannedShard] = {}
+def _wanted(config: Config, manifest: CacheManifest, corpora: Mapping[str, pa.Table]) -> dict[str, PlannedShard]:
+    """The shards of the utterances that the configuration asks for."""
+    limits = {"train": config.corpus.train_tokens, "validation": config.corpus.validation_tokens}
+    wanted = {}
     for split, table in corpora.items():
-        wanted = {part.name(size): part for part in plan_shards(split, token_counts(table, "speech_tokens"), size)}
-        # A cache of more utterances than asked for keeps its longer last shard.
-        planned |= {
-            name: manifest.shards[name]
-            if name in manifest.shards and manifest.shards[name].utterances >= part.utterances
-            else part
-            for name, part in wanted.items()
-        }
-    kept: dict[str, Shard] = {}
-    problems: dict[str, str] = {}
-    names = set(storage.names())
-    for name, shard in manifest.shards.items():
-        replaced = name in planned and planned[name] is not shard
-        problem = shard_problem(storage, name, shard)
-        if problem is None and not replaced:
-            kept[name] = shard
-        elif problem is not None and not (replaced or not manifest.complete and problem == "is missing")):
-            problems[name] = problem
-            planned.setdefault(name, shard)
-    missing = {name: _plan_of(part) for name, part in planned.items() if name not in kept}
-    for name in sorted(names - set(manifest.shards)):
-        if not name.endswith(".parquet"):
-            continue
-        shard = (
-            None
-            if manifest.complete or name not in missing
-            else unlisted_shard(storage, name, manifest.made_by, missing[name])
-        )
-        if shard is not None:
-            kept[name] = shard
-            del missing[name]
-        elif manifest.complete or name not in missing:
-            problems[name] = "is not listed in its manifest (another job's, or copied there)"
-    if problems and not repair:
-        raise InputError(damage_report(storage, problems))
-    for name in set(problems) & names - set(missing):
-        storage.delete(name)
-    complete = manifest.complete and not missing and not problems
-    return dataclasses.replace(manifest, shards=kept, complete=complete), missing
+        counts = token_counts(table, "speech_tokens")
+        limit = limits[split]
+        counts = counts if limit is None else counts[: first_rows_within(counts, limit)]
+        size = manifest.utterances_per_shard
+        wanted |= {part.name(size): part for part in plan_shards(split, counts, size)}
+    return wanted
 
 
-def _plan_of(part: PlannedShard) -> PlannedShard:
-    return PlannedShard(part.split, part.first, part.utterances, part.speech_tokens)
-
-
-def _quantizer(
-    storage: Storage, manifest: CacheManifest, job: CacheJob, train: pa.Table, bits: float
-) -> bytes:
+def _quantizer(storage: Storage, manifest: CacheManifest, job: CacheJob, train: pa.Table, bits: float) -> bytes:
     """The quantiser of the folder; learnt from the first rows of the training split if it is not there yet."""
     listed = manifest.files.get(QUANTIZER_FILE)
     with contextlib.suppress(FileNotFoundError):
