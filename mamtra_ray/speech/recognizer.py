@@ -21,8 +21,10 @@ SILENCE_SECONDS = 0.5
 class Recognizer(Protocol):
     """Anything that turns sound into text."""
 
-    name: str
-    """Model, precision and decoding, as reports print it."""
+    @property
+    def name(self) -> str:
+        """Model, precision and decoding, as reports print it."""
+        ...
 
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         """Text of every waveform (float32, 16 kHz, mono, in [-1, 1]), as the recogniser writes it."""

@@ -72,8 +72,8 @@ class TokenDecoder(nn.Module):
         self.smooth = nn.Conv1d(tk.NUM_MELS, 2 * tk.NUM_MELS, 5, padding=2)
         self.correct = nn.Conv1d(2 * tk.NUM_MELS, tk.NUM_MELS, 5, padding=2)
         for layer in (self.write, self.correct):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, patch_BSD: Tensor) -> Tensor:
         """Log-mel frames (B, 4 S, M) for quantised patches (B, S, D)."""

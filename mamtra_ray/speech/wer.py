@@ -11,11 +11,13 @@ import numpy as np
 from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.speech.normalization import PUBLISHED
 
+# fmt: off
 _UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)
+# fmt: on
+_TENS = ("zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def _spell_digits(match: re.Match[str]) -> str:
@@ -82,9 +84,7 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normal
     import jiwer
 
     if normalize not in NORMALIZATIONS:
-        raise InputError(
-            f"unknown text normalisation {normalize!r}: {nearest_name(normalize, NORMALIZATIONS)}"
-        )
+        raise InputError(f"unknown text normalisation {normalize!r}: {nearest_name(normalize, NORMALIZATIONS)}")
     if len(references) != len(hypotheses) or not references:
         raise InputError(
             f"WER needs as many hypotheses as references and at least one; "

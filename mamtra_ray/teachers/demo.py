@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["detokenize_text", "load", "main", "tokenize_text"]
 
 
-def load(
-    path: Path | None = None, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Teacher:
+def load(path: Path | None = None, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Teacher:
     """The demo teacher.
 
     Args:
@@ -71,11 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = options.work or options.output.with_name(options.output.name + "-work")
     settings = demo_build.SCALES[options.scale]
     if options.dry_run:
-        print(demo_stages.plan(settings, work, demo_voice.VOICE_NAME))
+        print(demo_stages.plan(work))
         return 0
-    demo_stages.build_all(
-        settings, work, options.output, demo_voice.VOICE_NAME, demo_voice.load_voice, options.jobs
-    )
+    demo_stages.build_all(settings, work, options.output, demo_voice.VOICE_NAME, demo_voice.load_voice, options.jobs)
     return 0
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from transformers import Qwen2ForCausalLM
 
 from mamtra_ray.artifacts import content_hash, file_hash
@@ -41,8 +40,12 @@ class BuildSettings:
     train_sentences: int = 4_000
     codec_sentences: int = 1_200
     """The codec is fitted on the first so many sentences of the train split."""
-    codec: CodecSettings = CodecSettings()
-    teacher: TeacherSettings = TeacherSettings()
+    codec: CodecSettings = field(default_factory=CodecSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    measured_sentences: int = 300
+    """The error rates are of the first so many sentences of the test split."""
+    gated: bool = True
+    """Stop when codec or teacher cost more words than they may."""
     seed: int = 2026
 
 
@@ -53,6 +56,8 @@ SCALES = {
         test_sentences=4,
         train_sentences=24,
         codec_sentences=24,
+        measured_sentences=4,
+        gated=False,
         codec=CodecSettings(
             codebook_size=32,
             codebook_iterations=5,
@@ -169,7 +174,7 @@ def examples(corpus: Path, split: str) -> list[Example]:
     for text, text_tokens, speech_tokens in zip(
         table["text"].to_pylist(), table["text_tokens"].to_pylist(), table["speech_tokens"].to_pylist(), strict=True
     ):
-        by_text.setdefault(text, (text_tokens, []))[1].append(np.array(speech_tokens, np.int32))
+        by_text.setdefault(text, (text_tokens, []))[1].append(speech_tokens)
     return list(by_text.values())
 
 

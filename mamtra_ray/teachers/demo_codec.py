@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class CodecSettings:
     codebook_size: int = 1024
     codebook_patches: int = 120_000
     codebook_iterations: int = 30
-    decoder: DecoderConfig = DecoderConfig()
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     steps: int = 1_000
     batch_segments: int = 32
     segment_tokens: int = 48

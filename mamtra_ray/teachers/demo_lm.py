@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,6 +24,7 @@ from mamtra_ray.artifacts import written_atomically
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.teachers.base import SequenceFormat, Vocabulary
 from mamtra_ray.teachers.demo_grammar import WORDS
+from mamtra_ray.teachers.huggingface import read_format
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TeacherSettings:
     steps_per_checkpoint: int = 200
 
 
-Example = tuple[list[int], list[np.ndarray]]
+Example = tuple[list[int], list[list[int]]]
 """Text ids, and the speech tokens of the same sentence in every phase of the token grid."""
 
 
@@ -136,9 +136,7 @@ def train_teacher(
         running = loss.item() if math.isnan(running) else running + 0.02 * (loss.item() - running)
         if step % settings.steps_per_checkpoint == 0 or step == settings.steps:
             with written_atomically(checkpoint) as temporary:
-                torch.save(
-                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary
-                )
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
             rest = (time.monotonic() - started) / (step - first_step) * (settings.steps - step)
             held_out = validation_loss(model, validation, sequence, settings)
             print(
@@ -214,9 +212,9 @@ def _split(rows: Sequence[tuple[Tensor, Tensor]], batch_tokens: int) -> Iterator
 
 def _pad(batch: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Right-padded input ids and labels (B, L)."""
-    input_ids, labels = zip(*batch, strict=True)
     pad = nn.utils.rnn.pad_sequence
-    return pad(input_ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE)
+    input_ids_BL = pad([input_ids for input_ids, _ in batch], batch_first=True)
+    return input_ids_BL, pad([labels for _, labels in batch], batch_first=True, padding_value=IGNORE)
 
 
 def _corrupt(
@@ -228,3 +226,10 @@ def _corrupt(
     chosen_BL = torch.rand(input_ids_BL.shape, generator=generator) < settings.corruption
     random_BL = torch.randint(vocabulary.eos_id, input_ids_BL.shape, generator=generator) + vocabulary.speech_offset
     return torch.where(is_speech_BL & chosen_BL, random_BL, input_ids_BL)
+
+
+def load_with_transformers(folder: Path) -> tuple[Qwen2ForCausalLM, SequenceFormat]:
+    """The finished teacher as transformers reads it (float32), and its sequence format."""
+    content = read_format(folder)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), SequenceFormat(**content["sequence"], vocabulary=Vocabulary(**content["vocabulary"]))

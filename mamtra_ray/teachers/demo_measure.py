@@ -65,7 +65,7 @@ def in_chunks(waveforms: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield list(waveforms[start : start + _CHUNK])
 
 
-def decoded_chunks(codec: Codec, tokens: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+def decoded_chunks(codec: Codec, tokens: Sequence[Sequence[int] | np.ndarray]) -> Iterator[list[np.ndarray]]:
     """Sound of token sequences, decoded when it is asked for."""
     for start in range(0, len(tokens), _CHUNK):
         yield codec.decode_batch(tokens[start : start + _CHUNK])
@@ -86,6 +86,8 @@ def speak_with_transformers(
         Int64 arrays of speech ids without the end; one that never ended has the model's maximal length.
     """
     vocabulary = sequence.vocabulary
+    # transformers annotates its mixin in a way that no model satisfies.
+    generate: Any = model.generate  # type: ignore[misc]
     order = sorted(range(len(text_tokens)), key=lambda index: len(text_tokens[index]))
     spoken: list[np.ndarray] = [np.zeros(0, np.int64)] * len(text_tokens)
     torch.manual_seed(seed)
@@ -93,13 +95,13 @@ def speak_with_transformers(
         rows = order[start : start + batch_size]
         prompts = [sequence.prompt(text_tokens[row]) for row in rows]
         longest = max(map(len, prompts))
-        input_ids_BL = torch.full((len(rows), longest), model.config.pad_token_id)
+        input_ids_BL = torch.full((len(rows), longest), vocabulary.speech_offset + vocabulary.eos_id)
         mask_BL = torch.zeros_like(input_ids_BL)
         for row, prompt in enumerate(prompts):
             input_ids_BL[row, longest - len(prompt) :] = prompt
             mask_BL[row, longest - len(prompt) :] = 1
         settings: dict[str, Any] = {"do_sample": True, **sampling} if sampling else {"do_sample": False}
-        output_BL = model.generate(input_ids=input_ids_BL, attention_mask=mask_BL, **settings)
+        output_BL = generate(input_ids=input_ids_BL, attention_mask=mask_BL, **settings)
         for row, ids in zip(rows, output_BL[:, longest:].numpy() - vocabulary.speech_offset, strict=True):
             ends = np.flatnonzero(ids == vocabulary.eos_id)
             spoken[row] = ids[: ends[0]] if len(ends) else ids
@@ -141,4 +143,3 @@ def table(measured: dict[str, Any]) -> str:
             f"| {100 * system['cer']:.2f} | {100 * system['mean_utterance_wer']:.2f} |"
         )
     return "\n".join(lines)
-

@@ -65,9 +65,7 @@ def speak_sentences(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = [tuple(sentences[start : start + SHARD_SIZE]) for start in range(0, len(sentences), SHARD_SIZE)]
-    paths = [
-        folder / f"{index:05d}-{content_hash([voice_name, shard])}.npz" for index, shard in enumerate(shards)
-    ]
+    paths = [folder / f"{index:05d}-{content_hash([voice_name, shard])}.npz" for index, shard in enumerate(shards)]
     missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
     started = time.monotonic()
 
