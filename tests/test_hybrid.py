@@ -1,5 +1,9 @@
 """The hybrid body: equal to the teacher where it keeps attention, and consistent under caches and padding."""
 
+import functools
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import SPEECH, VOCABULARY, transformers_model, write_folder
@@ -14,26 +18,41 @@ IDS = torch.randint(VOCABULARY.size, (3, LENGTH), generator=GENERATOR)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama", "llama with biases"])
-def models(request, tmp_path_factory):
+KINDS = ["qwen2", "llama", "llama with biases"]
+
+
+@functools.cache
+def load(kind):
     """(transformers' model, our teacher)."""
-    changes = {"attention_bias": True} if "biases" in request.param else {}
-    model = transformers_model(request.param.split()[0], **changes)
-    folder = write_folder(tmp_path_factory.mktemp("teacher"), model)
-    return model, load_teacher("huggingface", folder).model
+    model = transformers_model(kind.split()[0], **({"attention_bias": True} if "biases" in kind else {}))
+    with tempfile.TemporaryDirectory() as folder:
+        return model, load_teacher("huggingface", write_folder(Path(folder), model)).model
 
 
-@pytest.fixture(scope="module", params=["AMAM", "MAAM", "MMMM", "AAAA", "AMMA per_kv_head"])
-def student(request, models):
-    letters, _, sharing = request.param.partition(" ")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        student = make_student(models[1], letters, state_sharing=sharing or "per_query_head")
-        with torch.no_grad():
-            # Away from the identity convolution of a fresh transfer, which would hide mistakes in its state.
-            for name, parameter in student.named_parameters():
-                if "conv1d.weight" in name:
-                    parameter.normal_(0, 0.5)
+@pytest.fixture(scope="module", params=KINDS)
+def models(request):
+    return load(request.param)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("AMAM", "qwen2", "per_query_head"),
+        ("MAAM", "llama", "per_query_head"),
+        ("MMMM", "qwen2", "per_query_head"),
+        ("AMMA", "llama with biases", "per_kv_head"),
+    ],
+    ids=" ".join,
+)
+def student(request):
+    letters, kind, sharing = request.param
+    student = make_student(load(kind)[1], letters, state_sharing=sharing)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        # Away from the identity convolution of a fresh transfer, which would hide mistakes in its state.
+        for name, parameter in student.named_parameters():
+            if "conv1d.weight" in name:
+                parameter.normal_(0, 0.5, generator=generator)
     return student.eval()
 
 
@@ -76,7 +95,9 @@ def test_all_attention_is_the_teacher_in_half_precision(models, dtype):
     student = make_student(teacher, "AAAA").to(dtype)
     # transformers keeps its RoPE frequencies in float32 when it loads half precision, not in .to(dtype).
     frequencies = model.model.rotary_emb.inv_freq.clone()
-    half = transformers_model(model.config.model_type, **({"attention_bias": True} if _has_bias(model) else {})).to(dtype)
+    half = transformers_model(model.config.model_type, **({"attention_bias": True} if _has_bias(model) else {})).to(
+        dtype
+    )
     half.model.rotary_emb.inv_freq = frequencies
     assert torch.equal(student(IDS), half(IDS).logits[..., SPEECH])
 
@@ -108,8 +129,7 @@ def test_batched_equals_single(student):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("fill", [0, 74])
-def test_padding_changes_nothing(student, side, fill):
+def test_padding_changes_nothing(student, side, fill=74):
     lengths = [LENGTH, 17, 2]
     logits = student(place(IDS, lengths, side, fill), padding_mask(lengths, side))
     for row, n in enumerate(lengths):

@@ -44,8 +44,8 @@ def transformers_model(kind: str = "qwen2", seed: int = 0, **changes: object) ->
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Larger than usual, so that every part of the model matters to its output; norms near 1.
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+            # Large enough that every part of the model matters to its output; norms near 1.
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
     return model.eval()
 
 
