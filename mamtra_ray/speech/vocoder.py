@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mamtra_ray.artifacts import written_atomically
+from mamtra_ray.assets import demo_asset
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech import tokenizer as tk
 
 SCHEMA_VERSION = 1
-PACKAGED_CODEC = Path(__file__).parent.parent / "assets" / "demo" / "codec" / "codec.safetensors"
 
 
 class _Block(nn.Module):
@@ -191,7 +191,7 @@ def load_codec(path: str | Path | None = None) -> Codec:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path) if path is not None else PACKAGED_CODEC
+    path = Path(path) if path is not None else demo_asset("codec/codec.safetensors")
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected the demo codec (a safetensors file)")
     try:

@@ -67,7 +67,14 @@ SCALES = {
             segment_tokens=16,
         ),
         teacher=TeacherSettings(
-            num_layers=2, hidden_size=16, mlp_size=32, num_heads=2, num_kv_heads=1, steps=6, steps_per_checkpoint=3
+            num_layers=2,
+            hidden_size=16,
+            mlp_size=32,
+            num_heads=2,
+            num_kv_heads=1,
+            max_length=160,
+            steps=6,
+            steps_per_checkpoint=3,
         ),
     ),
 }
