@@ -133,7 +133,7 @@ def read_cache_manifest(storage: Storage, expected: Mapping[str, Any] | None = N
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where} is damaged or no manifest of a teacher cache: {error}") from None
-    check_made_by(storage.location.split("?")[0], manifest.made_by, expected or {})
+    check_made_by(str(storage), manifest.made_by, expected or {})
     return manifest
 
 

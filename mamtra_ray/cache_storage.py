@@ -51,7 +51,8 @@ class Storage:
         return cls(text if "://" in text else str(Path(text).expanduser().absolute()))
 
     def __str__(self) -> str:
-        return self.location
+        """For messages: without options and without an access key."""
+        return re.sub(r"(?<=://)[^/@]*@", "", self.location.split("?")[0]).rstrip("/")
 
     @property
     def local_folder(self) -> Path | None:
@@ -59,7 +60,7 @@ class Storage:
 
     def child(self, name: str) -> str:
         """What to call a file of the folder in a message."""
-        return f"{self.location.split('?')[0].rstrip('/')}/{name}"
+        return f"{self}/{name}"
 
     def names(self) -> list[str]:
         """Names of the files directly in the folder, sorted; empty if it does not exist."""
@@ -179,7 +180,7 @@ class Storage:
             who = "process {pid} on {host}".format(**json.loads(holder))
         except (ValueError, KeyError, TypeError):
             who = "another process"
-        return InputError(f"{self.location} is being written by {who}; wait until it has finished, or stop it")
+        return InputError(f"{self} is being written by {who}; wait until it has finished, or stop it")
 
     def _opened(self) -> tuple[pa.fs.FileSystem, str]:
         if self.local_folder is not None:
@@ -196,12 +197,12 @@ class Storage:
         try:
             filesystem, path = fsspec.core.url_to_fs(self.location)
         except (ValueError, ImportError, OSError) as error:
-            raise InputError(f"no file system opens {self.location}: {' '.join(str(error).split())}") from None
+            raise InputError(f"no file system opens {self}: {' '.join(str(error).split())}") from None
         return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(filesystem)), path
 
     @contextlib.contextmanager
     def _clear_errors(self, action: str, name: str | None = None) -> Iterator[None]:
-        where = self.location.split("?")[0] if name is None else self.child(name)
+        where = str(self) if name is None else self.child(name)
         try:
             yield
         except FileNotFoundError:

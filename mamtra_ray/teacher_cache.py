@@ -115,7 +115,7 @@ def _opened_manifest(
             raise
         manifest = None
     if manifest is not None:
-        check_made_by(storage.location.split("?")[0], manifest.made_by, made_by)
+        check_made_by(str(storage), manifest.made_by, made_by)
         return manifest
     return CacheManifest(made_by, teacher.model.config.hidden_size, config.cache.utterances_per_shard, False, {})
 

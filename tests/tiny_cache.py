@@ -1,0 +1,69 @@
+"""A corpus of random utterances for the tiny teacher of :mod:`tiny_models`, and a cache of it made without Ray."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_models import VOCABULARY, transformers_model, write_folder
+
+from mamtra_ray.cache_formats import format_settings
+from mamtra_ray.cache_manifest import CacheManifest, finished_shard, plan_shards, write_manifest
+from mamtra_ray.cache_storage import Storage
+from mamtra_ray.config import Config
+from mamtra_ray.corpus import corpus_identity, read_corpus, token_counts, write_corpus
+from mamtra_ray.teacher_pass import CacheJob, TeacherPass
+from mamtra_ray.teachers import load_teacher
+
+
+def random_rows(train: int = 40, validation: int = 6, seed: int = 0, longest: int = 40) -> list[dict[str, Any]]:
+    random = np.random.default_rng(seed)
+    return [
+        {
+            "utterance_id": f"utterance {index}",
+            "text": "some words",
+            "text_tokens": random.integers(0, VOCABULARY.text_size, random.integers(2, 8)).tolist(),
+            "speech_tokens": random.integers(0, VOCABULARY.eos_id, random.integers(3, longest)).tolist(),
+            "split": "train" if index < train else "validation",
+        }
+        for index in range(train + validation)
+    ]
+
+
+def tiny_config(folder: Path, *, seed: int = 0, tokenizer: str = "tiny", rows: Any = None, **cache: Any) -> Config:
+    """Write a teacher and a corpus into ``folder`` and return the configuration of a cache of them."""
+    write_folder(folder / "teacher", transformers_model(seed=seed))
+    write_corpus(folder / "corpus.parquet", rows or random_rows(), tokenizer=tokenizer, made_by={"test": True})
+    return Config.model_validate(
+        {
+            "teacher": {"kind": "huggingface", "path": str(folder / "teacher")},
+            "corpus": {"path": str(folder / "corpus.parquet")},
+            "cache": {"utterances_per_shard": 8, **cache},
+        }
+    )
+
+
+def cache_without_ray(config: Config, folder: Path) -> CacheManifest:
+    """The cache of all utterances, by the worker's own code but in this process."""
+    teacher = load_teacher(config.teacher.kind, config.teacher.path)
+    storage = Storage.of(folder)
+    identity = corpus_identity(read_corpus(config.corpus.path))
+    made_by = {
+        "teacher": teacher.fingerprint,
+        "tokenizer": identity.tokenizer,
+        "corpus": identity.corpus_hash,
+        "format": format_settings(config.cache),
+    }
+    size = config.cache.utterances_per_shard
+    manifest = CacheManifest(made_by, teacher.model.config.hidden_size, size, True, {})
+    teacher_pass = TeacherPass(CacheJob(config.teacher.kind, config.teacher.path, storage, made_by))
+    shards = {}
+    for split in ("train", "validation"):
+        table = read_corpus(config.corpus.path, split)
+        for planned in plan_shards(split, token_counts(table, "speech_tokens"), size):
+            content = teacher_pass.shard(planned, table.slice(planned.first, planned.utterances))
+            storage.write(planned.name(size), content)
+            shards[planned.name(size)] = finished_shard(planned, content)
+    manifest = dataclasses.replace(manifest, shards=shards)
+    write_manifest(storage, manifest)
+    return manifest
