@@ -23,6 +23,9 @@ def connect(address: str | None = None) -> dict[str, float]:
     """
     # Nothing leaves the machine unasked.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The screen is for the search; Ray's own logs are on the dashboard and under /tmp/ray.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # One thread per process: measured faster than several workers fighting over the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Ray Train's trials hang on being stopped without the dashboard's agent, so it stays on.
@@ -36,7 +39,7 @@ def connect(address: str | None = None) -> dict[str, float]:
     return ray.cluster_resources()
 
 
-_QUIET = {"logging_level": logging.WARNING, "log_to_driver": False}
+_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 def with_gpus(config: Config, resources: dict[str, float]) -> Config:

@@ -14,12 +14,12 @@ from typing import Any
 from mamtra_ray import __version__
 from mamtra_ray.artifacts import write_json, write_text
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.finalists import student_folder
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.granite import write_granite
 from mamtra_ray.run_folder import FINALIST_COLUMNS, FINALISTS, read_rows, read_run
 from mamtra_ray.session import cached_teacher
-from mamtra_ray.teachers import Teacher
-from mamtra_ray.teachers.base import SpeechLM
+from mamtra_ray.teachers.base import SpeechLM, Teacher
 
 LAYOUT_FILE = "layout.json"
 
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise InputError(f"{layout} is no finalist of {options.run} (finalists: {', '.join(rows) or 'none yet'})")
     output = options.output or options.run / "export" / str(layout)
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
-    export_student(options.run / "finalists" / str(layout) / "student", output, rows[str(layout)], teacher)
+    export_student(student_folder(options.run, str(layout)), output, rows[str(layout)], teacher)
     print(output)
     return 0
 

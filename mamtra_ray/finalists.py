@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from tensorboardX import SummaryWriter
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
 from mamtra_ray.candidates import Candidate, paper_candidates, without_repeats
@@ -17,6 +18,7 @@ from mamtra_ray.config import SearchConfig
 from mamtra_ray.distill import Report, distill_on_workers
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout, num_attention_layers
+from mamtra_ray.session import TRAINED_FROM, Session
 from mamtra_ray.trial import TrialSettings
 
 _RESULT_VERSION = 1
@@ -74,6 +76,62 @@ def distill_finalist(
         )
     write_manifest(result, "finalist", _RESULT_VERSION, made_by, report=dataclasses.asdict(report))
     return report
+
+
+def distill_the_finalists(
+    session: Session, settings: TrialSettings, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Every finalist with the full token budget; rows of ``finalists.parquet`` without their WER."""
+    finalists = choose_finalists(session.config.search, session.num_layers, rows)
+    total = session.config.distill.tokens * len(finalists)
+    results = []
+    with session.screen.phase(
+        "finalists", f"{len(finalists)} layouts on {session.config.distill.workers} Ray Train workers"
+    ):
+        for index, candidate in enumerate(finalists):
+            folder = student_folder(session.folder, str(candidate.layout)).parent
+
+            def on_progress(tokens: int, index: int = index, candidate: Candidate = candidate) -> None:
+                done = index * session.config.distill.tokens + min(tokens, session.config.distill.tokens)
+                session.screen.count(done, total, "tokens", f"{candidate.origin} {candidate.layout}")
+
+            report = distill_finalist(settings, candidate.layout, folder, session.made_from(*TRAINED_FROM), on_progress)
+            log_to_tensorboard(session.folder / "tensorboard" / str(candidate.layout), report.curve)
+            session.screen.say(
+                f"    {candidate.origin} {candidate.layout}: CE {report.ce:.3f} (from {report.ce_start:.3f})"
+            )
+            results.append(
+                {
+                    "layout": str(candidate.layout),
+                    "origin": candidate.origin,
+                    "ratio": candidate.layout.ratio,
+                    "tokens": report.tokens,
+                    "steps": report.step,
+                    "seconds": report.seconds,
+                    "ce": report.ce,
+                    "kl": report.kl,
+                    "ce_start": report.ce_start,
+                    "wer": None,
+                    "wer_low": None,
+                    "wer_high": None,
+                    "cer": None,
+                    **session.costs(len(candidate.layout.attention_layers)),
+                }
+            )
+    return results
+
+
+def log_to_tensorboard(folder: Path, curve: list[dict[str, float]]) -> None:
+    """The training curve of a finalist, by tokens."""
+    with SummaryWriter(str(folder)) as writer:
+        for point in curve:
+            for name in ("total", "ce", "logits", "emb"):
+                writer.add_scalar(f"loss/{name}", point[name], int(point["tokens"]))
+
+
+def student_folder(run_folder: Path, layout: str) -> Path:
+    """Where a finalist's distilled student lies."""
+    return run_folder / "finalists" / layout / "student"
 
 
 def choose_best(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -24,9 +24,14 @@ from mamtra_ray.efficiency_architectures import Architecture, decoder_architectu
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.progress import Ledger, Screen
+from mamtra_ray.run_folder import write_architecture
 from mamtra_ray.shared_batches import SharedCache, share_cache
 from mamtra_ray.teacher_cache import build_cache
-from mamtra_ray.teachers import Teacher, load_teacher
+from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.base import Teacher
+
+TRAINED_FROM = ("teacher", "corpus", "cache", "student", "align", "distill")
+"""Sections of the configuration that a distilled student depends on."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -93,11 +98,13 @@ def start_session(config: Config, folder: Path, phases: tuple[str, ...], address
     check_resources(with_devices, resources)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
+    architecture = architecture_of(config, teacher)
+    write_architecture(folder, architecture)
     return Session(
         config=with_devices,
         folder=folder,
         teacher=teacher,
-        architecture=architecture_of(config, teacher),
+        architecture=architecture,
         corpus_hash=identity.corpus_hash,
         screen=Screen(phases, Ledger(folder / "ledger.json")),
     )

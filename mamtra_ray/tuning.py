@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -61,6 +62,7 @@ def run_trials(
     """
     folder = folder.resolve()
     search = settings.config.search
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     shutil.rmtree(folder / "tune", ignore_errors=True)
     for stale in folder.glob("optuna.journal*"):
         stale.unlink()
