@@ -9,13 +9,15 @@ mean square, so no feature of it is constant. The head's bias (CosyVoice 2 has o
 ids are therefore in ``generation_config.json``, as the ``sequence_bias`` of single tokens: the bias for speech
 ids, -1e9 for all others. ``model.generate`` applies both. Who calls the model's ``forward`` gets the logits
 without the head's bias, and 0 for ids that are not speech; who runs another engine passes the same numbers as
-its logit bias. CosyVoice's repetition-aware sampling is no option of ``generate`` either.
+its logit bias. CosyVoice's repetition-aware sampling is no option of ``generate`` either. A layout without any
+attention layer is exported with ``use_cache`` off, because transformers' cache cannot count its positions then.
 
 Tensor letters: D model width, V unified vocabulary, S speech vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from mamtra_ray.artifacts import file_hash, read_json, write_json
+from mamtra_ray.artifacts import file_hash, read_json, write_json, write_text
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_tensors
 from mamtra_ray.models.hybrid import HybridConfig, granite_config
@@ -76,7 +78,9 @@ def write_granite(
     write_tensors(folder / WEIGHTS_FILE, expanded | {"lm_head.weight": lm_head_VD})
 
     stop_ids = [speech.start + stop_id for stop_id in vocabulary["stop_ids"]]
-    granite = granite_config(config, eos_token_id=stop_ids, pad_token_id=stop_ids[0])
+    # transformers asks the cache for its length, which one of Mamba layers alone cannot tell (5.23: ValueError).
+    use_cache = bool(config.layout.attention_layers)
+    granite = granite_config(config, eos_token_id=stop_ids, pad_token_id=stop_ids[0], use_cache=use_cache)
     granite.architectures = ["GraniteMoeHybridForCausalLM"]
     granite.dtype = head_SD.dtype
     section = {
@@ -91,17 +95,17 @@ def write_granite(
     generation = GenerationConfig(
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
+        use_cache=use_cache,
         sequence_bias=[[[token], bias] for token, bias in enumerate(token_bias) if bias != 0],
     )
-    # Not indented: thousands of short lists.
-    write_text_json = generation.to_diff_dict()
-    write_json(folder / GENERATION_FILE, write_text_json)
+    # Compact, because it is thousands of short lists.
+    write_text(folder / GENERATION_FILE, json.dumps(generation.to_diff_dict(), allow_nan=False))
     if tokenizer_folder is not None:
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_folder) / name).is_file():
                 shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
     # Last, because it names the hash of the weights.
-    write_json(folder / CONFIG_FILE, granite.to_dict() | {SECTION: section})
+    write_json(folder / CONFIG_FILE, json.loads(granite.to_json_string()) | {SECTION: section})
 
 
 def read_granite(
