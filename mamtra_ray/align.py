@@ -1,9 +1,6 @@
 """Verb ``align``: one Mamba mixer per layer learns its attention's output, all layers in one pass over the corpus.
 
-The result is a *mixer library*, from which any layout starts without further training::
-
-    mixers.safetensors   layers.{i}.{parameter of MambaMixer}
-    manifest.json        teacher, corpus and settings that made it; every layer's error before and after
+The result is a mixer library (``mixer_library.py``), from which any layout starts without further training.
 
 One worker is a plain Ray task, since a Ray Train run takes 10 s and more to begin; several are a Ray Train run with
 data-parallel mixers. (Splitting the layers over the workers instead would need no gradient exchange, but every worker
@@ -13,7 +10,6 @@ would repeat the teacher's pass: a third of the work on the demo.)
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,27 +23,25 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.exceptions import RayActorError, WorkerCrashedError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from mamtra_ray.artifacts import (
-    check_made_by,
-    content_hash,
-    file_hash,
-    read_manifest,
-    write_manifest,
-    written_atomically,
-)
+from mamtra_ray.artifacts import content_hash
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.mixer_library import (
+    MANIFEST,
+    LibraryManifest,
+    error_table,
+    load_library,
+    read_library_manifest,
+    save_library,
+)
 from mamtra_ray.mixer_training import Batch, MixerTraining
-from mamtra_ray.progress import table
 from mamtra_ray.shared_batches import SharedCache, batches
 from mamtra_ray.teachers.base import Teacher
 
-KIND, SCHEMA_VERSION = "mixer library", 1
-WEIGHTS, MANIFEST, STATE = "mixers.safetensors", "manifest.json", "state.pt"
+STATE = "state.pt"
+
+__all__ = ["LibraryManifest", "align_mixers", "load_library", "main"]
 
 # Tokens of the least-squares start, per channel of the projection that it fits.
 _TOKENS_PER_CHANNEL = 40
@@ -56,23 +50,6 @@ _ATTEMPTS = 3
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) training tokens."""
-
-
-@dataclass(frozen=True)
-class LibraryManifest:
-    """What a mixer library says of itself; errors are per layer, normalised (1 = as good as writing nothing)."""
-
-    errors_transferred: dict[int, float]
-    """Held-out error of the mixers with the attention's weights."""
-    errors_start: dict[int, float]
-    """The same after the least-squares fit of the output projections, before the first step."""
-    errors: dict[int, float]
-    """After training."""
-    tokens: int
-    steps: int
-    seconds: float
-    """Of training, over all sessions; without loading and validation."""
-    workers: int
 
 
 @dataclass(frozen=True)
@@ -212,56 +189,6 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
     yield training.position.tokens
 
 
-def save_library(
-    folder: Path, library: dict[int, dict[str, Tensor]], made_by: dict[str, str], manifest: LibraryManifest
-) -> None:
-    """Write a library; the manifest last, so a folder with a manifest is complete."""
-    tensors = {f"layers.{layer}.{name}": tensor for layer, part in library.items() for name, tensor in part.items()}
-    with written_atomically(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
-    content = dataclasses.asdict(manifest)
-    write_manifest(folder / MANIFEST, KIND, SCHEMA_VERSION, made_by, sha256=file_hash(folder / WEIGHTS), **content)
-
-
-def read_library_manifest(folder: Path, made_by: dict[str, str] | None = None) -> LibraryManifest:
-    """Read the manifest of a library, and check what made it.
-
-    Raises:
-        InputError: no library, or one of another teacher, corpus or other settings.
-    """
-    path = folder / MANIFEST
-    content = read_manifest(path, KIND, SCHEMA_VERSION)
-    check_made_by(path, content["made_by"], made_by or {})
-    try:
-        fields = {field.name: content[field.name] for field in dataclasses.fields(LibraryManifest)}
-        for name in ("errors_transferred", "errors_start", "errors"):
-            fields[name] = {int(layer): float(error) for layer, error in fields[name].items()}
-        return LibraryManifest(**fields)
-    except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no manifest of a mixer library: {error}") from None
-
-
-def load_library(folder: Path, *, teacher_fingerprint: str) -> dict[int, dict[str, Tensor]]:
-    """Tensors of every layer's mixer, checked: layer -> parameter name -> tensor (float32, on the CPU).
-
-    Raises:
-        InputError: no library, one of another teacher, or a damaged one.
-    """
-    read_library_manifest(folder, {"teacher": teacher_fingerprint})
-    path = folder / WEIGHTS
-    if file_hash(path) != read_manifest(folder / MANIFEST, KIND, SCHEMA_VERSION).get("sha256"):
-        raise InputError(f"{path} is not the file that {folder / MANIFEST} describes: it was changed or cut off")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-    library: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        _, layer, parameter = name.split(".", 2)
-        library.setdefault(int(layer), {})[parameter] = tensor
-    return dict(sorted(library.items()))
-
-
 def _align_in_a_task(job: AlignJob, report: Progress) -> None:
     total = job.config.align.tokens
     # Not Ray's own retries: they replay what a generator yielded, which a resumed training does not repeat.
@@ -361,20 +288,6 @@ def _first_tokens(source: Iterable[Batch], tokens: int) -> Iterator[Batch]:
         seen += batch.input_ids_BL.numel()
         if seen >= tokens:
             return
-
-
-def error_table(manifest: LibraryManifest) -> str:
-    """Every layer's error: with transferred weights, after least squares, after training."""
-    rows = [
-        [
-            layer,
-            f"{manifest.errors_transferred[layer]:.3f}",
-            f"{manifest.errors_start[layer]:.3f}",
-            f"{manifest.errors[layer]:.3f}",
-        ]
-        for layer in sorted(manifest.errors)
-    ]
-    return table(["layer", "transferred", "least squares", "aligned"], rows)
 
 
 @exit_code_2_on_input_error

@@ -1,0 +1,175 @@
+"""Scores of many layouts by forward passes: teacher layers and aligned mixers are held once, layouts only choose.
+
+Layouts that agree in their first layers share that work: sorted as strings they are the leaves of a prefix tree, and a
+batch walks it depth first, keeping the hidden states along the current path. Knows PyTorch but not Ray.
+
+Tensor letters: B batch, L length, D model width, N labelled positions, V speech vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from mamtra_ray.layouts import Layout
+from mamtra_ray.losses import (
+    IGNORE,
+    HiddenTargets,
+    TopKTargets,
+    cross_entropy,
+    skewed_forward_kl,
+    skewed_forward_kl_top_k,
+)
+from mamtra_ray.models.mamba import StateSharing
+from mamtra_ray.teachers.base import SpeechLM, make_student
+
+# Rows whose logits exist at a time.
+_CHUNK_TOKENS = 1_024
+
+
+class ScoredBatch(Protocol):
+    """What scoring needs of ``shared_batches.DistillBatch``."""
+
+    @property
+    def input_ids_BL(self) -> Tensor:
+        """Unified ids, padded right."""
+
+    @property
+    def labels_BL(self) -> Tensor:
+        """Speech ids, or IGNORE."""
+
+    @property
+    def teacher_targets(self) -> HiddenTargets | TopKTargets:
+        """The teacher's rows, in the order of ``labels_BL[labels_BL != IGNORE]``."""
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """The score of one layout, nothing of it trained but its aligned mixers."""
+
+    layout: Layout
+    ce: float
+    """Held-out cross-entropy with the corpus, nats per speech token."""
+    kl: float
+    """KL(teacher || student), nats per speech token (a lower bound with a top-k cache)."""
+    tokens: int
+    """Labelled positions that were scored."""
+    seconds: float
+    """This layout's share of the time of those that were scored together."""
+
+
+class MaskScorer:
+    """Teacher and mixer library on a device.
+
+    Args:
+        teacher: all attention; its tensors are shared, not copied.
+        library: layer -> tensors of its aligned mixer.
+        state_sharing: that of the library.
+        device: where to score.
+
+    Raises:
+        InputError: a library that does not fit the teacher.
+    """
+
+    def __init__(
+        self,
+        teacher: SpeechLM,
+        library: Mapping[int, Mapping[str, Tensor]],
+        state_sharing: StateSharing,
+        device: torch.device,
+    ) -> None:
+        self.teacher = teacher.to(device).eval()
+        pure_mamba = make_student(
+            self.teacher, "M" * teacher.config.num_layers, "aligned", library, state_sharing, share_weights=True
+        ).eval()
+        self.layers = {"A": list(teacher.body.layers), "M": list(pure_mamba.body.layers)}
+
+    @torch.no_grad()
+    def score(
+        self, layouts: Sequence[Layout], batches: Iterable[ScoredBatch], share_prefixes: bool = True
+    ) -> list[ProbeRow]:
+        """Scores in the order of ``layouts``; every layout sees the same tokens."""
+        began = time.perf_counter()
+        sums = {layout: torch.zeros(2, dtype=torch.float64) for layout in layouts}
+        ordered = sorted(sums)
+        tokens = 0
+        for batch in batches:
+            labels_N = batch.labels_BL[batch.labels_BL != IGNORE]
+            tokens += len(labels_N)
+            loss = _losses(self.teacher.head, labels_N, batch.teacher_targets)
+            run_layer, hidden_BLD = self._prepared(batch.input_ids_BL)
+            path, before = [hidden_BLD], ""
+            for layout in ordered:
+                shared = _common_prefix(before, layout.letters) if share_prefixes else 0
+                del path[shared + 1 :]
+                for index in range(shared, layout.num_layers):
+                    path.append(run_layer(self.layers[layout.letters[index]][index], path[-1]))
+                normed_BLD = cast(nn.Module, self.teacher.body.norm)(path[-1])
+                sums[layout] += loss(normed_BLD[batch.labels_BL != IGNORE])
+                before = layout.letters
+        seconds = (time.perf_counter() - began) / max(len(sums), 1)
+        return [
+            ProbeRow(layout, float(sums[layout][0]) / tokens, float(sums[layout][1]) / tokens, tokens, seconds)
+            for layout in layouts
+        ]
+
+    def _prepared(self, input_ids_BL: Tensor) -> tuple[Callable[[Any, Tensor], Tensor], Tensor]:
+        """How to run one decoder layer for these inputs, and what the first layer reads.
+
+        Both are taken from the body itself: a pass of the teacher is stopped at its first layer.
+        """
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args[0], kwargs))
+            raise _FirstLayerReached
+
+        handle = self.teacher.body.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.teacher.hidden_states(input_ids_BL)
+        except _FirstLayerReached:
+            pass
+        finally:
+            handle.remove()
+        [(hidden_BLD, arguments)] = seen
+        # Padded right and without a cache: neither kind of layer needs a mask.
+        return lambda layer, states_BLD: layer(states_BLD, **arguments | {"attention_mask": None}), hidden_BLD
+
+
+class _FirstLayerReached(Exception):  # noqa: N818 (control flow, no error)
+    pass
+
+
+def _common_prefix(first: str, second: str) -> int:
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _losses(head: nn.Linear, labels_N: Tensor, targets: HiddenTargets | TopKTargets) -> Callable[[Tensor], Tensor]:
+    """A function from student hidden states (N, D) to the sums of cross-entropy and KL over the N positions."""
+
+    def sums(hidden_ND: Tensor) -> Tensor:
+        total = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(labels_N), _CHUNK_TOKENS):
+            rows = slice(first, first + _CHUNK_TOKENS)
+            logits = head(hidden_ND[rows])
+            if isinstance(targets, HiddenTargets):
+                teacher_logits = head(targets.hidden_ND[rows].to(logits.dtype))
+                kl = skewed_forward_kl(teacher_logits, logits, alpha=0.0)
+            else:
+                kept = TopKTargets(targets.ids_NK[rows], targets.log_probs_NK[rows], targets.tail_log_mass_N[rows])
+                kl = skewed_forward_kl_top_k(kept, logits, alpha=0.0)
+            count = len(logits)
+            total += torch.stack([cross_entropy(logits, labels_N[rows]), kl]).double().cpu() * count
+        return total
+
+    return sums
