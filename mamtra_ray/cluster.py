@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import ray
 
 from mamtra_ray.config import Config
 from mamtra_ray.errors import InputError
+
+# Worker output and Ray's own notices stay in its logs, which the dashboard shows.
+_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 def connect(address: str | None = None) -> dict[str, float]:
@@ -23,7 +27,6 @@ def connect(address: str | None = None) -> dict[str, float]:
     """
     # Nothing leaves the machine unasked.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The screen is for the search; Ray's own logs are on the dashboard and under /tmp/ray.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # One thread per process: measured faster than several workers fighting over the cores.
@@ -37,9 +40,6 @@ def connect(address: str | None = None) -> dict[str, float]:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
     return ray.cluster_resources()
-
-
-_QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 def with_gpus(config: Config, resources: dict[str, float]) -> Config:

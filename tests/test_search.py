@@ -1,0 +1,142 @@
+"""The search as a user runs it: killed in the middle, resumed, exported, loaded by plain transformers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_search import write_search_space
+
+from mamtra_ray import search
+from mamtra_ray.cluster import check_resources, connect
+from mamtra_ray.config import Config, load_config, save_config
+from mamtra_ray.errors import InputError
+from mamtra_ray.session import check_run_folder
+from mamtra_ray.teachers.base import SpeechLM
+
+LOAD_WITHOUT_US = """
+import sys, torch
+sys.modules["mamtra_ray"] = None  # importing it would fail
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    torch.save(model(torch.tensor([[71, 1, 2, 72, 73, 40, 50]])).logits, sys.argv[2])
+"""
+
+
+def start(space: Path, run: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mamtra_ray.search", "--space", str(space), "--run", str(run), *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=space.parent, start_new_session=True
+    )
+
+
+def rows_of(run: Path, name: str = "trials") -> list[dict]:
+    path = run / f"{name}.parquet"
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path):
+    space, run = write_search_space(tmp_path), tmp_path / "runs" / "first"
+    process = start(space, run)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and not any(row["status"] == "finished" for row in rows_of(run)):
+        assert time.monotonic() < deadline, "no trial finished"
+        time.sleep(0.2)
+    assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {(row["layout"], row["rung"]): row for row in rows_of(run)}
+    assert before
+
+    resumed = start(space, run, "--resume")
+    output = resumed.communicate(timeout=300)[0]
+    assert resumed.returncode == 0, output
+    after = {(row["layout"], row["rung"]): row for row in rows_of(run)}
+    assert len(after) == len(rows_of(run)), "a rung of a layout was paid for twice"
+    for key, row in before.items():
+        assert {**after[key], "status": None} == {**row, "status": None}, "a recorded rung was trained again"
+
+    assert {"AMAM", "MMAA"} <= {row["layout"] for row in after.values()}, "the paper's layouts are always candidates"
+    assert all(row["ce"] < row["ce_start"] for row in after.values()), "training must train"
+    finalists = rows_of(run, "finalists")
+    assert {row["origin"] for row in finalists} >= {"block_beginning", "back"} and len(finalists) == 3
+    assert "checkpoint" in output and str(run / "report.html") in output
+    assert (run / "report.html").stat().st_size > 10_000
+    assert set(json.loads((run / "ledger.json").read_text())["phases"]) >= {"cache", "align", "trials", "finalists"}
+
+    best = json.loads((run / "best" / "layout.json").read_text())["layout"]
+    assert best in {row["layout"] for row in finalists}
+    subprocess.run([sys.executable, "-c", LOAD_WITHOUT_US, str(run / "best"), str(tmp_path / "logits.pt")], check=True)
+    student = SpeechLM.load(run / "finalists" / best / "student").eval()
+    speech = slice(student.vocabulary.speech_offset, student.vocabulary.control_offset)
+    with torch.no_grad():
+        expected = student(torch.tensor([[71, 1, 2, 72, 73, 40, 50]]))
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)[..., speech]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_dry_run_starts_nothing(tmp_path, capsys):
+    space, run = write_search_space(tmp_path), tmp_path / "runs" / "dry"
+    assert search.main(["--space", str(space), "--run", str(run), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "AMAM  1:1  block_beginning" in plan and "TFLOP" in plan
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["search.trails=3"], "did you mean 'trials'"),
+        (["--resume", "--run", "nowhere"], "holds no run to resume"),
+        (["search.ratios=1:6", "--run", "new"], "does not fit 4 layers"),
+        (["search.strategies=frnt"], "did you mean 'front'"),
+        (["teacher.path=/nowhere", "--run", "new"], "/nowhere"),
+        (["corpus.path=/nowhere.parquet", "--run", "new"], "/nowhere.parquet"),
+        (["--space", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["teacher.kind=cosyvoice", "--run", "new"], "did you mean 'cosyvoice2'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, sentence):
+    space = write_search_space(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()  # the progress of saving the teacher
+    if "--space" not in arguments:
+        arguments = ["--space", str(space), *arguments]
+    assert search.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_two_searches_do_not_mix_in_one_folder(tmp_path):
+    run = tmp_path / "run"
+    save_config(Config(), run / "config.yaml")
+    check_run_folder(Config(), run, resume=False)
+    other = load_config(None, ["search.trials=40"])
+    with pytest.raises(InputError, match=r"search\.trials: 16, not 40"):
+        check_run_folder(other, run, resume=False)
+    check_run_folder(other, run, resume=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(InputError, match="not empty and no run"):
+        check_run_folder(Config(), tmp_path / "photos", resume=False)
+
+
+def test_too_few_resources_are_said_before_anything_starts():
+    check_resources(Config(), {"CPU": 2.0})
+    with pytest.raises(InputError, match=r"distill\.workers.* 2 workers x 1 CPU = 2, but the cluster has 1"):
+        check_resources(Config(), {"CPU": 1.0})
+    with pytest.raises(InputError, match="1 GPU = 1, but the cluster has 0"):
+        check_resources(load_config(None, ["search.gpus_per_worker=1"]), {"CPU": 2.0})
+
+
+@pytest.mark.slow
+def test_an_absent_cluster_is_one_sentence():
+    with pytest.raises(InputError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
+        connect("127.0.0.1:1")
