@@ -101,10 +101,10 @@ def _keep_top_k(scores_BV: Tensor, top_k: int) -> Tensor:
 def _keep_top_p(scores_BV: Tensor, top_p: float) -> Tensor:
     if top_p >= 1:
         return scores_BV
-    sorted_scores_BV, ids_BV = scores_BV.sort(-1, descending=True, stable=True)
+    sorted_scores_BV, ids_BV = scores_BV.sort(dim=-1, descending=True, stable=True)
     probabilities_BV = sorted_scores_BV.softmax(-1)
-    before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
-    return scores_BV.masked_fill((before_BV >= top_p).scatter(1, ids_BV, before_BV >= top_p), -math.inf)
+    beyond_BV = probabilities_BV.cumsum(-1) - probabilities_BV >= top_p
+    return scores_BV.masked_fill(beyond_BV.scatter(1, ids_BV, beyond_BV), -math.inf)
 
 
 def _nucleus_draw(scores_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
