@@ -96,7 +96,7 @@ def generate(
             embeds_BLD = model.embed(drawn_BT[row_B, step - 1 : step] + model.vocabulary.speech_offset)
             if mask_BT is not None:
                 mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(row_B), 1)], 1)
-        hidden_BLD = model.hidden_states(inputs_embeds_BLD=embeds_BLD, attention_mask_BT=mask_BT, past_key_values=cache)
+        hidden_BLD = model.hidden_states(inputs_embeds_BLD=embeds_BLD, attention_mask_BL=mask_BT, past_key_values=cache)
         logits_BS = model.logits(hidden_BLD[:, -1])
         too_short_B = fewest_B[row_B] > step
         logits_BS[:, stop_ids] = logits_BS[:, stop_ids].masked_fill(too_short_B[:, None], -math.inf)

@@ -157,11 +157,11 @@ def test_embeddings_in_place_of_ids_padded_left_and_decoded(student):
         padded[row, longest - n :] = prompts[row, :n]
         mask[row, longest - n :] = True
     cache = student.new_cache()
-    outputs = [student(inputs_embeds_BLD=padded, attention_mask_BT=mask, past_key_values=cache)[:, -1]]
+    outputs = [student(inputs_embeds_BLD=padded, attention_mask_BL=mask, past_key_values=cache)[:, -1]]
     for step in range(steps):
         new = torch.stack([embeds[row, n + step : n + step + 1] for row, n in enumerate(prompt_lengths)])
         mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.bool)], 1)
-        outputs.append(student(inputs_embeds_BLD=new, attention_mask_BT=mask, past_key_values=cache)[:, 0])
+        outputs.append(student(inputs_embeds_BLD=new, attention_mask_BL=mask, past_key_values=cache)[:, 0])
     for row, n in enumerate(prompt_lengths):
         expected = student(IDS[row : row + 1, : n + steps])[0, n - 1 :]
         torch.testing.assert_close(torch.stack(outputs, 1)[row], expected, **CLOSE)

@@ -88,7 +88,7 @@ class SpeechLM(nn.Module):
     def hidden_states(
         self,
         input_ids_BL: Tensor | None = None,
-        attention_mask_BT: Tensor | None = None,
+        attention_mask_BL: Tensor | None = None,
         inputs_embeds_BLD: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
         return_layers: bool = False,
@@ -97,7 +97,7 @@ class SpeechLM(nn.Module):
 
         Args:
             input_ids_BL: unified ids; or ``inputs_embeds_BLD``.
-            attention_mask_BT: 1 for real tokens, over past and new positions; rows may be padded left or
+            attention_mask_BL: 1 for real tokens, over past and new positions; rows may be padded left or
                 right. None if nothing is padded, and best left out for right-padded training batches: no
                 position ever sees what is on its right, and attention is faster without a mask.
             inputs_embeds_BLD: embeddings in place of ids.
@@ -112,13 +112,13 @@ class SpeechLM(nn.Module):
         if inputs_embeds_BLD is None:
             inputs_embeds_BLD = self.embed(input_ids_BL)
         if not return_layers:
-            return run_body(self.body, inputs_embeds_BLD, attention_mask_BT, past_key_values)
+            return run_body(self.body, inputs_embeds_BLD, attention_mask_BL, past_key_values)
         layers: list[Tensor] = []
         hooks = [
             layer.register_forward_hook(lambda _m, _i, output: layers.append(output)) for layer in self.body.layers
         ]
         try:
-            hidden_BLD = run_body(self.body, inputs_embeds_BLD, attention_mask_BT, past_key_values)
+            hidden_BLD = run_body(self.body, inputs_embeds_BLD, attention_mask_BL, past_key_values)
         finally:
             for hook in hooks:
                 hook.remove()
