@@ -16,6 +16,8 @@ from mamtra_ray.config import load_config
 from mamtra_ray.efficiency import break_even_length, cache_bytes
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.layouts import Layout
+from mamtra_ray.opinion_scores import OpinionScore, read_scores
+from mamtra_ray.report_comparisons import naturalness
 from mamtra_ray.report_content import Report
 from mamtra_ray.report_page import write_files, write_page
 from mamtra_ray.run_folder import REPORT, Run, read_run
@@ -35,13 +37,14 @@ SECTIONS = (
 )
 
 
-def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
+def write_report(run_dirs: Sequence[Path], output: Path, listening_test: Path | None = None) -> Path:
     """Write the report of one or several runs.
 
     Args:
         run_dirs: run folders; the first one gives the title and the architecture.
         output: a folder (gets ``report.html`` and ``report/``) or a path that ends in ``.html`` (``report/`` is
             then named after it).
+        listening_test: folder of a scored listening test.
 
     Returns:
         The path of the page.
@@ -50,24 +53,26 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
         InputError: a folder that is no run, or a damaged file in one.
     """
     page = output if output.suffix == ".html" else output / REPORT
-    report = build_report([read_run(path) for path in run_dirs])
+    report = build_report([read_run(path) for path in run_dirs], read_scores(listening_test) if listening_test else ())
     write_files(report, page.with_suffix(""))
     write_page(report, page)
     return page
 
 
-def build_report(runs: Sequence[Run]) -> Report:
+def build_report(runs: Sequence[Run], scores: Sequence[OpinionScore] = ()) -> Report:
     """All sections for ``runs``, before they become files."""
     if not runs:
         raise InputError("a report needs at least one run folder: --run DIR")
     first = runs[0]
+    sections = [section(runs) for section in SECTIONS]
+    sections.insert(2, naturalness(scores))
     trials = sum(len({row["layout"] for row in run.trials}) for run in runs)
     finalists = sum(len(run.finalists) for run in runs)
     return Report(
         title=f"{first.name}: Mamba hybrids of {first.config.teacher.kind}",
         subtitle=f"{_names(runs)}; {trials} layouts tried, {finalists} distilled to the end.",
         facts=_facts(first),
-        sections=tuple(section(runs) for section in SECTIONS),
+        sections=tuple(sections),
     )
 
 
@@ -106,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, action="append", metavar="DIR", help="run folder; may be repeated")
     parser.add_argument("--space", type=Path, metavar="FILE", help="whose runs/<name> is reported without --run")
     parser.add_argument("--output", type=Path, help="folder or .html file (default: the first run folder)")
+    parser.add_argument("--listening-test", type=Path, metavar="DIR", help="a scored test, for the NMOS column")
     parser.add_argument("--dry-run", action="store_true", help="say which sections there would be, write nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. name=other")
     options = parser.parse_args(arguments)
@@ -115,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
             tables, figures = len(section.tables), len(section.figures)
             print(f"{section.title}: {section.missing or f'{tables} tables, {figures} figures'}")
         return 0
-    print(write_report(run_dirs, options.output or run_dirs[0]))
+    print(write_report(run_dirs, options.output or run_dirs[0], options.listening_test))
     return 0
 
 

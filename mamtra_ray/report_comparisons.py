@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from mamtra_ray import paper_results
+from mamtra_ray.opinion_scores import OpinionScore
 from mamtra_ray.report_content import Column, Figure, Row, Section, Table, percent, percent_with_interval
 from mamtra_ray.report_figures import convergence
 from mamtra_ray.run_folder import Run
@@ -41,6 +43,32 @@ def convergence_by_initialisation(runs: Sequence[Run]) -> Section:
         rows,
     )
     return Section("convergence", "Convergence by initialisation", figures=(figure,))
+
+
+def naturalness(scores: Sequence[OpinionScore]) -> Section:
+    """The NMOS column of Table 3, from a listening test over these runs."""
+    if not scores:
+        missing = (
+            "No listening test: python -m mamtra_ray.listening_test make writes a page for listeners, its score verb"
+            " reads what they send back, and --listening-test DIR brings it here."
+        )
+        return Section("naturalness", "Naturalness", missing=missing)
+    rows = [asdict(score) for score in scores]
+    columns = (
+        Column("system", "system"), Column("mean", "NMOS ± 95 %", _plus_minus("mean", "half_width")),
+        Column("difference", f"minus {scores[0].system}", _plus_minus("difference", "difference_half_width")),
+        *(Column(key, key, "d") for key in ("listeners", "utterances", "ratings")),
+    )  # fmt: skip
+    text = (
+        "Mean opinion scores from 1 to 5; intervals by the two-way variance of CrowdMOS, which respects that ratings"
+        " of one listener, and of one utterance, resemble each other. Differences are paired.",
+    )
+    table = Table("table_3_naturalness", "NMOS of the listening test", columns, rows)
+    return Section("naturalness", "Naturalness", text, tables=(table,))
+
+
+def _plus_minus(key: str, half_width: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]:.2f}" + ("" if row[half_width] is None else f" ± {row[half_width]:.2f}")
 
 
 def loss_ablation(runs: Sequence[Run]) -> Section:
