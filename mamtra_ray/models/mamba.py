@@ -256,9 +256,7 @@ class MambaMixer(nn.Module):
                 mask_BL=mask_BL, chunk_size=config.chunk_size, return_final_state=True,
             )  # fmt: skip
         heads = (config.num_heads, config.head_dim)
-        normed_BLHP = gated_rms_norm(
-            y_BLHP, z_BLI.unflatten(-1, heads), self.norm.weight.view(heads), config.norm_eps
-        )
+        normed_BLHP = gated_rms_norm(y_BLHP, z_BLI.unflatten(-1, heads), self.norm.weight.view(heads), config.norm_eps)
         out_BLD = self.out_proj(normed_BLHP.flatten(2))
         if not return_state:
             return out_BLD

@@ -52,11 +52,12 @@ def softplus_dt(
 ) -> Tensor:
     """softplus(dt + dt_bias), zero where the mask is 0: such a position leaves the state untouched."""
     dt_BLH = dt_BLH.to(dtype)
+    if mask_BL is not None:  # softplus(-inf) = 0, and its gradient is 0 whatever was there
+        dt_BLH = dt_BLH.masked_fill(~mask_BL.bool()[..., None], -torch.inf)
     if dt_bias_H is not None:
         dt_BLH = dt_BLH + dt_bias_H.to(dtype)
     # threshold 40: torch's default of 20 would return its argument 2e-9 too small, visible in float64.
-    dt_BLH = F.softplus(dt_BLH, threshold=40.0)
-    return dt_BLH if mask_BL is None else dt_BLH.masked_fill(~mask_BL.bool()[..., None], 0)
+    return F.softplus(dt_BLH, threshold=40.0)
 
 
 def without_padding(t_BLHX: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -64,6 +65,7 @@ def without_padding(t_BLHX: Tensor, mask_BL: Tensor | None) -> Tensor:
     return t_BLHX if mask_BL is None else t_BLHX.masked_fill(~mask_BL.bool()[..., None, None], 0)
 
 
+@torch.autocast("cpu", enabled=False)
 def ssd_scan_reference(
     x_BLHP: Tensor,
     dt_BLH: Tensor,
@@ -158,28 +160,24 @@ def ssd_scan(
     dt_BLS = repeat_heads(softplus_dt(dt_BLH, dt_bias_H, mask_BL, dtype), states, 2)
     A_S = repeat_heads(A_H.to(dtype), states, 0)
     C_BLHN = repeat_heads(C_BLHN, heads, 2)
-    batch, _, _, P = x_BLGP.shape
-    per_group = states // groups
-    if initial_state_BHPN is None:
-        state_BGNEP = dt_BLS.new_zeros(batch, groups, B_BLGN.shape[-1], per_group, P)
-    else:
-        state_BGNEP = initial_state_BHPN.to(dtype).unflatten(1, (groups, per_group)).permute(0, 1, 4, 2, 3)
-    y_BGLRP, final_BGNEP = ChunkedScan.apply(
+    per_group = (groups, states // groups)
+    per_state = (*per_group, heads // states)
+    y_BGELJP, final_BGEPN = ChunkedScan.apply(
         x_BLGP.transpose(1, 2),
-        dt_BLS.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1),
-        A_S.view(groups, per_group),
+        dt_BLS.unflatten(2, per_group).permute(0, 2, 3, 1),
+        A_S.view(per_group),
         B_BLGN.transpose(1, 2),
-        C_BLHN.unflatten(2, (groups, heads // groups)).transpose(1, 2),
-        None if D_H is None else repeat_heads(D_H.to(dtype), heads, 0).view(groups, -1),
-        state_BGNEP,
+        C_BLHN.unflatten(2, per_state).permute(0, 2, 3, 1, 4, 5),
+        None if D_H is None else repeat_heads(D_H.to(dtype), heads, 0).view(per_state),
+        None if initial_state_BHPN is None else initial_state_BHPN.to(dtype).unflatten(1, per_group),
         chunk_size,
+        return_final_state,
     )
-    y_BLHP = y_BGLRP.transpose(1, 2).flatten(2, 3)
-    if not return_final_state:
-        return y_BLHP
-    return y_BLHP, final_BGNEP.permute(0, 1, 3, 4, 2).flatten(1, 2)
+    y_BLHP = y_BGELJP.permute(0, 3, 1, 2, 4, 5).flatten(2, 4)
+    return (y_BLHP, final_BGEPN.flatten(1, 2)) if return_final_state else y_BLHP
 
 
+@torch.autocast("cpu", enabled=False)
 def ssd_step(
     state_BHPN: Tensor,
     x_BHP: Tensor,

@@ -25,7 +25,6 @@ def scan(
     initial_state_BHPN: Tensor | None,
     mask_BL: Tensor | None,
     return_final_state: bool,
-    chunk_size: int = CHUNK_SIZE,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`mamtra_ray.models.ssd.ssd_scan`."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -42,7 +41,7 @@ def scan(
         repeat_heads(A_H.float(), heads, 0),
         repeat_heads(without_padding(B_BLGN, mask_BL), groups, 2),
         repeat_heads(C_BLHN, groups, 2),
-        chunk_size=chunk_size,
+        chunk_size=CHUNK_SIZE,
         D=None if D_H is None else repeat_heads(D_H.float(), heads, 0),
         initial_states=initial_state_BHPN,
         return_final_states=True,
@@ -80,6 +79,8 @@ def step(
         repeat_heads(B_BGN, groups, 1),
         repeat_heads(C_BHN, groups, 1),
         D=None if D_H is None else repeat_heads(D_H.float(), heads, 0)[:, None].expand(-1, P),
+        # 2.3.2 asks for the strides of dt_bias also where there is none; ours is in dt already.
+        dt_bias=A_H.new_zeros(heads, 1).expand(-1, P),
     )
     return y_BHP, state_BHPN[:, :: heads // states]
 
