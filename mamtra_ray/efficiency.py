@@ -95,7 +95,8 @@ def prefill_flops(architecture: Architecture, layout: Layout, length: int, scan:
 def prefill_flops_full(architecture: Architecture, layout: Layout, length: int) -> int:
     """FLOPs of a prefill of ``length`` tokens, everything that FLOP counters count, head at the last position.
 
-    Attention is the full square: a causal kernel skips up to half of that term.
+    Attention is the full square, of which a causal kernel skips up to half; the scan includes reading the empty
+    state before the first chunk, which ours skips.
     """
     conv = 2 * length * _sum_over(architecture, layout, lambda layer: layer.conv_macs_per_token)
     scan = length * _sum_over(architecture, layout, lambda layer: layer.chunked_scan_flops_per_token)

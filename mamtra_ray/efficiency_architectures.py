@@ -29,11 +29,11 @@ class MambaShape:
     b_channels: int
     c_channels: int
     num_states: int
-    """Heads that own a state, a decay A, a skip D and a step size dt each."""
+    """Heads that own a state, a decay A and a step size dt each."""
     head_dim: int
     state_size: int
     num_output_heads: int
-    """Heads that read a state; more than ``num_states`` when query heads share the state of their group."""
+    """Heads that read a state and have a skip D; more than ``num_states`` when query heads share a state."""
     conv_kernel: int = 4
     chunk_size: int = 64
     """Tokens of a chunk of the scan; only its FLOPs depend on it."""
@@ -109,7 +109,7 @@ def mamba_layer(architecture: Architecture) -> LayerCost:
     conv = conv_channels * (mamba.conv_kernel + 1)
     norms = (2 if mamba.has_mlp else 1) * _norm_parameters(architecture)
     return LayerCost(
-        parameters=linear + conv + 3 * mamba.num_states + mamba.inner_size + norms,
+        parameters=linear + conv + 2 * mamba.num_states + mamba.num_output_heads + mamba.inner_size + norms,
         linear_macs_per_token=linear,
         conv_macs_per_token=conv_channels * mamba.conv_kernel,
         attention_width=0,

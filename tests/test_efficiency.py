@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from tiny_models import transformers_model, write_folder
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from mamtra_ray import paper_results
+from mamtra_ray.config import load_config
 from mamtra_ray.efficiency import (
     ARCHITECTURES,
     break_even_length,
@@ -24,6 +26,9 @@ from mamtra_ray.efficiency import (
 from mamtra_ray.efficiency_architectures import cosyvoice2
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout, from_strategy
+from mamtra_ray.session import architecture_of
+from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.base import make_student
 
 COSYVOICE = ARCHITECTURES["cosyvoice2"]
 ZONOS = ARCHITECTURES["zonos_v0_1_hybrid"]
@@ -128,6 +133,44 @@ def test_an_instantiated_transformer(attention):
     with torch.no_grad(), counter:
         model.model(prompt_BL[:, :1], past_key_values=cache)
     assert counter.get_total_flops() == decode_flops(architecture, layout, 38)
+
+
+@pytest.mark.parametrize("sharing", ["per_query_head", "per_kv_head"])
+@pytest.mark.parametrize("letters", ["AAAA", "AMMA", "MMMM"])
+def test_an_instantiated_hybrid(sharing, letters, hybrid_teacher):
+    layout = Layout(letters)
+    student = make_student(hybrid_teacher.model, layout, "transfer", None, state_sharing=sharing)
+    student.body.config._attn_implementation = "eager"
+    architecture = architecture_of(load_config(None, [f"student.state_sharing={sharing}"]), hybrid_teacher)
+    assert total_parameters(architecture, layout) == sum(parameter.numel() for parameter in student.parameters())
+
+    cache, counter = student.new_cache(), FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        student.logits(student.hidden_states(torch.zeros(1, 128, dtype=torch.int64), past_key_values=cache)[:, -1])
+    # Not counted: the convolution (the mixer shifts and adds), and reading the empty state of the first 64 tokens.
+    mamba = architecture.mamba
+    conv = 2 * 128 * mamba.conv_kernel * (mamba.x_channels + mamba.b_channels + mamba.c_channels)
+    first_chunk = 64 * mamba.num_output_heads * 2 * mamba.head_dim * mamba.state_size
+    uncounted = len(layout.mamba_layers) * (conv + first_chunk)
+    assert counter.get_total_flops() == prefill_flops_full(architecture, layout, 128) - uncounted
+    assert sum(tensor.nbytes for tensor in cached_tensors(cache)) == cache_bytes(architecture, layout, 128)
+    with torch.no_grad():
+        student.hidden_states(torch.zeros(1, 9, dtype=torch.int64), past_key_values=cache)
+    assert sum(tensor.nbytes for tensor in cached_tensors(cache)) == cache_bytes(architecture, layout, 137)
+
+
+def cached_tensors(cache):
+    """Whatever tensors the layers of transformers' cache hold, directly or in containers."""
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            held = value.values() if isinstance(value, dict) else [value]
+            yield from (tensor for tensor in held if torch.is_tensor(tensor))
+
+
+@pytest.fixture(scope="module")
+def hybrid_teacher(tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp("teacher"), transformers_model("qwen2"))
+    return load_teacher("huggingface", str(folder))
 
 
 def test_the_verb(capsys, tmp_path):
