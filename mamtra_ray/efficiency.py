@@ -56,6 +56,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture for architecture in (cosyvoice2(), llasa_1b(), zonos_v0_1_hybrid(), demo())
 }
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BREAK_EVEN = ("break_even_length", "break_even_length_with_weights")
 SCAN_FLOPS_PER_STATE_VALUE = 9
 """FLOPs of the scan per token and state value, as Mamba's authors' accounting has it (9 L d_inner N)."""
 
@@ -145,18 +146,34 @@ def cache_bytes(
 
 
 def break_even_length(
-    architecture: Architecture, layout: Layout, dtype: str = "float32", *, state_dtype: str | None = None
+    architecture: Architecture,
+    layout: Layout,
+    dtype: str = "float32",
+    *,
+    state_dtype: str | None = None,
+    weights_for_sequences: int | None = None,
 ) -> int | None:
     """The context in tokens above which the hybrid's cache is smaller than the all-attention model's.
 
     Below it, the fixed Mamba states outweigh the keys and values they replace. The number is the same for
     every layout, since both sides scale with the number of Mamba layers. ``None`` without Mamba layers.
+
+    Args:
+        architecture: one of :data:`ARCHITECTURES`, or from :func:`from_hf_config`.
+        layout: as many layers as the architecture.
+        dtype: of cache and weights.
+        state_dtype: type of the SSM state where it differs.
+        weights_for_sequences: compare weights and cache together, for this many sequences of that context at
+            once: a Mamba mixer has more parameters than the attention it replaces.
     """
     if not layout.mamba_layers:
         return None
     attention, mamba = attention_layer(architecture), mamba_layer(architecture)
-    state = mamba.ssm_values * _dtype_bytes(state_dtype or dtype) + mamba.conv_values * _dtype_bytes(dtype)
-    return state // (attention.cached_values_per_token * _dtype_bytes(dtype))
+    fixed = mamba.ssm_values * _dtype_bytes(state_dtype or dtype) + mamba.conv_values * _dtype_bytes(dtype)
+    per_token, sequences = attention.cached_values_per_token * _dtype_bytes(dtype), weights_for_sequences or 1
+    if weights_for_sequences:
+        fixed = fixed * sequences + (mamba.parameters - attention.parameters) * _dtype_bytes(dtype)
+    return max(0, fixed // (per_token * sequences))
 
 
 def published_layouts(architecture: Architecture) -> list[tuple[str, Layout]]:
@@ -196,6 +213,9 @@ def efficiency_rows(
             "decode_flops": decode_flops(architecture, layout, length),
             "cache_bytes": cache_bytes(architecture, layout, length, dtype, state_dtype=state_dtype),
             "break_even_length": break_even_length(architecture, layout, dtype, state_dtype=state_dtype),
+            "break_even_length_with_weights": break_even_length(
+                architecture, layout, dtype, state_dtype=state_dtype, weights_for_sequences=1
+            ),
             "length": length,
             "dtype": dtype,
         }
@@ -243,22 +263,25 @@ def _chosen_architectures(options: argparse.Namespace) -> list[Architecture]:
 
 
 def _as_table(rows: list[dict[str, Any]]) -> str:
-    columns = f"{'M params':>9} {'TFLOP':>7} {'full':>7} {'GFLOP/token':>11} {'cache MB':>9} {'smaller above':>14}"
+    columns = (
+        f"{'M params':>9} {'TFLOP':>7} {'full':>7} {'GFLOP/token':>11} {'cache MB':>9} {'cache <':>8} {'memory <':>9}"
+    )
     header = f"{'system':18} {'ratio':>6} {columns}"
     counted = f"{rows[0]['length']:,} tokens; cache in {rows[0]['dtype']}, 1 MB = 1e6 bytes"
     lines = [counted, "", header, "-" * len(header)]
     for row in rows:
-        break_even = row["break_even_length"]
+        above = ["-" if row[key] is None else f"{row[key]:,}" for key in _BREAK_EVEN]
         lines.append(
             f"{row['system']:18} {row['ratio']:>6} {row['parameters'] / 1e6:9.2f} {row['prefill_flops'] / 1e12:7.3f}"
             f" {row['prefill_flops_full'] / 1e12:7.3f} {row['decode_flops'] / 1e9:11.3f}"
-            f" {row['cache_bytes'] / 1e6:9.2f} {'-' if break_even is None else f'{break_even:,} tokens':>14}"
+            f" {row['cache_bytes'] / 1e6:9.2f} {above[0]:>8} {above[1]:>9}"
         )
     notes = [
         "",
         "M params: decoder without embedding tables and head (Zonos: the whole checkpoint, as published).",
         "TFLOP: one forward pass in the paper's accounting; full: with convolution, scan and one head position.",
-        "smaller above: the context above which the hybrid's cache is smaller than the all-attention one.",
+        "cache <: tokens of context above which the cache is smaller than the all-attention model's;",
+        "memory <: the same for weights and cache of one sequence together (mixers have more weights).",
         "The paper's CosyVoice 2 rows lie 0.05 TFLOP below these (1.78 for 1:0); the savings between rows agree.",
     ]
     return "\n".join(lines + notes)

@@ -54,14 +54,16 @@ def complexity(runs: Sequence[Run]) -> Section:
         Column("prefill_flops_full", "GFLOP, full", scaled("prefill_flops_full", 1e9, 1)),
         Column("decode_flops", "MFLOP/token", scaled("decode_flops", 1e6, 1)),
         Column("cache_bytes", "cache MB", scaled("cache_bytes", 1e6)),
-        Column("break_even_length", "smaller above", ",d"),
+        Column("break_even_length", "cache smaller above", ",d"),
+        Column("break_even_length_with_weights", "with weights", ",d"),
     )  # fmt: skip
     return Section(
         "complexity",
         "Complexity",
         (
             f"Closed form for {architecture.name}, {length:,} tokens, cache in float32. Attention's cost grows with the"
-            " context, a Mamba layer's does not; its fixed state pays off only above the context in the last column.",
+            " context, a Mamba layer's does not; its fixed state, and its larger weights, pay off only above the"
+            " contexts (tokens, one sequence) in the last columns.",
         ),
         tables=(
             Table("table_2_complexity", "Table 2 in numbers", layer_columns, layers),

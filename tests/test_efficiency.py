@@ -107,6 +107,14 @@ def test_break_even_is_where_the_two_caches_cross():
                     hybrid = cache_bytes(architecture, layout, length, dtype, state_dtype=state_dtype)
                     assert (hybrid < cache_bytes(architecture, TEACHER, length, dtype)) == smaller
     assert break_even_length(COSYVOICE, TEACHER) is None
+    for sequences in (1, 7):
+        at = break_even_length(COSYVOICE, PAPER_LAYOUTS["1:3"], "bfloat16", weights_for_sequences=sequences)
+        for length, smaller in ((at, False), (at + 1, True)):
+            hybrid, teacher = (
+                2 * parameters(COSYVOICE, layout) + sequences * cache_bytes(COSYVOICE, layout, length, "bfloat16")
+                for layout in (PAPER_LAYOUTS["1:3"], TEACHER)
+            )
+            assert (hybrid < teacher) == smaller
     assert break_even_length(COSYVOICE, PAPER_LAYOUTS["1:1"]) == 242
 
 
