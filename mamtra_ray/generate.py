@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.models.hybrid import drop_cache_rows
+from mamtra_ray.models.cache import drop_rows
 from mamtra_ray.sampling import COSYVOICE2, GREEDY, Sampling, next_tokens, uniform_numbers
 from mamtra_ray.teachers.base import SpeechLM
 
@@ -89,7 +89,7 @@ def generate(
             row_B = row_B[kept]
             mask_BT = None if mask_BT is None else mask_BT[kept]
             if step > 0:
-                drop_cache_rows(cache, kept)
+                drop_rows(cache, kept)
             else:
                 embeds_BLD = embeds_BLD[kept]
         if step > 0:

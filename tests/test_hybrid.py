@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import SPEECH, VOCABULARY, transformers_model, write_folder
 
-from mamtra_ray.models.hybrid import drop_cache_rows
+from mamtra_ray.models.cache import drop_rows
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import make_student
 
@@ -170,7 +170,7 @@ def test_embeddings_in_place_of_ids_padded_left_and_decoded(student):
 def test_rows_can_leave_the_cache(student):
     expected, cache = student(IDS), student.new_cache()
     student(IDS[:, :10], past_key_values=cache)
-    drop_cache_rows(cache, torch.tensor([2, 0]))
+    drop_rows(cache, torch.tensor([2, 0]))
     for position in range(10, 14):
         step = student(IDS[[2, 0], position : position + 1], past_key_values=cache)
         torch.testing.assert_close(step[:, 0], expected[[2, 0], position], **CLOSE)

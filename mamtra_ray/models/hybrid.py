@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GraniteMoeHybridConfig, PretrainedConfig
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import Cache, GraniteMoeHybridConfig, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
     GraniteMoeHybridModel,
@@ -27,7 +26,8 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.models.mamba import MambaMixer, MixerConfig, MixerState, StateSharing
+from mamtra_ray.models.cache import mixer_state, past_length, store_mixer_state
+from mamtra_ray.models.mamba import MambaMixer, MixerConfig, StateSharing
 
 LAYER_TYPES = {"A": "full_attention", "M": "linear_attention"}
 
@@ -208,13 +208,9 @@ class CachedMixer(nn.Module):
         """The call GraniteMoeHybrid's decoder layer makes; shapes (B, L, D) -> (B, L, D)."""
         if cache_params is None:
             return self.mixer(hidden_states, attention_mask)
-        conv_BCK = cache_params.get_conv_state(self.layer)
-        ssm_BHPN = cache_params.get_recurrent_state(self.layer)
-        state = None if conv_BCK is None else MixerState(conv_BCK, ssm_BHPN)
+        state = mixer_state(cache_params, self.layer)
         output_BLD, state = self.mixer(hidden_states, attention_mask, state, return_state=True)
-        # The cache keeps the newest K columns of what it is given, and we give it exactly the K of the new state.
-        cache_params.update_conv_state(state.conv_BCK, self.layer)
-        cache_params.update_recurrent_state(state.ssm_BHPN, self.layer)
+        store_mixer_state(cache_params, self.layer, state)
         return output_BLD
 
 
@@ -280,28 +276,11 @@ def body_tensors(checkpoint: Mapping[str, Tensor], num_layers: int, prefix: str 
     return renamed
 
 
-def new_cache(body: GraniteMoeHybridModel) -> DynamicCache:
-    """An empty hybrid cache: keys and values for attention layers, conv and SSM states for Mamba layers."""
-    return DynamicCache(config=body.config)
-
-
-def drop_cache_rows(cache: DynamicCache, kept_rows: Tensor) -> None:
-    """Keep only the batch rows ``kept_rows`` (int64 indices) of every layer's cache."""
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            # Not reorder_cache: its states were marked as static addresses, so assign new tensors.
-            layer.conv_states[0] = layer.conv_states[0].index_select(0, kept_rows)
-            layer.recurrent_states[0] = layer.recurrent_states[0].index_select(0, kept_rows)
-        else:
-            layer.keys = layer.keys.index_select(0, kept_rows)
-            layer.values = layer.values.index_select(0, kept_rows)
-
-
 def run_body(
     body: GraniteMoeHybridModel,
     inputs_embeds_BLD: Tensor,
     attention_mask_BT: Tensor | None = None,
-    cache: DynamicCache | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """One forward pass; returns the post-norm hidden states (B, L, D).
 
@@ -320,7 +299,7 @@ def run_body(
     Raises:
         ValueError: the mask's length fits neither past nor new positions.
     """
-    past = _past_length(cache)
+    past = past_length(cache)
     length = inputs_embeds_BLD.shape[1]
     if attention_mask_BT is not None and past is not None and attention_mask_BT.shape[1] != past + length:
         raise ValueError(
@@ -347,13 +326,3 @@ def run_body(
         past_key_values=cache,
         use_cache=cache is not None,
     ).last_hidden_state
-
-
-def _past_length(cache: DynamicCache | None) -> int | None:
-    """Positions in the cache; None if it has Mamba layers only, which do not count them (nor need to)."""
-    if cache is None:
-        return 0
-    lengths = [
-        layer.get_seq_length() for layer in cache.layers if not isinstance(layer, LinearAttentionCacheLayerMixin)
-    ]
-    return lengths[0] if lengths else None

@@ -23,9 +23,10 @@ from transformers import DynamicCache
 from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.layouts import Layout
 from mamtra_ray.losses import IGNORE
+from mamtra_ray.models.cache import new_cache
 from mamtra_ray.models.checkpoint import load_into, read_model, write_model
 from mamtra_ray.models.granite import read_granite, write_granite
-from mamtra_ray.models.hybrid import HybridConfig, empty_body, mixers, new_cache, run_body
+from mamtra_ray.models.hybrid import HybridConfig, empty_body, mixers, run_body
 from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.models.transfer import INITIALISATIONS, mixer_from_attention, mixer_from_library
 from mamtra_ray.teachers.sequences import SequenceFormat, Vocabulary
@@ -83,7 +84,7 @@ class SpeechLM(nn.Module):
 
     def new_cache(self) -> DynamicCache:
         """An empty cache for :meth:`hidden_states`."""
-        return new_cache(self.body)
+        return new_cache(self.body.config)
 
     def hidden_states(
         self,
