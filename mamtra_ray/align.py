@@ -46,6 +46,7 @@ __all__ = ["LibraryManifest", "align_mixers", "load_library", "main"]
 # Tokens of the least-squares start, per channel of the projection that it fits.
 _TOKENS_PER_CHANNEL = 40
 _SECONDS_PER_CHECKPOINT = 20.0
+_SECONDS_PER_REPORT = 0.5
 _ATTEMPTS = 3
 
 Progress = Callable[[int, int], None]
@@ -171,7 +172,7 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
                     folder / STATE, made_by=job.made_by, transferred=transferred, start=start, seconds=seconds()
                 )
                 last_save = now
-            if now - last_yield > 0.5:
+            if now - last_yield > _SECONDS_PER_REPORT:
                 yield training.position.tokens
                 last_yield = now
             if training.position.tokens >= config.align.tokens:

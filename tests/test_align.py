@@ -1,0 +1,221 @@
+"""Alignment against plain transformers, plain least squares, plain autograd, and a stopped and resumed run."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_cache import cache_without_ray, tiny_config
+from tiny_models import SEQUENCE, transformers_model, write_folder
+
+from mamtra_ray import align as align_module
+from mamtra_ray.align import AlignJob, align, align_mixers, library_made_by, load_library
+from mamtra_ray.config import AlignConfig, Config
+from mamtra_ray.errors import InputError
+from mamtra_ray.mixer_library import MANIFEST, WEIGHTS, read_library_manifest
+from mamtra_ray.mixer_training import MixerTraining, Position, attention_taps
+from mamtra_ray.models.transfer import mixer_from_attention
+from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.base import make_student
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return load_teacher("huggingface", write_folder(tmp_path_factory.mktemp("teacher"), transformers_model()))
+
+
+def batch_of(lengths, seed=0):
+    """Right-padded random utterances of these many speech tokens."""
+    random = np.random.default_rng(seed)
+    rows = [SEQUENCE.training_example([1, 2, 3], random.integers(0, 38, length).tolist()) for length in lengths]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return SimpleNamespace(
+        input_ids_BL=pad([ids for ids, _ in rows], batch_first=True),
+        attention_mask_BL=pad([torch.ones(len(ids), dtype=torch.bool) for ids, _ in rows], batch_first=True),
+    )
+
+
+def recorded(teacher, batch):
+    taps = {}
+    with torch.no_grad(), attention_taps(teacher.model, lambda layer, x, y: taps.__setitem__(layer, (x, y))):
+        teacher.model.hidden_states(batch.input_ids_BL)
+    return taps
+
+
+def test_taps_see_what_transformers_attention_reads_and_writes(teacher):
+    batch, expected = batch_of([9]), {}
+    model = transformers_model()
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(
+            lambda _module, _args, kwargs, output, index=index: expected.update(
+                {index: (kwargs["hidden_states"], output[0])}
+            ),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        model(batch.input_ids_BL)
+    taps = recorded(teacher, batch)
+    assert set(taps) == set(expected) == {0, 1, 2, 3}
+    for layer, pair in expected.items():
+        for found, wanted in zip(taps[layer], pair, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_one_step_of_all_layers_is_one_step_of_each(teacher):
+    batch, config = batch_of([9, 5, 7]), AlignConfig(tokens=1000, batch_tokens=30)
+    training = MixerTraining(teacher.model, config, "per_query_head", CPU)
+    rate = training.learning_rate()
+    training.step(batch)
+    weight = batch.attention_mask_BL[..., None]
+    for layer, (x, y) in recorded(teacher, batch).items():
+        attention = teacher.model.body.layers[layer].self_attn
+        mixer = mixer_from_attention(attention, teacher.model.config.mixer, "transfer", layer)
+        optimizer = torch.optim.AdamW(mixer.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+        loss = ((mixer(x) - y).square() * weight).sum() / (y.square() * weight).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(mixer.parameters(), 1.0)
+        optimizer.step()
+        for name, parameter in training.mixers[layer].named_parameters():
+            wanted = dict(mixer.named_parameters())[name]
+            torch.testing.assert_close(parameter, wanted, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_output_projections_are_the_least_squares_solution(teacher):
+    sample = [batch_of([30, 25, 28], seed) for seed in range(4)]
+    training = MixerTraining(teacher.model, AlignConfig(), "per_query_head", CPU)
+    before = training.errors(sample)
+    assert training.fit_output_projections(sample) == sum(int(batch.attention_mask_BL.sum()) for batch in sample)
+    after = training.errors(sample)
+    for layer in range(4):
+        features, targets = [], []
+        handle = training.mixers[layer].out_proj.register_forward_pre_hook(
+            lambda _module, args, features=features: features.append(args[0].detach())
+        )
+        for batch in sample:
+            x, y = recorded(teacher, batch)[layer]
+            training.mixers[layer](x)
+            features[-1], target = features[-1][batch.attention_mask_BL], y[batch.attention_mask_BL]
+            targets.append(target)
+        handle.remove()
+        inputs, outputs = torch.cat(features).double().numpy(), torch.cat(targets).double().numpy()
+        solution, *_ = np.linalg.lstsq(inputs, outputs, rcond=None)
+        best = np.square(inputs @ solution - outputs).sum() / np.square(outputs).sum()
+        assert best <= after[layer] < best + 2e-3  # the ridge costs a little
+        assert after[layer] < before[layer]
+
+
+def test_padding_changes_no_error(teacher):
+    training = MixerTraining(teacher.model, AlignConfig(), "per_query_head", CPU)
+    together = batch_of([9, 17])
+    alone = [
+        SimpleNamespace(input_ids_BL=ids[mask][None], attention_mask_BL=mask[mask][None])
+        for ids, mask in zip(together.input_ids_BL, together.attention_mask_BL, strict=True)
+    ]
+    for layer, error in training.errors([together]).items():
+        assert error == pytest.approx(training.errors(alone)[layer], rel=1e-4)
+
+
+def test_a_saved_training_goes_on_bit_for_bit(teacher, tmp_path):
+    config = AlignConfig(tokens=400, batch_tokens=40)
+    whole, first, second = (MixerTraining(teacher.model, config, "per_query_head", CPU) for _ in range(3))
+    for seed in range(6):
+        whole.step(batch_of([9, 12], seed))
+    for seed in range(3):
+        first.step(batch_of([9, 12], seed))
+    first.next_epoch()
+    first.save(tmp_path / "state.pt", made_by={"a": "b"})
+    assert second.load(tmp_path / "state.pt")["made_by"] == {"a": "b"}
+    assert second.position == Position(first.position.tokens, 3, 1, 0)
+    for seed in range(3, 6):
+        second.step(batch_of([9, 12], seed))
+    for layer, tensors in whole.library().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second.library()[layer][name]), (layer, name)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory, ray_cluster):
+    """Configuration, teacher and shared cache of the tiny teacher."""
+    from mamtra_ray.corpus import corpus_identity, read_corpus
+    from mamtra_ray.shared_batches import share_cache
+
+    folder = tmp_path_factory.mktemp("align")
+    config = tiny_config(folder)
+    config = Config.model_validate(
+        config.model_dump() | {"align": {"tokens": 4000, "batch_tokens": 150, "learning_rate": 0.01}}
+    )
+    cache_without_ray(config, folder / "cache")
+    teacher = load_teacher(config.teacher.kind, config.teacher.path)
+    corpus_hash = corpus_identity(read_corpus(config.corpus.path)).corpus_hash
+    train, validation = (
+        share_cache(folder / "cache", teacher_fingerprint=teacher.fingerprint, corpus_hash=corpus_hash, split=split)
+        for split in ("train", "validation")
+    )
+    return SimpleNamespace(config=config, teacher=teacher, data={"train": train, "validation": validation})
+
+
+def test_library_has_lower_errors_and_is_not_trained_twice(setup, tmp_path):
+    seen = []
+    manifest = align_mixers(
+        setup.config, tmp_path, teacher=setup.teacher, **setup.data, on_progress=lambda *count: seen.append(count)
+    )
+    assert seen[-1] == (4000, 4000) and manifest.tokens >= 4000
+    for layer in range(4):
+        assert manifest.errors[layer] < manifest.errors_start[layer] < manifest.errors_transferred[layer]
+    library = load_library(tmp_path, teacher_fingerprint=setup.teacher.fingerprint)
+    student = make_student(setup.teacher.model, "MMMM", "aligned", library)
+    torch.testing.assert_close(student.body.layers[2].mamba.mixer.in_proj.weight, library[2]["in_proj.weight"])
+
+    written = (tmp_path / WEIGHTS).stat().st_mtime_ns
+    assert align_mixers(setup.config, tmp_path, teacher=setup.teacher, **setup.data) == manifest
+    assert (tmp_path / WEIGHTS).stat().st_mtime_ns == written
+
+    other = setup.config.model_copy(update={"align": AlignConfig(tokens=5000)})
+    with pytest.raises(InputError, match="made with another settings"):
+        align_mixers(other, tmp_path, teacher=setup.teacher, **setup.data)
+    with pytest.raises(InputError, match="made with another teacher"):
+        load_library(tmp_path, teacher_fingerprint="f" * 64)
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-100])
+    with pytest.raises(InputError, match="changed or cut off"):
+        load_library(tmp_path, teacher_fingerprint=setup.teacher.fingerprint)
+    with pytest.raises(InputError, match="does not exist"):
+        load_library(tmp_path / "nowhere", teacher_fingerprint=setup.teacher.fingerprint)
+
+
+def test_stopped_alignment_goes_on_where_it_was(setup, tmp_path, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(align_module, "_SECONDS_PER_CHECKPOINT", 0.0)
+    monkeypatch.setattr(align_module, "_SECONDS_PER_REPORT", 0.0)
+    made_by = library_made_by(setup.config, setup.teacher, setup.data["train"])
+    reference = [ray.put(setup.teacher)]
+
+    def job(folder):
+        folder.mkdir(exist_ok=True)
+        return AlignJob(setup.config, str(folder), made_by, reference, **setup.data)
+
+    steps = [*align(job(tmp_path / "whole"), CPU)]
+    stopped = align(job(tmp_path / "stopped"), CPU)
+    reached = [next(stopped) for _ in range(7)]
+    stopped.close()
+    assert reached == steps[:7] and not (tmp_path / "stopped" / MANIFEST).exists()
+    rest = [*align(job(tmp_path / "stopped"), CPU)]
+    assert rest == steps[7:]
+    whole, resumed = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    errors = [read_library_manifest(tmp_path / name).errors_start for name in ("whole", "stopped")]
+    assert errors[0] == errors[1]
+    assert not (tmp_path / "stopped" / "state.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_ray_train_workers_learn_as_much_as_one(setup, tmp_path):
+    two = setup.config.model_copy(update={"align": setup.config.align.model_copy(update={"workers": 2})})
+    one = align_mixers(setup.config, tmp_path / "one", teacher=setup.teacher, **setup.data)
+    both = align_mixers(two, tmp_path / "two", teacher=setup.teacher, **setup.data)
+    assert both.workers == 2
+    for layer in range(4):
+        assert both.errors[layer] == pytest.approx(one.errors[layer], rel=0.2)
