@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.cache import drop_rows
 from mamtra_ray.sampling import COSYVOICE2, GREEDY, Sampling, next_tokens, uniform_numbers
 from mamtra_ray.teachers.base import SpeechLM
 
-__all__ = ["COSYVOICE2", "GREEDY", "Generated", "Sampling", "generate"]
+__all__ = ["COSYVOICE2", "GREEDY", "Generated", "Prefilled", "Sampling", "decode", "generate", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,21 @@ class Generated:
     stopped: bool
 
 
-@torch.inference_mode()
+@dataclass
+class Prefilled:
+    """A batch whose prompts have been read: what :func:`decode` goes on from (and uses up).
+
+    Attributes:
+        cache: keys, values and states of all layers.
+        mask_BT: true for real positions of left-padded prompts; None if none is padded.
+        logits_BS: scores of each row's first new token.
+    """
+
+    cache: Cache
+    mask_BT: Tensor | None
+    logits_BS: Tensor
+
+
 def generate(
     model: SpeechLM,
     prompts: Sequence[Tensor],
@@ -58,58 +73,80 @@ def generate(
     """
     if len(length_bounds) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
         raise InputError(f"{len(prompts)} prompts need as many length bounds and seeds")
-    if not prompts:
-        return []
     if any(len(prompt) == 0 for prompt in prompts) or any(not 0 <= low <= high for low, high in length_bounds):
         raise InputError("a prompt must not be empty, and its length bounds must be 0 <= fewest <= most")
+    if not prompts:
+        return []
+    return decode(model, prefill(model, prompts), length_bounds, sampling, seeds)
+
+
+@torch.inference_mode()
+def prefill(model: SpeechLM, prompts: Sequence[Tensor]) -> Prefilled:
+    """Read the prompts (see :func:`generate`) in one forward pass."""
+    embeds_BLD, mask_BT = _pad_left(model, prompts)
+    cache = model.new_cache()
+    hidden_BLD = model.hidden_states(inputs_embeds_BLD=embeds_BLD, attention_mask_BL=mask_BT, past_key_values=cache)
+    return Prefilled(cache, mask_BT, model.logits(hidden_BLD[:, -1]))
+
+
+@torch.inference_mode()
+def decode(
+    model: SpeechLM,
+    start: Prefilled,
+    length_bounds: Sequence[tuple[int, int]],
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+) -> list[Generated]:
+    """Draw tokens from where :func:`prefill` ended; arguments and result as in :func:`generate`."""
     device = model.device
     fewest_B, most_B = torch.tensor(length_bounds, device=device).unbind(1)
-    longest = int(most_B.max())
-    seeds = range(len(prompts)) if seeds is None else seeds
-    uniform_BT2 = torch.zeros(len(prompts), longest, 2, dtype=torch.float64)
+    count, longest = len(length_bounds), int(most_B.max())
+    uniform_BT2 = torch.zeros(count, longest, 2, dtype=torch.float64)
     if sampling.temperature > 0:
-        uniform_BT2 = torch.stack([uniform_numbers(seed, longest) for seed in seeds])
+        uniform_BT2 = torch.stack([uniform_numbers(seed, longest) for seed in seeds or range(count)])
     uniform_BT2 = uniform_BT2.to(device)
     stop_ids = torch.tensor(model.vocabulary.stop_ids, device=device)
 
-    embeds_BLD, mask_BT = _pad_left(model, prompts)
-    cache = model.new_cache()
-    drawn_BT = torch.full((len(prompts), longest), -1, device=device)
-    length_B = most_B.clone()
-    stopped_B = torch.zeros_like(most_B, dtype=torch.bool)
-    row_B = torch.arange(len(prompts), device=device)
-    for step in range(longest):
-        running_B = most_B[row_B] > step
-        if step > 0:
-            running_B &= ~stopped_B[row_B]
-        if not running_B.all():
-            kept = running_B.nonzero()[:, 0]
-            if len(kept) == 0:
-                break
-            row_B = row_B[kept]
-            mask_BT = None if mask_BT is None else mask_BT[kept]
-            if step > 0:
-                drop_rows(cache, kept)
-            else:
-                embeds_BLD = embeds_BLD[kept]
-        if step > 0:
-            embeds_BLD = model.embed(drawn_BT[row_B, step - 1 : step] + model.vocabulary.speech_offset)
-            if mask_BT is not None:
-                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(row_B), 1)], 1)
-        hidden_BLD = model.hidden_states(inputs_embeds_BLD=embeds_BLD, attention_mask_BL=mask_BT, past_key_values=cache)
-        logits_BS = model.logits(hidden_BLD[:, -1])
-        too_short_B = fewest_B[row_B] > step
-        logits_BS[:, stop_ids] = logits_BS[:, stop_ids].masked_fill(too_short_B[:, None], -math.inf)
+    # Per prompt: what was drawn (-1 where nothing is yet), how many tokens it is, whether a stop id ended it.
+    drawn_BT = torch.full((count, longest), -1, device=device)
+    length_B, stopped_B = most_B.clone(), torch.zeros(count, dtype=torch.bool, device=device)
+    # From here on B counts the rows still running, and row_B says which prompts they are.
+    row_B = _keep_running(start, torch.arange(count, device=device), most_B > 0)
+    for step in range(longest if len(row_B) else 0):
+        logits_BS = start.logits_BS
+        logits_BS[:, stop_ids] = logits_BS[:, stop_ids].masked_fill((fewest_B[row_B] > step)[:, None], -math.inf)
         recent_BW = drawn_BT[row_B, max(0, step - sampling.repetition_window) : step]
         tokens_B = next_tokens(logits_BS, sampling, uniform_BT2[row_B, step], recent_BW)
         drawn_BT[row_B, step] = tokens_B
         stops_B = torch.isin(tokens_B, stop_ids)
         stopped_B[row_B] = stops_B
         length_B[row_B] = torch.where(stops_B, step, length_B[row_B])
+        row_B = _keep_running(start, row_B, ~stops_B & (most_B[row_B] > step + 1))
+        if len(row_B) == 0:
+            break
+        if start.mask_BT is not None:
+            start.mask_BT = torch.cat([start.mask_BT, start.mask_BT.new_ones(len(row_B), 1)], 1)
+        embeds_B1D = model.embed(drawn_BT[row_B, step : step + 1] + model.vocabulary.speech_offset)
+        hidden_B1D = model.hidden_states(
+            inputs_embeds_BLD=embeds_B1D, attention_mask_BL=start.mask_BT, past_key_values=start.cache
+        )
+        start.logits_BS = model.logits(hidden_B1D[:, 0])
     return [
         Generated(tuple(tokens[:length]), stopped)
         for tokens, length, stopped in zip(drawn_BT.tolist(), length_B.tolist(), stopped_B.tolist(), strict=True)
     ]
+
+
+def _keep_running(start: Prefilled, row_B: Tensor, running_B: Tensor) -> Tensor:
+    """Drop the rows that have ended from the batch; returns which prompts are left."""
+    kept = running_B.nonzero()[:, 0]
+    if len(kept) == len(row_B):
+        return row_B
+    if len(kept):
+        drop_rows(start.cache, kept)
+        start.logits_BS = start.logits_BS[kept]
+        start.mask_BT = None if start.mask_BT is None else start.mask_BT[kept]
+    return row_B[kept]
 
 
 def _pad_left(model: SpeechLM, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
