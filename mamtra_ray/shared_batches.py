@@ -9,6 +9,7 @@ Tensor letters: B batch, L padded length, N labelled positions, D model width.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,11 @@ from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from mamtra_ray.cache_blocks import read_block
-from mamtra_ray.cache_formats import QUANTIZER_FILE, row_format
+from mamtra_ray.cache_formats import RowFormat, row_format, to_device
 from mamtra_ray.cache_manifest import CacheManifest, complete_manifest
 from mamtra_ray.cache_storage import Storage
 from mamtra_ray.errors import InputError
+from mamtra_ray.hidden_quantizer import QUANTIZER_FILE
 from mamtra_ray.losses import IGNORE, HiddenTargets, TopKTargets
 from mamtra_ray.teachers.base import SequenceFormat
 
@@ -51,7 +53,7 @@ class SharedCache:
         num_text, num_speech: tokens of every utterance, int32 (utterances,).
         num_bytes: of all blocks.
         window_blocks: how many blocks one process uses at a time.
-        quantizer: content of the quantiser's file, if the format has one.
+        quantizer: reference to the content of the quantiser's file, if the format has one.
     """
 
     manifest: CacheManifest
@@ -63,7 +65,7 @@ class SharedCache:
     num_speech: np.ndarray
     num_bytes: int
     window_blocks: int
-    quantizer: bytes | None
+    quantizer: Any
 
     @property
     def num_utterances(self) -> int:
@@ -148,7 +150,7 @@ def share_cache(
         num_speech=np.concatenate([layout.num_speech for layout in layouts]),
         num_bytes=num_bytes,
         window_blocks=len(layouts) if num_bytes <= window_bytes else blocks_a_window,
-        quantizer=storage.read(QUANTIZER_FILE).to_pybytes() if QUANTIZER_FILE in manifest.files else None,
+        quantizer=_quantizer(storage, manifest),
     )
 
 
@@ -227,6 +229,15 @@ def padding_waste(shared: SharedCache, sequence: SequenceFormat, *, batch_tokens
     return 1 - int(lengths.sum()) / padded
 
 
+def _quantizer(storage: Storage, manifest: CacheManifest) -> Any:
+    if QUANTIZER_FILE not in manifest.files:
+        return None
+    content = storage.read(QUANTIZER_FILE).to_pybytes()
+    if hashlib.sha256(content).hexdigest() != manifest.files[QUANTIZER_FILE]:
+        raise InputError(f"{storage.child(QUANTIZER_FILE)} is damaged (its checksum differs)")
+    return ray.put(content)
+
+
 def _groups(
     shards: Sequence[tuple[str, Any]], block_bytes: float, max_tokens: int | None
 ) -> list[tuple[list[tuple[str, Any]], int | None]]:
@@ -280,7 +291,7 @@ def _made(
         shared.manifest.made_by["format"],
         shared.manifest.hidden_size,
         sequence.vocabulary.speech_size,
-        shared.quantizer,
+        None if shared.quantizer is None else ray.get(shared.quantizer),
     )
     names = ("text_tokens", "speech_tokens", *rows_format.columns)
     for window in plan:
@@ -303,7 +314,7 @@ def _made(
 
 
 def _batch(
-    sequence: SequenceFormat, rows_format: Any, values: dict[str, list[np.ndarray]], device: torch.device
+    sequence: SequenceFormat, rows_format: RowFormat, values: dict[str, list[np.ndarray]], device: torch.device
 ) -> DistillBatch:
     """Equal to padding ``sequence.training_example`` of each row, without Python loops over tokens."""
     texts = [value.view("<i4") for value in values["text_tokens"]]
@@ -322,22 +333,16 @@ def _batch(
         ids[speech_start : speech_start + len(speech)] = speech + sequence.vocabulary.speech_offset
         labels[speech_start - 1 : speech_start - 1 + len(speech)] = speech
         labels[speech_start - 1 + len(speech)] = sequence.vocabulary.eos_id
-    counts = [len(speech) + 1 for speech in speeches]
     mask_BL = np.arange(shape[1])[None, :] < lengths[:, None]
     return DistillBatch(
-        input_ids_BL=_on(device, input_ids_BL),
-        attention_mask_BL=_on(device, mask_BL),
-        labels_BL=_on(device, labels_BL),
-        teacher_targets=rows_format.decode({name: values[name] for name in rows_format.columns}, counts, device),
-        num_tokens=sum(counts),
+        input_ids_BL=to_device(input_ids_BL, device),
+        attention_mask_BL=to_device(mask_BL, device),
+        labels_BL=to_device(labels_BL, device),
+        teacher_targets=rows_format.decode({name: values[name] for name in rows_format.columns}, speeches, device),
+        num_tokens=sum(len(speech) + 1 for speech in speeches),
         num_real=int(lengths.sum()),
         num_padded=shape[0] * shape[1],
     )
-
-
-def _on(device: torch.device, values: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _prefetched(made: Iterator[DistillBatch], ahead: int = 2) -> Iterator[DistillBatch]:

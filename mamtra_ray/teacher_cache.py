@@ -22,7 +22,7 @@ import ray.data
 from ray.exceptions import RayTaskError
 
 from mamtra_ray.artifacts import check_made_by
-from mamtra_ray.cache_formats import CALIBRATION_ROWS, QUANTIZER_FILE, format_settings, quantizer_bytes
+from mamtra_ray.cache_formats import format_settings
 from mamtra_ray.cache_inventory import opened
 from mamtra_ray.cache_manifest import (
     CacheManifest,
@@ -37,6 +37,7 @@ from mamtra_ray.cluster import connect
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments
 from mamtra_ray.corpus import check_vocabulary, corpus_identity, first_rows_within, read_corpus, token_counts
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.hidden_quantizer import CALIBRATION_TOKENS, QUANTIZER_FILE
 from mamtra_ray.teacher_pass import CacheJob, ShardWriter, learn_quantizer, sha256
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import Teacher
@@ -141,9 +142,9 @@ def _quantizer(storage: Storage, manifest: CacheManifest, job: CacheJob, train: 
         # Without an entry in the manifest the job that wrote it was stopped: not trusted, learnt again.
         if listed == sha256(content):
             return content
-    count = first_rows_within(token_counts(train, "speech_tokens"), CALIBRATION_ROWS)
+    count = first_rows_within(token_counts(train, "speech_tokens"), CALIBRATION_TOKENS)
     task = ray.remote(learn_quantizer).options(**_resources())
-    quantizer = quantizer_bytes(_get(task.remote(job, train.slice(0, count), bits)))
+    quantizer: bytes = _get(task.remote(job, train.slice(0, count), bits))
     if listed not in (None, sha256(quantizer)):
         raise InputError(f"{storage.child(QUANTIZER_FILE)} is damaged and cannot be made again; make a new cache")
     storage.write(QUANTIZER_FILE, quantizer)

@@ -15,11 +15,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mamtra_ray.cache_formats import QuantizedHiddenFormat, calibrate, row_format
+from mamtra_ray.cache_formats import row_format
 from mamtra_ray.cache_manifest import PlannedShard, encode_shard, finished_shard, shard_table
 from mamtra_ray.cache_storage import Storage
 from mamtra_ray.corpus import Utterance, utterances
 from mamtra_ray.errors import InputError
+from mamtra_ray.hidden_quantizer import calibrate, quantizer_bytes, token_context
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.teachers import load_teacher
 
@@ -100,8 +101,8 @@ class TeacherPass:
         )
         encoded: list[dict[str, Any]] = [{} for _ in rows]
         for batch, hidden_ND in self.hidden_states(rows):
-            counts = [len(rows[index].speech_tokens) + 1 for index in batch]
-            for index, columns in zip(batch, rows_format.encode(hidden_ND, model.head, counts), strict=True):
+            speech_tokens = [rows[index].speech_tokens for index in batch]
+            for index, columns in zip(batch, rows_format.encode(hidden_ND, model.head, speech_tokens), strict=True):
                 encoded[index] = columns
         for row, columns in zip(rows, encoded, strict=True):
             columns |= {
@@ -143,11 +144,29 @@ class ShardWriter:
         return {key: np.array(values) for key, values in out.items()}
 
 
-def learn_quantizer(job: CacheJob, table: pa.Table, bits: float) -> QuantizedHiddenFormat:
-    """A Ray task: calibrate the quantiser on the teacher's rows of these utterances."""
+def learn_quantizer(job: CacheJob, table: pa.Table, bits: float) -> bytes:
+    """A Ray task: calibrate the quantiser on the teacher's rows of these utterances; returns its file's content."""
     teacher_pass = TeacherPass(job)
-    rows = [hidden_ND.float().cpu() for _, hidden_ND in teacher_pass.hidden_states(utterances(table))]
-    return calibrate(torch.cat(rows), bits)
+    rows = utterances(table)
+    model, sequence = teacher_pass.teacher.model, teacher_pass.teacher.sequence
+    hidden, order = [], []
+    for batch, hidden_ND in teacher_pass.hidden_states(rows):
+        hidden.append(hidden_ND.float().cpu())
+        order += batch
+    vocabulary = model.vocabulary
+    context = token_context([rows[index].speech_tokens for index in order], vocabulary.speech_size)
+    speech_ids = range(vocabulary.speech_offset, vocabulary.control_offset)
+    edge_ids = torch.tensor([*speech_ids, sequence.separator[-1]], device=teacher_pass.device)
+    head_rows = torch.tensor([*range(vocabulary.speech_size), vocabulary.eos_id], device=teacher_pass.device)
+    with torch.inference_mode():
+        quantizer = calibrate(
+            torch.cat(hidden),
+            *(torch.from_numpy(ids) for ids in context),
+            model.embed(edge_ids).cpu(),
+            model.head.weight[head_rows].cpu(),
+            bits,
+        )
+        return quantizer_bytes(quantizer)
 
 
 def sha256(content: bytes) -> str:
