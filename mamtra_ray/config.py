@@ -51,9 +51,9 @@ class TeacherConfig(_Section):
 class CorpusConfig(_Section):
     path: str | None = None
     """Parquet file or folder made by `python -m mamtra_ray.corpus`; none for the packaged demo corpus."""
-    train_tokens: int | None = Field(None, gt=0)
+    train_tokens: int | None = Field(160_000, gt=0)
     """Use only the first utterances that together hold this many speech tokens; none for all."""
-    validation_tokens: int = Field(12_000, gt=0)
+    validation_tokens: int = Field(8_000, gt=0)
     """Speech tokens of the validation split on which CE and KL are measured."""
 
 
@@ -78,7 +78,7 @@ class StudentConfig(_Section):
 
 
 class AlignConfig(_Section):
-    tokens: int = Field(300_000, gt=0)
+    tokens: int = Field(150_000, gt=0)
     """Training tokens (padding excluded) with which all layers' mixers learn their attention's output."""
     batch_tokens: int = Field(2_000, gt=0)
     """Padded tokens of a batch."""
@@ -91,9 +91,9 @@ class AlignConfig(_Section):
 
 
 class ProbeConfig(_Section):
-    masks: int = Field(120, ge=0)
+    masks: int = Field(64, ge=0)
     """How many layouts are scored by a forward pass before the search; 0 skips probing."""
-    validation_tokens: int = Field(4_000, gt=0)
+    validation_tokens: int = Field(3_000, gt=0)
     """Speech tokens a probe is scored on."""
 
 
@@ -102,11 +102,11 @@ class SearchConfig(_Section):
     """Budgets, attention to Mamba: a layout of each is found, compared and exported."""
     strategies: tuple[str, ...] = ("block_beginning", "back")
     """The paper's placements that are always among the candidates, at every budget."""
-    trials: int = Field(16, gt=0)
+    trials: int = Field(8, gt=0)
     """Layouts that Tune starts in all, the paper's placements among them."""
     sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
     """Optuna's sampler; grid tries exactly the strategies at the ratios."""
-    rung_tokens: tuple[int, ...] = (20_000, 40_000)
+    rung_tokens: tuple[int, ...] = (10_000, 20_000)
     """Training tokens at which successive halving compares trials, ascending; the last one ends a trial."""
     reduction_factor: int = Field(2, ge=2)
     """One of this many trials passes a rung."""
@@ -139,7 +139,7 @@ class SearchConfig(_Section):
 
 
 class DistillConfig(_Section):
-    tokens: int = Field(300_000, gt=0)
+    tokens: int = Field(80_000, gt=0)
     """Training tokens of a finalist (and of `python -m mamtra_ray.distill`)."""
     batch_tokens: int = Field(2_000, gt=0)
     """Padded tokens of a batch, over all workers together (paper: 40,000)."""
@@ -165,12 +165,12 @@ class DistillConfig(_Section):
     """Ray Train workers of a finalist."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the forward pass."""
-    checkpoint_tokens: int = Field(100_000, gt=0)
+    checkpoint_tokens: int = Field(40_000, gt=0)
     """A resumable checkpoint every so many tokens."""
 
 
 class EvaluateConfig(_Section):
-    sentences: int = Field(60, ge=0)
+    sentences: int = Field(40, ge=0)
     """Sentences of the test split that are spoken and recognised; 0 skips the WER."""
     recognizer: str = "demo"
     """demo (offline Whisper tiny.en), or whisper:PATH, faster-whisper:PATH with the user's weights."""

@@ -119,7 +119,7 @@ def test_two_searches_do_not_mix_in_one_folder(tmp_path):
     save_config(Config(), run / "config.yaml")
     check_run_folder(Config(), run, resume=False)
     other = load_config(None, ["search.trials=40"])
-    with pytest.raises(InputError, match=r"search\.trials: 16, not 40"):
+    with pytest.raises(InputError, match=r"search\.trials: 8, not 40"):
         check_run_folder(other, run, resume=False)
     check_run_folder(other, run, resume=True)
     (tmp_path / "photos").mkdir()
