@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,7 @@ def _corpus_files(path: Path | str | None) -> list[Path]:
             raise InputError(f"corpus folder {location} holds no *.parquet file")
         return files
     if not location.exists():
-        raise InputError(f"corpus {location} does not exist (make one with python -m mamtra_ray.prepare)")
+        raise InputError(f"corpus {location} does not exist (make one with python -m mamtra_ray.corpus)")
     return [location]
 
 
@@ -298,3 +299,9 @@ def _content_hash(table: pa.Table) -> str:
                 values.update("".join(value for value in chunk.to_pylist() if value is not None).encode())
         digest.update(lengths.digest() + values.digest())
     return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    from mamtra_ray.prepare import main
+
+    sys.exit(main())

@@ -6,7 +6,6 @@ import wave
 import jiwer
 import numpy as np
 import pytest
-import ray
 import torch
 from tiny_models import VOCABULARY, transformers_model, write_folder
 from tiny_whisper import write_tiny_whisper
@@ -71,14 +70,7 @@ def config_of(place, **changes):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def evaluated_run(place, cluster, tmp_path_factory):
+def evaluated_run(place, ray_cluster, tmp_path_factory):
     """One evaluation by two actors, used by several tests."""
     folder = tmp_path_factory.mktemp("run")
     progress = []
@@ -179,7 +171,7 @@ def test_only_lost_sentences_are_spoken_again(place, evaluated_run):
     path.write_text("".join(lines))
 
 
-def test_errors_of_an_actor_reach_the_user(place, cluster, tmp_path):
+def test_errors_of_an_actor_reach_the_user(place, ray_cluster, tmp_path):
     with pytest.raises(InputError, match="nowhere given, which is no folder with Whisper weights$"):
         evaluate_systems(config_of(place, **{"evaluate.recognizer": "whisper:nowhere"}), {}, tmp_path)
 

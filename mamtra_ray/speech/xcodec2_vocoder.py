@@ -11,7 +11,6 @@ import numpy as np
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech.codecs import Voice
-from mamtra_ray.speech.resampling import read_audio
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,16 @@ class Xcodec2Vocoder:
             audio = self.model.decode(codes_BQS).audio_values
         return audio.float().flatten().cpu().numpy()
 
-    def encode(self, source: Path | bytes) -> np.ndarray:
-        """Speech tokens int32 (S,) of a recording."""
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """Speech tokens int32 (S,) of a float32 mono waveform.
+
+        Raises:
+            InputError: the folder has no feature extractor.
+        """
         import torch
 
-        waveform = read_audio(source, self.sample_rate)
+        if self.feature_extractor is None:
+            raise InputError("this Xcodec2 folder has no preprocessor_config.json, which encoding needs")
         inputs = self.feature_extractor(waveform, sampling_rate=self.sample_rate, return_tensors="pt")
         with torch.inference_mode():
             encoded = self.model.encode(**inputs.to(self.model.device))
