@@ -27,7 +27,6 @@ def connect(address: str | None = None) -> dict[str, float]:
     """
     # Nothing leaves the machine unasked.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # One thread per process: measured faster than several workers fighting over the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
