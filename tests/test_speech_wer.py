@@ -66,7 +66,10 @@ def test_paired_difference_removes_what_both_find_hard():
     generator = np.random.default_rng(0)
     references = ["open the window near the garden"] * 60
     hard = generator.random(60) < 0.5
-    first = ["open the widow near the garden" if is_hard else reference for is_hard, reference in zip(hard, references)]
+    first = [
+        "open the widow near the garden" if is_hard else reference
+        for is_hard, reference in zip(hard, references, strict=True)
+    ]
     second = [text.replace("garden", "harden") for text in first]
     a, b = word_error_rate(references, first), word_error_rate(references, second)
     result = paired_difference(b, a)

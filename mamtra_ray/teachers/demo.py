@@ -71,7 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(demo_stages.plan(work))
         return 0
-    demo_stages.build_all(settings, work, options.output, demo_voice.VOICE_NAME, demo_voice.load_voice, options.jobs)
+    demo_stages.build_all(
+        settings,
+        work,
+        options.output,
+        demo_voice.VOICE_NAME,
+        demo_voice.load_voice,
+        demo_voice.load_word_timer,
+        options.jobs,
+    )
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import Qwen2ForCausalLM
 
-from mamtra_ray.artifacts import content_hash, file_hash
+from mamtra_ray.artifacts import content_hash, file_hash, read_json, write_json
 from mamtra_ray.corpus import read_corpus, write_corpus
 from mamtra_ray.speech.tokenizer import TOKENS_PER_SECOND, log_mel
 from mamtra_ray.speech.vocoder import DecoderConfig, load_codec
@@ -24,7 +24,8 @@ from mamtra_ray.teachers.demo_codec import NUM_PHASES, CodecSettings, fit_codec
 from mamtra_ray.teachers.demo_grammar import draw_splits, tokenize_text
 from mamtra_ray.teachers.demo_lm import Example, TeacherSettings, sequence_format, train_teacher
 from mamtra_ray.teachers.demo_speech import SpeechShards, speak_sentences
-from mamtra_ray.teachers.demo_voice import Voice
+from mamtra_ray.teachers.demo_tracking import TrackingSettings
+from mamtra_ray.teachers.demo_voice import Voice, WordTimer
 from mamtra_ray.teachers.huggingface import FORMAT_FILE, write_format
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.8, "top_k": 25}
@@ -73,7 +74,9 @@ SCALES = {
             num_heads=2,
             num_kv_heads=1,
             max_length=160,
-            steps=6,
+            cycles=(4, 2),
+            tracking_from_step=2,
+            tracking=TrackingSettings(layer=1),
             steps_per_checkpoint=3,
         ),
     ),
@@ -174,26 +177,49 @@ def first_phase_only(corpus: Path, path: Path) -> None:
     write_corpus(path, kept, tokenizer="demo", made_by={"corpus": file_hash(corpus), "phases": "first"})
 
 
-def examples(corpus: Path, split: str) -> list[Example]:
-    """Sentences of a split with the speech tokens of all their phases, in the order of the corpus."""
+def time_words(
+    sentences: Sentences, work: Path, voice_name: str, make_timer: Callable[[], WordTimer]
+) -> dict[str, list[float]]:
+    """When each word of every sentence ends (seconds), in `work/word-ends-<hash>.json`."""
+    path = work / f"word-ends-{content_hash([voice_name, sentences.texts])}.json"
+    if not path.exists():
+        timer = make_timer()
+        write_json(path, {text: [round(end, 4) for end in timer(text)] for text in sentences.texts})
+    ends: dict[str, list[float]] = read_json(path)
+    return ends
+
+
+def examples(corpus: Path, split: str, word_ends: dict[str, list[float]] | None = None) -> list[Example]:
+    """Sentences of a split with the speech tokens of all their phases, in the order of the corpus.
+
+    `word_ends` (seconds per sentence) is only needed for training.
+    """
     table = read_corpus(corpus, split)
     by_text: dict[str, Example] = {}
     for text, text_tokens, speech_tokens in zip(
         table["text"].to_pylist(), table["text_tokens"].to_pylist(), table["speech_tokens"].to_pylist(), strict=True
     ):
-        by_text.setdefault(text, (text_tokens, []))[1].append(speech_tokens)
+        example = by_text.setdefault(text, Example(text_tokens, [], word_ends[text] if word_ends else []))
+        example.phases.append(speech_tokens)
     return list(by_text.values())
 
 
-def build_teacher(corpus: Path, codebook_size: int, work: Path, settings: TeacherSettings) -> Path:
+def build_teacher(
+    corpus: Path, word_ends: dict[str, list[float]], codebook_size: int, work: Path, settings: TeacherSettings
+) -> Path:
     """The trained teacher, in the folder `work/teacher-<hash>`."""
-    made_by = {"corpus": file_hash(corpus), "settings": content_hash(dataclasses.asdict(settings))}
+    made_by = {
+        "corpus": file_hash(corpus),
+        "word_ends": content_hash(word_ends),
+        "settings": content_hash(dataclasses.asdict(settings)),
+    }
     folder = work / f"teacher-{content_hash(made_by)}"
     if not (folder / FORMAT_FILE).exists():
         sequence = sequence_format(codebook_size)
-        train = examples(corpus, "train")
+        train = examples(corpus, "train", word_ends)
+        validation = examples(corpus, "validation", word_ends)
         checkpoint = work / f"training-{content_hash(made_by)}.pt"
-        model = train_teacher(train, examples(corpus, "validation"), sequence, settings, checkpoint)
+        model = train_teacher(train, validation, sequence, settings, checkpoint)
         save_teacher(model, sequence, train, settings, made_by, folder)
     return folder
 
@@ -210,7 +236,7 @@ def save_teacher(
     half = copy.deepcopy(model).half()
     half.config.dtype = "float16"
     half.save_pretrained(folder)
-    ratios = [len(phases[0]) / len(text) for text, phases in train]
+    ratios = [len(example.phases[0]) / len(example.text_tokens) for example in train]
     write_format(
         folder,
         sequence,

@@ -1,7 +1,7 @@
 """All stages of the demo build in order, with the two gates between them.
 
-Voice, codec, round trip (gate: no teacher before the codec keeps the voice's words), corpus, teacher,
-its error rates (gate), assets.
+Voice, codec, corpus, round trip (gate: no teacher before the codec keeps the voice's words), word times,
+teacher, its error rates (gate), assets.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mamtra_ray.teachers.demo_build import (
     draw_corpus_sentences,
     examples,
     speak_corpus,
+    time_words,
 )
 from mamtra_ray.teachers.demo_grammar import detokenize_text
 from mamtra_ray.teachers.demo_install import install
@@ -45,7 +46,7 @@ from mamtra_ray.teachers.demo_measure import (
     table,
 )
 from mamtra_ray.teachers.demo_speech import SpeechShards
-from mamtra_ray.teachers.demo_voice import Voice
+from mamtra_ray.teachers.demo_voice import Voice, WordTimer
 
 SCHEMA_VERSION = 1
 
@@ -54,8 +55,9 @@ _PLAN = (
     ("codec", "codec-*.safetensors", 4),
     ("corpus", "corpus-*.parquet", 1),
     ("round trip", "heard-codec-*.json", 9),
-    ("teacher", "teacher-*", 36),
-    ("teacher's error rates", "heard-sampled-*.json", 9),
+    ("word times", "word-ends-*.json", 4),
+    ("teacher", "teacher-*", 45),
+    ("teacher's error rates", "heard-sampled-*.json", 10),
 )
 
 
@@ -73,6 +75,7 @@ def build_all(
     output: Path,
     voice_name: str,
     make_voice: Callable[[], Voice],
+    make_timer: Callable[[], WordTimer],
     jobs: int = 1,
     recognizer: Recognizer | None = None,
 ) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def build_all(
         output: folder of the finished assets.
         voice_name: identifies the voice in hashes.
         make_voice: loads the voice in a worker process.
+        make_timer: loads what knows when the voice ends each word.
         jobs: worker processes of the voice.
         recognizer: who listens; the offline Whisper tiny.en if None.
 
@@ -106,8 +110,10 @@ def build_all(
         results = _round_trip(settings, sentences, shards, codec_path, corpus, work, listener)
     gates = {"codec - voice": compare(results["codec"][0], results["voice"][0], CODEC_LIMIT)}
     _check(gates, settings)
+    with _cpu_time(work, "word times"):
+        word_ends = time_words(sentences, work, voice_name, make_timer)
     with _cpu_time(work, "teacher"):
-        teacher = build_teacher(corpus, settings.codec.codebook_size, work, settings.teacher)
+        teacher = build_teacher(corpus, word_ends, settings.codec.codebook_size, work, settings.teacher)
     with _cpu_time(work, "teacher's error rates"):
         results |= measure_teacher(settings, corpus, teacher, codec_path, work, listener)
     for system in ("teacher greedy", "teacher sampled"):
@@ -159,7 +165,7 @@ def _round_trip(
 
 def round_trip_chunks(codec_path: Path, corpus: Path, count: int) -> Iterator[list[np.ndarray]]:
     """The first `count` test sentences' own tokens, decoded."""
-    tokens = [phases[0] for _, phases in examples(corpus, "test")[:count]]
+    tokens = [example.phases[0] for example in examples(corpus, "test")[:count]]
     yield from decoded_chunks(load_codec(codec_path), tokens)
 
 
@@ -169,7 +175,7 @@ def measure_teacher(
     """The teacher's free-running error rates, greedy and sampled, from its finished folder."""
     rows = examples(corpus, "test")[: settings.measured_sentences]
     model, sequence = load_with_transformers(teacher)
-    texts = [detokenize_text(text) for text, _ in rows]
+    texts = [detokenize_text(example.text_tokens) for example in rows]
     made_by = content_hash([file_hash(teacher / "model.safetensors"), file_hash(codec_path), SAMPLING])
 
     def listen(name: str, sampling: dict[str, float] | None) -> tuple[WerResult, float]:
@@ -178,7 +184,7 @@ def measure_teacher(
 
     def speak(sampling: dict[str, float] | None) -> Iterator[list[np.ndarray]]:
         # A generator: nothing is generated for sentences that a stopped build has heard in full.
-        tokens = speak_with_transformers(model, sequence, [text for text, _ in rows], sampling)
+        tokens = speak_with_transformers(model, sequence, [example.text_tokens for example in rows], sampling)
         yield from decoded_chunks(load_codec(codec_path), tokens)
 
     return {"teacher greedy": listen("greedy", None), "teacher sampled": listen("sampled", SAMPLING)}
