@@ -1,0 +1,307 @@
+"""Generation speed and memory of the teacher and the paper's hybrids, beside transformers' own generate.
+
+CosyVoice 2's shape (24 layers, width 896, 14 query and 2 key-value heads) with random weights: neither speed
+nor memory depends on their values. Decoding starts from a cache already filled to the context length with
+random keys, values and states, and draws greedily; stop ids are barred, so every row runs to the end.
+
+    python benchmarks/generate.py            24 layers, contexts 512, 2048 and 8192, batches 1 and 8 (6 GB)
+    python benchmarks/generate.py --quick    4 layers, short contexts; about a minute
+
+"peak MB" is by how much decoding raises the process's resident memory above the weights, cache included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from measurement import paired, print_table, write_result
+from random_models import random_teacher
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.cache_utils import LinearAttentionLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from mamtra_ray.efficiency import ARCHITECTURES, published_layouts
+from mamtra_ray.efficiency_architectures import Architecture
+from mamtra_ray.generate import Prefilled, decode, prefill
+from mamtra_ray.layouts import Layout, from_strategy
+from mamtra_ray.models.cache import cache_bytes
+from mamtra_ray.teachers.base import SpeechLM, Vocabulary, make_student
+
+SHAPE = ARCHITECTURES["cosyvoice2"]
+QUICK_LAYERS = 4
+
+
+class Stopwatch:
+    """Processor time of this thread, without what happens while paused."""
+
+    def __init__(self) -> None:
+        self.paused_for = 0.0
+
+    def __call__(self) -> float:
+        return time.thread_time() - self.paused_for
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.thread_time()
+        yield
+        self.paused_for += time.thread_time() - began
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model, how it makes an empty cache, and how it decodes a number of tokens from a filled one."""
+
+    model: torch.nn.Module
+    new_cache: Callable[[], Cache]
+    decode: Callable[[Cache, int, int, int], Tensor]
+    prefill: Callable[[Tensor], object]
+
+    @property
+    def weight_bytes(self) -> int:
+        tensors = {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def layouts_of(num_layers: int) -> dict[str, Layout]:
+    """The paper's four hybrids (its Table 3); with fewer layers, 1:1 and 1:3."""
+    if num_layers == SHAPE.num_layers:
+        return {ratio: layout for ratio, layout in published_layouts(SHAPE).items() if ratio != "1:0"}
+    return {ratio: from_strategy("block_beginning", num_layers, ratio) for ratio in ("1:1", "1:3")}
+
+
+def ours(model: SpeechLM) -> Contestant:
+    def run(cache: Cache, batch: int, _context: int, tokens: int) -> Tensor:
+        logits_BS = torch.zeros(batch, model.vocabulary.speech_size, dtype=model.dtype)
+        logits_BS[:, 1] = 1
+        results = decode(model, Prefilled(cache, None, logits_BS), [(tokens, tokens)] * batch)
+        return torch.tensor([result.tokens for result in results])
+
+    return Contestant(model, model.new_cache, run, lambda ids_BL: prefill(model, list(ids_BL)))
+
+
+def transformers_generate(model: torch.nn.Module, vocabulary: Vocabulary) -> Contestant:
+    stop_ids = [vocabulary.speech_offset + stop_id for stop_id in vocabulary.stop_ids]
+    not_speech = [*range(vocabulary.speech_offset), *range(vocabulary.control_offset, vocabulary.size)]
+    model.generation_config = GenerationConfig(pad_token_id=stop_ids[0])
+
+    def run(cache: Cache, batch: int, context: int, tokens: int) -> Tensor:
+        # generate() wants the ids of the whole context and feeds those that the cache lacks: the last one.
+        ids_BT = torch.full((batch, context + 1), vocabulary.speech_offset + 1)
+        output = model.generate(
+            ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            past_key_values=cache,
+            max_new_tokens=tokens - 1,
+            do_sample=False,
+            suppress_tokens=[*not_speech, *stop_ids],
+        )
+        return output[:, context:] - vocabulary.speech_offset
+
+    def read(ids_BL: Tensor) -> object:
+        with torch.inference_mode():
+            return model(ids_BL, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+
+    return Contestant(model, lambda: DynamicCache(config=model.config), run, read)
+
+
+def qwen2(teacher: SpeechLM) -> Qwen2ForCausalLM:
+    """transformers' own class with the teacher's very tensors."""
+    config = teacher.config
+    qwen = Qwen2Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters=dict(config.rope_parameters),
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(qwen)
+    model.model.rotary_emb = Qwen2RotaryEmbedding(qwen)
+    tensors = {}
+    for name, tensor in teacher.body.state_dict().items():
+        if name.endswith("input_linear.weight"):
+            layer = name.removesuffix("shared_mlp.input_linear.weight")
+            tensors[f"model.{layer}mlp.gate_proj.weight"], tensors[f"model.{layer}mlp.up_proj.weight"] = tensor.chunk(2)
+        else:
+            tensors[f"model.{name.replace('shared_mlp.output_linear', 'mlp.down_proj')}"] = tensor
+    tensors["lm_head.weight"] = torch.zeros(config.vocab_size, config.hidden_size, dtype=teacher.dtype)
+    vocabulary = teacher.vocabulary
+    tensors["lm_head.weight"][vocabulary.speech_offset : vocabulary.control_offset] = teacher.head.weight
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def contestants(num_layers: int, dtype: torch.dtype) -> dict[str, Contestant]:
+    teacher = random_teacher(SHAPE, num_layers, dtype=dtype)
+    students = {
+        ratio: make_student(teacher, layout, share_weights=True).eval()
+        for ratio, layout in layouts_of(num_layers).items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        students["1:1"].save_granite(folder)
+        granite = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        for parameter in granite.parameters():
+            # Out of the mapped file: its pages would count as memory that decoding takes.
+            parameter.data = parameter.data.clone()
+    return {
+        "teacher": ours(teacher),
+        **{ratio: ours(student) for ratio, student in students.items()},
+        "teacher, transformers": transformers_generate(qwen2(teacher), teacher.vocabulary),
+        "1:1, transformers": transformers_generate(granite, teacher.vocabulary),
+    }
+
+
+def filled_cache(contestant: Contestant, shape: Architecture, batch: int, context: int, dtype: torch.dtype) -> Cache:
+    """Random keys, values and states, equal for equal cache shapes."""
+    cache = contestant.new_cache()
+    generator = torch.Generator().manual_seed(0)
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, LinearAttentionLayer):
+            size = (batch, shape.num_kv_heads, context, shape.head_dim)
+            keys_and_values = (torch.empty(size, dtype=dtype).normal_(generator=generator) for _ in range(2))
+            layer.update(*keys_and_values)
+            continue
+        # The expanded mixer convolves every head's x and B, the compact one every key-value head's.
+        heads, P = shape.num_heads, shape.head_dim
+        own = isinstance(contestant.model, SpeechLM)
+        channels = (heads + 2 * (shape.num_kv_heads if own else heads)) * P
+        cache.update_conv_state(torch.zeros(batch, channels, 4, dtype=dtype), index)
+        cache.update_recurrent_state(torch.empty(batch, heads, P, P).normal_(generator=generator), index)
+    return cache
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """By how much ``run`` raises the resident memory at its peak, in a forked process of its own (Linux)."""
+
+    def child(connection: Connection) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to the present size
+        before = _status_bytes("VmRSS")
+        run()
+        connection.send(_status_bytes("VmHWM") - before)
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(sender,))
+    process.start()
+    sender.close()
+    raised: int = receiver.recv()
+    process.join()
+    return raised
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 layers, contexts 256 and 1024, batches 1 and 2")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds; every model runs once in each")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens decoded per row and round")
+    parser.add_argument("--contexts", type=int, nargs="+", help="context lengths")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes")
+    parser.add_argument("--prefill-up-to", type=int, help="also time reading prompts of at most this length")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dtype = getattr(torch, options.dtype)
+    num_layers = QUICK_LAYERS if options.quick else SHAPE.num_layers
+    contexts = options.contexts or ([256, 1024] if options.quick else [512, 2048, 8192])
+    batches = options.batches or ([1, 2] if options.quick else [1, 8])
+    prefill_up_to = options.prefill_up_to or (256 if options.quick else 2048)
+
+    models = contestants(num_layers, dtype)
+    rows, agreement = [], {}
+    for context in contexts:
+        for batch in batches:
+            found, tokens = decoding_rows(models, context, batch, options.tokens, options.rounds, dtype)
+            rows += found
+            print_table(found)
+            for name in ("teacher", "1:1"):
+                same = (tokens[name] == tokens[f"{name}, transformers"]).float().mean().item()
+                agreement[f"{name}, context {context}, batch {batch}"] = same
+    prefill_rows = [row for context in contexts if context <= prefill_up_to for row in reading_rows(models, context)]
+    print_table(prefill_rows)
+    write_result(
+        "generate_quick" if options.quick else "generate",
+        rows,
+        settings=vars(options) | {"layers": num_layers},
+        layouts={ratio: str(layout) for ratio, layout in layouts_of(num_layers).items()},
+        prefill=prefill_rows,
+        share_of_tokens_equal_to_transformers=agreement,
+    )
+
+
+def decoding_rows(
+    models: dict[str, Contestant], context: int, batch: int, tokens: int, rounds: int, dtype: torch.dtype
+) -> tuple[list[dict[str, object]], dict[str, Tensor]]:
+    """One row per model, and the tokens it drew."""
+    clock = Stopwatch()
+    drawn: dict[str, Tensor] = {}
+
+    def decode_from_filled(name: str) -> None:
+        with clock.paused():
+            cache = filled_cache(models[name], SHAPE, batch, context, dtype)
+        drawn[name] = models[name].decode(cache, batch, context, tokens)
+
+    timings = paired({name: (lambda n=name: decode_from_filled(n)) for name in models}, rounds, clock=clock)
+    rows = []
+    for name, contestant in models.items():
+        peak = peak_bytes(lambda n=name: decode_from_filled(n))
+        timing = timings[name]
+        rows.append(
+            {
+                "model": name,
+                "context": context,
+                "batch": batch,
+                "tokens/s": round(batch * tokens / timing.median, 2),
+                "times the teacher's": round(1 / timing.ratio, 2),
+                "low": round(1 / timing.ratio_high, 2),
+                "high": round(1 / timing.ratio_low, 2),
+                "cache MB": round(cache_bytes(filled_cache(contestant, SHAPE, batch, context, dtype)) / 1e6, 1),
+                "peak MB": round(peak / 1e6, 1),
+                "weights MB": round(contestant.weight_bytes / 1e6),
+            }
+        )
+    return rows, drawn
+
+
+def reading_rows(models: dict[str, Contestant], context: int) -> list[dict[str, object]]:
+    """Seconds to read one prompt (batch 1), once per model."""
+    vocabulary = models["teacher"].model.vocabulary
+    ids_1L = torch.randint(vocabulary.speech_offset, vocabulary.control_offset, (1, context))
+    timings = paired({n: (lambda c=c: c.prefill(ids_1L)) for n, c in models.items()}, 1, clock=time.thread_time)
+    return [
+        {
+            "model": name,
+            "prompt": context,
+            "seconds": round(timing.median, 3),
+            "speed, times the teacher's": round(1 / timing.ratio, 2),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
