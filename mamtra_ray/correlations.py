@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -29,7 +29,12 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Correlation:
     return _with_interval(x, y, lambda: stats.spearmanr(x, y).statistic, lambda r: 1 + r**2 / 2)
 
 
-def _with_interval(x: Sequence[float], y: Sequence[float], coefficient, variance_factor) -> Correlation:  # type: ignore[no-untyped-def]
+def _with_interval(
+    x: Sequence[float],
+    y: Sequence[float],
+    coefficient: Callable[[], float],
+    variance_factor: Callable[[float], float],
+) -> Correlation:
     n = len(x)
     # Two points always correlate perfectly, and a constant has no correlation.
     if n < 3 or len(set(x)) < 2 or len(set(y)) < 2:

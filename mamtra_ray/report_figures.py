@@ -41,7 +41,7 @@ MARKERS = {
 }
 """One per strategy; a found layout is a star."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -55,7 +55,7 @@ _STYLE = {
 
 def rendered(figure: Figure, theme: Theme, file_format: str) -> bytes:
     """The picture as ``svg`` or ``png`` bytes (PNG at 200 dots an inch)."""
-    colours = {
+    colours: dict[Any, Any] = {
         "text.color": theme.ink,
         "axes.edgecolor": theme.ink,
         "axes.labelcolor": theme.ink,
@@ -174,8 +174,8 @@ def cost_front(rows: Sequence[Row], cost: str) -> Callable[[MatplotlibFigure, Th
         ratios = _in_order(row["ratio"] for row in rows)
         for row in rows:
             colour = _colour(theme, ratios.index(row["ratio"]))
-            chosen = {"s": 60, "alpha": 1.0} if row["on_front"] else {"s": 18, "alpha": 0.55}
-            axes.scatter(row[cost] / unit, row["ce"], color=colour, zorder=3, **chosen)
+            size, alpha = (60, 1.0) if row["on_front"] else (18, 0.55)
+            axes.scatter(row[cost] / unit, row["ce"], s=size, alpha=alpha, color=colour, zorder=3)
         front = sorted((row[cost] / unit, row["ce"]) for row in rows if row["on_front"])
         axes.plot(*zip(*front, strict=True), color=theme.ink, linewidth=1, zorder=2)
         axes.set_xlabel(name)
