@@ -5,9 +5,11 @@ The same :func:`distill` serves a Tune trial (one process, ``trial.py``) and the
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +21,10 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from mamtra_ray.config import Config
-from mamtra_ray.layouts import Layout
-from mamtra_ray.session import cached_library, cached_teacher
+from mamtra_ray.config import Config, add_common_arguments, config_from_arguments
+from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.layouts import Layout, from_strategy
+from mamtra_ray.session import cached_library, cached_teacher, make_cache, make_library, start_session
 from mamtra_ray.shared_batches import SharedCache, batches
 from mamtra_ray.teachers.base import SpeechLM, make_student
 from mamtra_ray.training import Distillation, Stopwatch, validate
@@ -203,3 +206,67 @@ def distill_on_workers(job: DistillJob, folder: Path, *, workers: int, cpus: flo
     with result.checkpoint.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / "student", folder / "student", dirs_exist_ok=True)
     return Report(**{name: result.metrics[name] for name in Report.__dataclass_fields__})
+
+
+@exit_code_2_on_input_error
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the verb."""
+    parser = argparse.ArgumentParser(prog="python -m mamtra_ray.distill", description=__doc__.splitlines()[0])
+    add_common_arguments(parser)
+    parser.add_argument("--layout", required=True, help="one letter per layer, such as AMAM...; or STRATEGY:RATIO")
+    parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
+    options = parser.parse_args(arguments)
+    config, folder = config_from_arguments(options)
+    num_layers = cached_teacher(config.teacher.kind, config.teacher.path).model.layout.num_layers
+    layout = layout_from_argument(options.layout, num_layers)
+    if options.dry_run:
+        print(f"distil {layout} ({layout.ratio}) with {config.distill.tokens:,} tokens into {folder / 'student'}")
+        return 0
+    session = start_session(config, folder, ("cache", "align", "distill"), options.address)
+    config = session.config
+    train, validation = make_cache(session)
+    library = make_library(session, train, validation)
+    total, every = config.distill.tokens, config.distill.checkpoint_tokens
+    job = DistillJob(
+        layout=str(layout),
+        config=config,
+        report_at=(*range(every, total, every), total),
+        train=train,
+        validation=validation,
+        library=str(library.resolve()) if library else None,
+        seed=config.search.seed,
+    )
+    with session.screen.phase("distill", f"{layout} on {config.distill.workers} Ray Train workers"):
+        report = distill_on_workers(
+            job,
+            folder,
+            workers=config.distill.workers,
+            cpus=config.search.cpus_per_worker,
+            gpus=config.search.gpus_per_worker or 0,
+        )
+    print(
+        f"held-out CE {report.ce:.4f} (from {report.ce_start:.4f}), KL {report.kl:.4f}; student in {folder / 'student'}"
+    )
+    return 0
+
+
+def layout_from_argument(text: str, num_layers: int) -> Layout:
+    """``AMAM`` or ``block_beginning:1:3`` as a layout of ``num_layers``.
+
+    Raises:
+        InputError: neither form, or another number of layers.
+    """
+    strategy, separator, ratio = text.partition(":")
+    if separator:
+        return from_strategy(strategy, num_layers, ratio)
+    layout = Layout.from_string(text)
+    if layout.num_layers != num_layers:
+        raise InputError(f"layout {text} has {layout.num_layers} layers, the teacher {num_layers}")
+    return layout
+
+
+if __name__ == "__main__":
+    # Workers must find the classes of this module by its name, not as part of __main__.
+    from mamtra_ray.distill import main as imported_main
+
+    sys.exit(imported_main())

@@ -66,6 +66,7 @@ def distill_finalist(
     total = config.distill.tokens
     checkpoints = range(config.distill.checkpoint_tokens, total, config.distill.checkpoint_tokens)
     job = dataclasses.replace(settings.job(layout, (*checkpoints, total)), progress=settings.records)
+    ray.get(settings.records.note_tokens.remote(str(layout), 0))
     with _watched(settings.records, str(layout), on_progress):
         report = distill_on_workers(
             job,
