@@ -204,7 +204,8 @@ class ChunkedScan(torch.autograd.Function):
                 has_state = segment.start > 0 or chunks.start > 0 or state_BGEPN is not None
                 if has_state:
                     states_kbgEPN[0] = running_BGEPN[rows, groups]
-                weighted_zqr = (x_zqP[:, :, None] * inflow_KBGEQ[tile].flatten(0, 2).mT[..., None]).flatten(2)
+                inflow_zqe1 = inflow_KBGEQ[tile].flatten(0, 2).mT.contiguous()[..., None]
+                weighted_zqr = (x_zqP[:, :, None] * inflow_zqe1).view(z, q, E * P)
                 torch.bmm(weighted_zqr.mT, B_zqN, out=states_kbgEPN[1:].view(z, E * P, N))
                 for k in range(0 if has_state else 1, m):
                     total_bgE11 = decays.total_KBGE[chunks.start + k, rows, groups, :, None, None]
@@ -265,13 +266,14 @@ class ChunkedScan(torch.autograd.Function):
                 M_zetjs = torch.bmm(C_zRN, B_zqN.mT).view(z, E, q, J, q).mul_(W_zet1s)
                 dM_zRs = torch.bmm(dy_zRP, x_zqP.mT)
                 dM_zetjs = dM_zRs.view(z, E, q, J, q)
-                sums.add_inside((dM_zetjs * M_zetjs).sum(3), tile)
+                T_zetjs = dM_zetjs * M_zetjs
+                sums.add_inside(T_zetjs.squeeze(3) if J == 1 else T_zetjs.sum(3), tile)
                 if dD_BGEJ is not None:
                     _diagonal(M_zetjs).add_(_of_tile(D_GEJ, tile))
                     dD_BGEJ[tile[1:]] += _diagonal(dM_zetjs).sum(-1).view(-1, *dD_BGEJ[tile[1:]].shape).sum(0)
                 dx_zqP = torch.bmm(M_zetjs.view(z, -1, q).mT, dy_zRP)
                 dM_zetjs.mul_(W_zet1s)
-                dC_hqjN = torch.bmm(dM_zRs, B_zqN).view(z * E, q, J, N)
+                dC_hrN = torch.bmm(dM_zRs, B_zqN).view(z * E, q * J, N)
                 dB_zqN = torch.bmm(dM_zRs.mT, C_zRN)
 
                 # States that entered the chunks, and the gradients of those that left them.
@@ -285,30 +287,27 @@ class ChunkedScan(torch.autograd.Function):
                 if first < z * E:
                     states_hPN = states_kbgEPN[:m].view(z * E, P, N)[first:]
                     start_hq11 = decays.start_KBGEQ[tile].flatten(0, 3)[first:, :, None, None]
-                    from_state_hqjN = torch.bmm(dy_hrP[first:], states_hPN).view(-1, q, J, N).mul_(start_hq11)
-                    C_hqjN = C_hrN[first:].view(-1, q, J, N)
-                    start_sums_hq = (from_state_hqjN * C_hqjN).sum((2, 3))
-                    sums.start_KBGEQ[tile].view(z * E, q)[first:] = start_sums_hq
-                    dC_hqjN[first:] += from_state_hqjN
-                    torch.bmm(
-                        dy_hrP[first:].mT,
-                        C_hqjN.mul_(start_hq11).flatten(1, 2),
-                        out=dstates_kbgEPN[:m].view(z * E, P, N)[first:],
-                    )
+                    scaled_dy_hrP = (dy_hrP[first:].view(-1, q, J, P) * start_hq11).flatten(1, 2)
+                    from_state_hrN = torch.bmm(scaled_dy_hrP, states_hPN)
+                    start_sums_hr = (from_state_hrN * C_hrN[first:]).sum(-1)
+                    sums.start_KBGEQ[tile].view(z * E, q)[first:] = start_sums_hr.unflatten(1, (q, J)).sum(-1)
+                    dC_hrN[first:] += from_state_hrN
+                    dentering_hPN = dstates_kbgEPN[:m].view(z * E, P, N)[first:]
+                    torch.bmm(scaled_dy_hrP.mT, C_hrN[first:], out=dentering_hPN)
                 for k in range(m - 1, -1 if has_state else 0, -1):
                     total_bgE11 = decays.total_KBGE[chunks.start + k, rows, groups, :, None, None]
                     dstates_kbgEPN[k].addcmul_(dstates_kbgEPN[k + 1], total_bgE11)
                 if has_state:
                     running_BGEPN[rows, groups] = dstates_kbgEPN[0]
-                _store(dC_hqjN.view(row_kbgeq.shape + (J, N)).mul_(row_kbgeq[..., None, None]), dC_KBGEQJN[tile])
+                dC_KBGEQJN[tile] = dC_hrN.view(dy_kbgeqjP.shape[:-1] + (N,)).mul_(row_kbgeq[..., None, None])
 
                 dleaving_zrN = dstates_kbgEPN[1:].view(z, E * P, N)
-                inflow_zqe1 = inflow_KBGEQ[tile].flatten(0, 2).mT[..., None]
+                inflow_zqe1 = inflow_KBGEQ[tile].flatten(0, 2).mT.contiguous()[..., None]
                 dweighted_zqeP = torch.bmm(B_zqN, dleaving_zrN.mT).view(z, q, E, P)
                 x_zq1P = x_zqP[:, :, None]
                 sums.inflow_KBGEQ[tile] = (dweighted_zqeP * x_zq1P).sum(-1).mT.reshape(row_kbgeq.shape)
                 dx_zqP += dweighted_zqeP.mul_(inflow_zqe1).sum(2)
-                dB_zqN.baddbmm_((x_zq1P * inflow_zqe1).flatten(2), dleaving_zrN)
+                dB_zqN.baddbmm_((x_zq1P * inflow_zqe1).view(z, q, E * P), dleaving_zrN)
                 first_k = 0 if has_state else 1
                 carried_kbgE = (dstates_kbgEPN[first_k + 1 :] * states_kbgEPN[first_k:m]).sum((-1, -2))
                 total_kbgE = sums.total_KBGE[tile]
