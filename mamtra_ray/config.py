@@ -95,6 +95,11 @@ class ProbeConfig(_Section):
     """How many layouts are scored by a forward pass before the search; 0 skips probing."""
     validation_tokens: int = Field(3_000, gt=0)
     """Speech tokens a probe is scored on."""
+    importance: Literal["wer", "cosine", "kl"] = "wer"
+    """What the strategy `importance` ranks layers by: words lost when a layer is replaced, cosine of its input and
+    output, or KL divergence when it is replaced."""
+    importance_sentences: int = Field(20, gt=0)
+    """Sentences spoken for each layer by the criterion wer."""
 
 
 class SearchConfig(_Section):
@@ -172,6 +177,8 @@ class DistillConfig(_Section):
 class EvaluateConfig(_Section):
     sentences: int = Field(40, ge=0)
     """Sentences of the test split that are spoken and recognised; 0 skips the WER."""
+    corpus: str | None = None
+    """Corpus whose test split is spoken, such as Seed-TTS-eval; none: that of `corpus.path`."""
     recognizer: str = "demo"
     """demo (offline Whisper tiny.en), or whisper:PATH, faster-whisper:PATH with the user's weights."""
     codec: str | None = None

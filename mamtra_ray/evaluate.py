@@ -108,7 +108,7 @@ def _test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
         raise InputError(f"evaluate.normalization: unknown name {settings.normalization!r}: {hint}")
     if not settings.sentences:
         raise InputError("evaluate.sentences is 0: there is nothing to speak")
-    test = read_corpus(config.corpus.path, "test")
+    test = read_corpus(settings.corpus or config.corpus.path, "test")
     normalize = NORMALIZATIONS[settings.normalization]
     first = utterances(test.slice(0, settings.sentences))
     speakable = [sentence for sentence in first if normalize(sentence.text).split()]
@@ -139,7 +139,7 @@ def _sentences_of(system: str, sentences: Sequence[Utterance]) -> list[Utterance
 
 def _settings_hash(config: Config) -> str:
     """Of what determines the recognised text of a sentence: not how many are scored, nor how they are normalised."""
-    settings = config.evaluate.model_dump(exclude={"sentences", "normalization", "audio_examples"})
+    settings = config.evaluate.model_dump(exclude={"corpus", "sentences", "normalization", "audio_examples"})
     codec = Path(config.evaluate.codec) if config.evaluate.codec else None
     settings["codec"] = file_hash(codec) if codec and codec.is_file() else str(codec and codec.resolve())
     return content_hash([settings, config.search.seed])

@@ -2,6 +2,7 @@
 
 import json
 import wave
+from dataclasses import replace
 
 import jiwer
 import numpy as np
@@ -17,12 +18,12 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate import evaluate_systems
 from mamtra_ray.evaluation_results import scored
 from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker, sampling_of
-from mamtra_ray.generate import generate
+from mamtra_ray.generate import COSYVOICE2, Sampling, generate
 from mamtra_ray.run_folder import read_audio_index
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.vocoder import Codec, DecoderConfig, TokenDecoder, load_codec
 from mamtra_ray.speech.whisper import recognizer_from_name
-from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers import llasa, load_teacher
 from mamtra_ray.teachers.base import make_student
 
 TEXTS = ["a bad cab", "dead bee", "ace", "a cab added", "fade"]
@@ -257,3 +258,13 @@ def test_sampling_settings(place):
     config = config_of(place, **{"evaluate.temperature": 0.7, "evaluate.repetition_aware": "true"})
     sampling = sampling_of(config)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_window) == (0.7, 0.8, 25, 10)
+
+
+def test_search_spaces_are_valid():
+    folder = evaluate.Path(__file__).parent.parent / "search_spaces"
+    spaces = {path.stem: load_config(path) for path in sorted(folder.glob("*.yaml"))}
+    assert {"demo", "cosyvoice2", "llasa_1b"} <= set(spaces)
+    assert spaces["cosyvoice2"].evaluate.normalization == "seed" and spaces["cosyvoice2"].teacher.kind == "cosyvoice2"
+    # What is sampled is what the teachers' own code does.
+    for name, sampling in {"cosyvoice2": COSYVOICE2, "llasa_1b": Sampling(**llasa.SAMPLING)}.items():
+        assert sampling_of(spaces[name]) == replace(sampling, repetition_threshold=COSYVOICE2.repetition_threshold)

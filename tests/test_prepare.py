@@ -46,7 +46,9 @@ def write_utterance(root, utterance_id, text, subset="train-clean-100", waveform
 def codec_path(tmp_path):
     torch.manual_seed(0)
     codebook = torch.randn(16, tk.FRAMES_PER_TOKEN * tk.NUM_MELS)
-    Codec(tk.Tokenizer(codebook), TokenDecoder(DecoderConfig(8, 1)), {"made": "by a test"}).save(tmp_path / "c.safetensors")
+    Codec(tk.Tokenizer(codebook), TokenDecoder(DecoderConfig(8, 1)), {"made": "by a test"}).save(
+        tmp_path / "c.safetensors"
+    )
     return tmp_path / "c.safetensors"
 
 
@@ -56,7 +58,7 @@ def libritts_root(tmp_path):
     root = tmp_path / "LibriTTS"
     write_utterance(root, "1_1_0_0", "open the window\n")
     write_utterance(root, "1_1_0_1", "find the camera today", waveform=sound(7, 0.7, 24_000), rate=24_000)
-    write_utterance(root, "2_1_0_0", "repair the guitar", waveform=np.stack([sound(8), sound(9)], 1))
+    write_utterance(root, "2_1_0_0", "paint the guitar", waveform=np.stack([sound(8), sound(9)], 1))
     write_utterance(root, "3_1_0_0", "bring the letter", "dev-clean")
     write_utterance(root, "4_1_0_0", None)
     write_utterance(root, "4_1_0_1", "  \n")
@@ -73,7 +75,13 @@ def libritts_root(tmp_path):
 def run(root, output, codec_path, **options):
     recordings, skipped = libritts(root)
     return prepare_corpus(
-        load_config(), recordings, skipped, output, made_by={"source": "libritts"}, speech_tokenizer=codec_path, **options
+        load_config(),
+        recordings,
+        skipped,
+        output,
+        made_by={"source": "libritts"},
+        speech_tokenizer=codec_path,
+        **options,
     )
 
 
@@ -119,8 +127,9 @@ def test_libritts_with_bad_recordings(libritts_root, codec_path, tmp_path, ray_c
     # Other recordings or another tokenizer are another corpus.
     with pytest.raises(InputError, match="made with another speech tokenizer"):
         run(libritts_root, output, None, utterances_per_part=5)
-    with pytest.raises(InputError, match="not of this corpus"):
-        run(libritts_root, output, codec_path)
+    (output / "part-00009.parquet").touch()
+    with pytest.raises(InputError, match=r"part-00009\.parquet, which is not of this corpus"):
+        run(libritts_root, output, codec_path, utterances_per_part=5)
 
 
 def test_missing_tokenizer_is_one_sentence(libritts_root, tmp_path, ray_cluster):
@@ -235,7 +244,9 @@ def write_shard(path, utterances, **columns):
 def test_cosyvoice_shards(worker, tmp_path):
     sounds = [sound(index) for index in range(3)]
     write_shard(tmp_path / "parquet_000000000.tar", ["a", "b", "c"], audio_data=[wav_bytes(one) for one in sounds])
-    write_shard(tmp_path / "parquet_000000001.tar", ["d", "e"], audio_data=[b"", b"no audio"], speech_token=[[5, 6, 7], []])
+    write_shard(
+        tmp_path / "parquet_000000001.tar", ["d", "e"], audio_data=[b"", b"no audio"], speech_token=[[5, 6, 7], []]
+    )
     (tmp_path / "data.list").write_text("".join(f"{tmp_path}/parquet_00000000{index}.tar\n" for index in range(2)))
     recordings, skipped = cosyvoice_shards(tmp_path / "data.list", split="validation")
     assert cosyvoice_shards(tmp_path, split="validation") == (recordings, skipped)
@@ -324,7 +335,14 @@ def test_command_line(libritts_root, tmp_path, capsys):
     assert "did you mean 'libritts'" in capsys.readouterr().err
 
 
-def test_nothing_usable_says_where_the_reasons_are(tmp_path, codec_path, ray_cluster):
+def test_nothing_usable_says_where_the_reasons_are(tmp_path, codec_path, monkeypatch):
+    def in_this_process(tokenizers, groups, actors):
+        worker = TokenizationWorker(tokenizers)
+        worker._load()
+        for index, recordings in groups.items():
+            yield index, *worker.tokenized(recordings)
+
+    monkeypatch.setattr(prepare, "_tokenized", in_this_process)
     root = tmp_path / "LibriTTS"
     write_utterance(root, "1_1_0_0", "words nobody knows")
     with pytest.raises(InputError, match=r"none of 1 recordings could be used; .*report\.json says why"):
