@@ -145,6 +145,35 @@ class _FirstLayerReached(Exception):  # noqa: N818 (control flow, no error)
     pass
 
 
+class LayerBatch(Protocol):
+    """What :func:`cosine_importance` needs of ``shared_batches.DistillBatch``."""
+
+    @property
+    def input_ids_BL(self) -> Tensor:
+        """Unified ids, padded right."""
+
+    @property
+    def attention_mask_BL(self) -> Tensor:
+        """True for real tokens."""
+
+
+@torch.no_grad()
+def cosine_importance(teacher: SpeechLM, batches: Iterable[LayerBatch]) -> list[float]:
+    """1 - mean cosine of every decoder layer's input and output over all tokens: a layer that hardly turns its input
+    matters little (Block Influence of ShortGPT, arXiv 2403.03853; the paper's "cosine" criterion)."""
+    sums = torch.zeros(teacher.config.num_layers, dtype=torch.float64)
+    tokens = 0
+    for batch in batches:
+        before_BLD = teacher.embed(batch.input_ids_BL)
+        _, outputs = teacher.hidden_states(batch.input_ids_BL, return_layers=True)
+        for layer, after_BLD in enumerate(outputs):
+            cosine_BL = torch.cosine_similarity(before_BLD.float(), after_BLD.float(), dim=-1)
+            sums[layer] += cosine_BL[batch.attention_mask_BL].double().sum().cpu()
+            before_BLD = after_BLD
+        tokens += int(batch.attention_mask_BL.sum())
+    return (1 - sums / tokens).tolist()
+
+
 def _common_prefix(first: str, second: str) -> int:
     length = 0
     for a, b in zip(first, second, strict=False):

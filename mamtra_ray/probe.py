@@ -25,7 +25,7 @@ from mamtra_ray.config import Config, add_common_arguments, config_from_argument
 from mamtra_ray.constraints import Constraints, sample_layouts
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.layouts import Layout
-from mamtra_ray.mask_scoring import MaskScorer, ProbeRow
+from mamtra_ray.mask_scoring import MaskScorer, ProbeRow, cosine_importance
 from mamtra_ray.mixer_library import MANIFEST, load_library
 from mamtra_ray.progress import table
 from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, read_rows, write_rows
@@ -203,10 +203,10 @@ class ProbePool:
             done += len(rows)
             yield done
 
-    def actor(self) -> Any:
-        """One actor of the pool."""
+    def cosine_importance(self) -> list[float]:
+        """See :func:`~mamtra_ray.mask_scoring.cosine_importance`."""
         self._start_actors(1)
-        return self._actors[0]
+        return ray.get(self._actors[0].cosine_importance.remote())
 
     def _start_actors(self, useful: int) -> None:
         cpus, gpus = self.config.search.cpus_per_worker, self.config.search.gpus_per_worker or 0
@@ -241,6 +241,9 @@ class _ProbeActor:
 
     def score(self, layouts: Sequence[Layout]) -> list[ProbeRow]:
         return self.scorer.score(layouts, self.batches)
+
+    def cosine_importance(self) -> list[float]:
+        return cosine_importance(self.scorer.teacher, self.batches)
 
 
 def first_utterances(shared: SharedCache, speech_tokens: int) -> SharedCache:
