@@ -47,6 +47,15 @@ class Evaluation:
     metrics: Mapping[str, float]
     """Mean over the utterances that have it, of every further score."""
 
+    def difference_columns(self) -> dict[str, float | None]:
+        """Columns of the finalists table for the paired difference to the teacher."""
+        difference = self.difference_to_teacher
+        return {
+            "wer_difference": difference and difference.difference,
+            "wer_difference_low": difference and difference.low,
+            "wer_difference_high": difference and difference.high,
+        }
+
     def summary(self) -> dict[str, Any]:
         """Everything but the rows, JSON-ready."""
         content = asdict(replace(self, rows=(), failures=()))

@@ -81,10 +81,11 @@ def systems(runs: Sequence[Run]) -> Section:
         Column("wer_difference", "WER - teacher (paired)", percent_with_interval("wer_difference")),
         Column("cer", "CER %", percent("cer")), Column("ce", "CE", ".3f"), LAYOUT,
         Column("speaker_similarity", "similarity", ".3f"), Column("utmos", "UTMOS", ".2f"),
+        Column("dnsmos", "DNSMOS", ".2f"),
         Column("parameters", "M parameters", scaled("parameters", 1e6)),
         Column("cache_bytes", "cache MB", scaled("cache_bytes", 1e6)), Column("tokens", "tokens", ",d"),
     ]  # fmt: skip
-    optional = ("wer_difference", "speaker_similarity", "utmos")
+    optional = ("wer_difference", "speaker_similarity", "utmos", "dnsmos")
     columns = [c for c in columns if c.key not in optional or any(row.get(c.key) is not None for row in rows)]
     if len(runs) > 1:
         columns.insert(0, Column("run", "run"))
@@ -113,7 +114,7 @@ def _reference_rows(run: Run) -> list[Row]:
     rows: list[Row] = []
     for name in (ORIGINAL, CODEC, TEACHER):
         score = getattr(run.reference, name)
-        rows.append({"run": run.name, "system": name, **(asdict(score) if score else {})})
+        rows.append({"run": run.name, "system": name, **(score.columns() if score else {})})
     teacher = rows[-1]
     teacher["ce"] = run.reference.teacher_ce
     if run.architecture is not None:

@@ -81,6 +81,8 @@ FINALIST_COLUMNS = (
     "tokens",
     "steps",
 )
+"""Also shown where present: wer_difference (to the teacher, paired; with _low and _high), speaker_similarity, utmos,
+dnsmos, and the cost columns of the trials."""
 
 _SCHEMA_VERSION = 1
 
@@ -93,6 +95,13 @@ class Score:
     wer_low: float
     wer_high: float
     cer: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further scores by name, such as speaker_similarity or utmos."""
+
+    def columns(self) -> dict[str, float | None]:
+        """As columns of a table."""
+        rates = {"wer": self.wer, "wer_low": self.wer_low, "wer_high": self.wer_high, "cer": self.cer}
+        return {**rates, **self.metrics}
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,10 @@ def hear(
             heard = evaluate_systems(
                 config, systems, folder, on_progress=lambda done, total: session.screen.count(done, total, "utterances")
             )
-        scores = {name: Score(e.wer, e.wer_low, e.wer_high, e.cer) for name, e in heard.items()}
-        finalists = [{**row, **dataclasses.asdict(scores[row["layout"]])} for row in finalists]
+        scores = {name: Score(e.wer, e.wer_low, e.wer_high, e.cer, dict(e.metrics)) for name, e in heard.items()}
+        finalists = [
+            {**row, **scores[row["layout"]].columns(), **heard[row["layout"]].difference_columns()} for row in finalists
+        ]
         metrics.best_wer.set(min(row["wer"] for row in finalists))
         reference = dataclasses.replace(reference, teacher=scores[TEACHER], codec=scores.get(CODEC))
     write_rows(folder / FINALISTS, finalists, FINALIST_COLUMNS)

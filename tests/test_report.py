@@ -85,6 +85,7 @@ def test_every_table_and_figure_is_also_a_file(page):
         assert float(row["ce"]) == quality(Layout(row["layout"]))
     teacher = next(row for row in rows if row["system"] == "teacher")
     assert float(teacher["wer"]) == 0.06 and float(teacher["ce"]) == 1.02
+    assert float(teacher["utmos"]) == 4.1
     assert float(teacher["cache_bytes"]) == 12 * 2 * 2 * 32 * 2048 * 4
 
 
