@@ -37,7 +37,11 @@ def write(path: Path, rows: list[dict] | pa.Table) -> str:
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
-    rows = [row(0, speaker="ann"), row(1), row(2, prompt_text="hi", prompt_text_tokens=[5], prompt_speech_tokens=[7, 8])]
+    rows = [
+        row(0, speaker="ann"),
+        row(1),
+        row(2, prompt_text="hi", prompt_text_tokens=[5], prompt_speech_tokens=[7, 8]),
+    ]
     write(tmp_path / "c.parquet", rows)
     read = utterances(read_corpus(tmp_path / "c.parquet"))
     assert [r.utterance_id for r in read] == ["u0", "u1", "u2"]
