@@ -9,7 +9,7 @@ Letters: B batch, G key-value heads, T positions so far, L new positions, P head
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,8 +43,9 @@ class GrowingLayer(DynamicLayer):
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only these batch rows."""
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        self._buffers = None
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            self._buffers = None
 
     @staticmethod
     def _enlarged(old: Tensor | None, new: Tensor, total: int) -> Tensor:
@@ -76,22 +77,18 @@ def drop_rows(cache: Cache, kept_rows: Tensor) -> None:
         if isinstance(layer, GrowingLayer):
             layer.select_rows(kept_rows)
         else:
-            layer.reorder_cache(kept_rows)
+            layer.reorder_cache(cast(torch.LongTensor, kept_rows))
 
 
 def mixer_state(cache: Cache, layer: int) -> MixerState | None:
     """The state of a Mamba layer; None before its first positions."""
-    conv_BCK = cache.get_conv_state(layer)
-    return None if conv_BCK is None else MixerState(conv_BCK, cache.get_recurrent_state(layer))
+    conv_BCK, ssm_BHPN = cache.get_conv_state(layer), cache.get_recurrent_state(layer)
+    return None if conv_BCK is None or ssm_BHPN is None else MixerState(conv_BCK, ssm_BHPN)
 
 
 def store_mixer_state(cache: Cache, layer: int, state: MixerState) -> None:
-    """Replace the state of a Mamba layer.
-
-    Not with ``update_recurrent_state``, which copies the new state over the old one: a third of a decoding step.
-    """
-    slot = cache.layers[layer]
-    assert isinstance(slot, LinearAttentionLayer)
+    """Replace the state of a Mamba layer (``update_recurrent_state`` would copy the new one over the old one)."""
+    slot: Any = cache.layers[layer]
     slot.conv_states[0], slot.recurrent_states[0] = state.conv_BCK, state.ssm_BHPN
     slot.is_conv_states_initialized[0] = slot.is_recurrent_states_initialized[0] = slot.has_previous_state[0] = True
     slot.dtype, slot.device = state.conv_BCK.dtype, state.conv_BCK.device
@@ -99,11 +96,10 @@ def store_mixer_state(cache: Cache, layer: int, state: MixerState) -> None:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of keys, values and states in use (not of the buffers' spare room)."""
-    total = 0
+    tensors: list[Tensor | None] = []
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionLayer):
-            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-        else:
-            tensors = [layer.keys, layer.values]
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
-    return total
+            tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        elif isinstance(layer, DynamicLayer):
+            tensors += [layer.keys, layer.values]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

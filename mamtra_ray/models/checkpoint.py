@@ -106,7 +106,7 @@ def read_transformers_config(folder: Path) -> Any:
     path = Path(folder) / CONFIG_FILE
     content = read_json(path)
     model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(f"{path} is no transformers config (model_type {model_type!r})")
     try:
         return CONFIG_MAPPING[model_type].from_dict(content)

@@ -152,17 +152,17 @@ def _expanded_body(config: HybridConfig, tensors: Mapping[str, Tensor]) -> dict[
             expanded[f"{layer}.mamba.{parameter}"] = _expand(config.mixer, parameter, tensor)
         else:
             expanded[name] = tensor
-    for layer in config.layout.attention_layers:
+    for index in config.layout.attention_layers:
         # Granite has biases on all four projections or none.
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj") if config.qkv_bias or config.o_bias else ():
-            name = f"layers.{layer}.self_attn.{projection}"
+            name = f"layers.{index}.self_attn.{projection}"
             if f"{name}.bias" not in expanded:
                 weight = expanded[f"{name}.weight"]
                 expanded[f"{name}.bias"] = weight.new_zeros(weight.shape[0])
-    for layer in config.layout.mamba_layers if config.o_bias else ():
+    for index in config.layout.mamba_layers if config.o_bias else ():
         # mamba_proj_bias switches the biases of both projections.
-        in_proj = expanded[f"layers.{layer}.mamba.in_proj.weight"]
-        expanded[f"layers.{layer}.mamba.in_proj.bias"] = in_proj.new_zeros(in_proj.shape[0])
+        in_proj = expanded[f"layers.{index}.mamba.in_proj.weight"]
+        expanded[f"layers.{index}.mamba.in_proj.bias"] = in_proj.new_zeros(in_proj.shape[0])
     return expanded
 
 

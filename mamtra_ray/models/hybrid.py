@@ -241,7 +241,8 @@ def _attention_biases(config: HybridConfig) -> dict[str, bool]:
 
 def mixers(body: GraniteMoeHybridModel) -> dict[int, MambaMixer]:
     """The Mamba mixers of a body by 0-based layer."""
-    return {index: layer.mamba.mixer for index, layer in enumerate(body.layers) if layer.mamba is not None}
+    slots = {index: layer.mamba for index, layer in enumerate(body.layers)}
+    return {index: slot.mixer for index, slot in slots.items() if isinstance(slot, CachedMixer)}
 
 
 def body_tensors(checkpoint: Mapping[str, Tensor], num_layers: int, prefix: str = "model.") -> dict[str, Tensor]:
@@ -310,13 +311,13 @@ def run_body(
         positions_BL = torch.arange(length, device=inputs_embeds_BLD.device)[None] + (past or 0)
     else:
         positions_BL = (attention_mask_BT.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
-    mask_arguments = {
+    mask_arguments: dict[str, Any] = {
         "config": body.config,
         "inputs_embeds": inputs_embeds_BLD,
         "attention_mask": attention_mask_BT,
         "past_key_values": cache,
     }
-    masks = {"linear_attention": create_recurrent_attention_mask(**mask_arguments)}
+    masks: dict[str, Any] = {"linear_attention": create_recurrent_attention_mask(**mask_arguments)}
     if past is not None:
         masks["full_attention"] = create_causal_mask(**mask_arguments)
     return body(

@@ -9,6 +9,7 @@ no counterpart for starts as in Mamba-2: the gate z, the time step dt, A, D and 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,18 @@ from mamtra_ray.models.mamba import MambaMixer, MixerConfig
 INITIALISATIONS = ("transfer", "xavier", "kaiming", "aligned")
 
 
+class Attention(Protocol):
+    """The projections of an attention layer, as transformers names them."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+
 @torch.no_grad()
 def mixer_from_attention(
-    attention: nn.Module, config: MixerConfig, initialisation: str = "transfer", seed: int = 0
+    attention: Attention, config: MixerConfig, initialisation: str = "transfer", seed: int = 0
 ) -> MambaMixer:
     """A new mixer of the attention's device and dtype; the attention is not changed.
 
@@ -56,23 +66,25 @@ def mixer_from_attention(
     return mixer.to(weight.device, weight.dtype)
 
 
-def _copy_projections(attention: nn.Module, mixer: MambaMixer) -> None:
+def _copy_projections(attention: Attention, mixer: MambaMixer) -> None:
     rows, channels = mixer.config.in_proj_slices(), mixer.config.conv_slices()
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[..., -1] = 1
-    mixer.conv1d.bias.zero_()
+    conv_bias = torch.zeros(mixer.config.conv_channels)
     for name, projection in (("x", attention.v_proj), ("B", attention.k_proj), ("C", attention.q_proj)):
         mixer.in_proj.weight[rows[name]] = projection.weight.to("cpu", torch.float32)
         if projection.bias is not None:
-            mixer.conv1d.bias[channels[name]] = projection.bias.to("cpu", torch.float32)
+            conv_bias[channels[name]] = projection.bias.to("cpu", torch.float32)
+    assert mixer.conv1d.bias is not None
+    mixer.conv1d.bias.copy_(conv_bias)
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
-    if mixer.out_proj.bias is not None:
+    if mixer.out_proj.bias is not None and attention.o_proj.bias is not None:
         mixer.out_proj.bias.copy_(attention.o_proj.bias)
 
 
 @torch.no_grad()
 def mixer_from_library(
-    library: Mapping[int, Mapping[str, Tensor]], layer: int, attention: nn.Module, config: MixerConfig
+    library: Mapping[int, Mapping[str, Tensor]], layer: int, attention: Attention, config: MixerConfig
 ) -> MambaMixer:
     """The aligned mixer of ``layer``, on the attention's device and dtype.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 
 from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.layouts import Layout
@@ -82,7 +82,7 @@ class SpeechLM(nn.Module):
         """Embeddings of unified ids: (...) -> (..., D)."""
         return self.body.embed_tokens(input_ids)
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self) -> Cache:
         """An empty cache for :meth:`hidden_states`."""
         return new_cache(self.body.config)
 
@@ -91,7 +91,7 @@ class SpeechLM(nn.Module):
         input_ids_BL: Tensor | None = None,
         attention_mask_BL: Tensor | None = None,
         inputs_embeds_BLD: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         return_layers: bool = False,
     ) -> Any:
         """Final hidden states after the last norm, the head's input: (B, L, D).
@@ -110,8 +110,9 @@ class SpeechLM(nn.Module):
         """
         if (input_ids_BL is None) == (inputs_embeds_BLD is None):
             raise ValueError("give either input_ids_BL or inputs_embeds_BLD")
-        if inputs_embeds_BLD is None:
+        if input_ids_BL is not None:
             inputs_embeds_BLD = self.embed(input_ids_BL)
+        assert inputs_embeds_BLD is not None
         if not return_layers:
             return run_body(self.body, inputs_embeds_BLD, attention_mask_BL, past_key_values)
         layers: list[Tensor] = []
@@ -231,7 +232,7 @@ def make_student(
         if not name.startswith(replaced)
     }
     for layer in sorted(new_layers):
-        attention = teacher.body.layers[layer].self_attn
+        attention: Any = teacher.body.layers[layer].self_attn
         if initialisation == "aligned":
             assert mixer_library is not None
             mixer = mixer_from_library(mixer_library, layer, attention, config.mixer)
