@@ -30,7 +30,7 @@ def evaluated(config: Config, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, 
     slots = min(cluster.get("CPU", 1) // cpus, cluster.get("GPU", 0) // gpus if gpus else len(chunks))
     if slots < 1:
         raise InputError(f"an evaluation actor needs {cpus:g} CPU and {gpus:g} GPU, the cluster has {cluster}")
-    actor_class = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(EvaluationWorker)
+    actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(EvaluationWorker)
     actors = [actor_class.remote(config, max(1, int(cpus))) for _ in range(min(int(slots), len(chunks)))]
     waiting = deque(chunks)
     running: dict[Any, tuple[Any, Chunk | None]] = {actor.prepare.remote(): (actor, None) for actor in actors}

@@ -92,7 +92,8 @@ class EvaluationWorker:
         """
         self.prepare()
         spoken = self._speech_tokens(chunk)
-        rows, waveforms = [], []
+        rows: list[Row] = []
+        waveforms: list[np.ndarray] = []
         for utterance, (tokens, stopped) in zip(chunk.utterances, spoken, strict=True):
             waveform, failure = self._decode(tokens, utterance)
             rows.append(

@@ -82,7 +82,7 @@ def evaluated_run(place, ray_cluster, tmp_path_factory):
 
 
 def test_pool_equals_the_steps_by_hand(place, evaluated_run):
-    folder, evaluations, progress = evaluated_run
+    _, evaluations, progress = evaluated_run
     config = config_of(place)
     teacher = load_teacher("huggingface", place / "teacher")
     student = make_student(teacher.model, "AMAM")
@@ -173,7 +173,7 @@ def test_only_lost_sentences_are_spoken_again(place, evaluated_run):
 
 
 def test_errors_of_an_actor_reach_the_user(place, ray_cluster, tmp_path):
-    with pytest.raises(InputError, match="nowhere given, which is no folder with Whisper weights$"):
+    with pytest.raises(InputError, match=r"nowhere given, which is no folder with Whisper weights$"):
         evaluate_systems(config_of(place, **{"evaluate.recognizer": "whisper:nowhere"}), {}, tmp_path)
 
 

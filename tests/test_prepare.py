@@ -94,10 +94,9 @@ def test_libritts_with_bad_recordings(libritts_root, codec_path, tmp_path, ray_c
     assert progress[0] == (0, 11) and progress[-1] == (11, 11)
     assert report["utterances"] == 4 and report["splits"] == {"train": 3, "validation": 1} and report["skipped"] == 9
     reasons = {one["utterance_id"]: one["reason"] for one in read_json(output / "report.json")["skipped_utterances"]}
-    for number, reason in enumerate(
-        ["transcript is missing", "text is empty", "does not know the word", "silence", "0.1 s of audio", "31.0 s of audio",
-         "damaged or no audio", "no numbers", "is empty"]
-    ):  # fmt: skip
+    expected = ["transcript is missing", "text is empty", "does not know the word", "silence", "0.1 s of audio"]
+    expected += ["31.0 s of audio", "damaged or no audio", "no numbers", "is empty"]
+    for number, reason in enumerate(expected):
         assert reason in reasons[f"4_1_0_{number}"], number
 
     rows = {row["utterance_id"]: row for row in read_corpus(output).to_pylist()}

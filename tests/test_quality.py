@@ -33,11 +33,11 @@ def prompt(tmp_path):
 
 def test_speaker_similarity_of_transformers_model(tmp_path, prompt):
     torch.manual_seed(0)
-    config = WavLMConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8, 8), conv_stride=(5, 4),
-        conv_kernel=(10, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-        tdnn_dim=(8, 8), tdnn_kernel=(5, 3), tdnn_dilation=(1, 1), xvector_output_dim=6,
-    )  # fmt: skip
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    head = {"tdnn_dim": (8, 8), "tdnn_kernel": (5, 3), "tdnn_dilation": (1, 1), "xvector_output_dim": 6}
+    config = WavLMConfig(**sizes, **convolutions, **positions, **head)
     model = WavLMForXVector(config).eval()
     model.save_pretrained(tmp_path / "wavlm")
     extractor = Wav2Vec2FeatureExtractor()

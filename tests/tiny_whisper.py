@@ -12,7 +12,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-_CONTROLS = ("endoftext", "startoftranscript", "en", "transcribe", "translate", "startofprev", "nospeech", "notimestamps")
+_CONTROLS = ("endoftext", "startoftranscript", "en", "transcribe", "translate")
+_CONTROLS += ("startofprev", "nospeech", "notimestamps")
 
 
 def write_tiny_whisper(folder: Path, seed: int = 0) -> Path:

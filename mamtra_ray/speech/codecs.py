@@ -11,6 +11,7 @@ import numpy as np
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech.recognizer import SAMPLE_RATE
+from mamtra_ray.speech.vocoder import Codec, load_codec
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class Voice:
 class Vocoder(Protocol):
     """Anything that turns speech tokens into sound."""
 
-    sample_rate: int
-    """Samples per second of what :meth:`decode` returns."""
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of what :meth:`decode` returns."""
+        ...
 
     def decode(self, speech_tokens: Sequence[int] | np.ndarray, voice: Voice | None = None) -> np.ndarray:
         """Float32 waveform (samples,) in [-1, 1] of one utterance's tokens; ``voice`` if it continues a prompt.
@@ -40,11 +43,11 @@ class Vocoder(Protocol):
 
 @dataclass(frozen=True)
 class _DemoVocoder:
-    codec: object
+    codec: Codec
     sample_rate: int = SAMPLE_RATE
 
     def decode(self, speech_tokens: Sequence[int] | np.ndarray, voice: Voice | None = None) -> np.ndarray:
-        return self.codec.decode(speech_tokens)  # type: ignore[attr-defined]
+        return self.codec.decode(speech_tokens)
 
 
 def vocoder_of_teacher(kind: str, teacher_path: Path | None, codec_path: Path | None = None) -> Vocoder:
@@ -67,8 +70,6 @@ def vocoder_of_teacher(kind: str, teacher_path: Path | None, codec_path: Path | 
 
         return load_xcodec2_vocoder(_required(codec_path, kind))
     if kind == "demo" or codec_path:
-        from mamtra_ray.speech.vocoder import load_codec
-
         return _DemoVocoder(load_codec(codec_path))
     raise InputError(
         f"teacher {kind!r} does not say how its tokens sound: give evaluate.codec "

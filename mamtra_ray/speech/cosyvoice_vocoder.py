@@ -1,6 +1,6 @@
 """CosyVoice 2's way from speech tokens to sound: flow matching to a mel spectrogram, HiFT to samples.
 
-The networks are the pure PyTorch ones in the package minicpmo-utils, loaded with the user's ``flow.pt`` and ``hift.pt``;
+The networks are the pure PyTorch ones in the package minicpmo-utils, with the user's ``flow.pt`` and ``hift.pt``;
 the voice of a prompt is prepared as upstream's front end does (``cosyvoice/cli/frontend.py``).
 
 Tensor letters: B batch (1), S tokens, T mel frames (two a token), M mel bands, F frequency bins.

@@ -19,8 +19,10 @@ from mamtra_ray.speech.recognizer import SAMPLE_RATE
 class SpeechTokenizer(Protocol):
     """Anything that turns sound into speech tokens."""
 
-    sample_rate: int
-    """Samples per second of what :meth:`encode` takes."""
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of what :meth:`encode` takes."""
+        ...
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Speech tokens int32 (S,) of each float32 mono waveform."""

@@ -72,7 +72,8 @@ def load_xcodec2_vocoder(path: Path) -> Xcodec2Vocoder:
     from transformers import AutoFeatureExtractor, Xcodec2Model
 
     try:
-        model, report = Xcodec2Model.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        loaded: Any = Xcodec2Model.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        model, report = loaded
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is no Xcodec2 folder of transformers: {reason}") from None

@@ -95,7 +95,8 @@ class HybridLM(_Upstream):  # type: ignore[misc, valid-type]
         """
         prompt = self.sequence.prompt(text[0].tolist(), prompt_text[0].tolist(), prompt_speech_token[0].tolist())
         fewest, most = int(text.shape[1] * min_token_text_ratio), int(text.shape[1] * max_token_text_ratio)
-        cache, new_ids, drawn = self.model.new_cache(), prompt.tolist(), []
+        cache, new_ids = self.model.new_cache(), prompt.tolist()
+        drawn: list[int] = []
         while len(drawn) < most:
             barred = self.vocabulary.stop_ids if len(drawn) < fewest else ()
             token = self._draw(self._logits(new_ids, cache), drawn, barred, sampling)
@@ -132,7 +133,8 @@ class HybridLM(_Upstream):  # type: ignore[misc, valid-type]
         needs_text = not prompt_speech
         # Speech that the prompt's last block already has.
         in_block = (len(prompt_speech) - 1) % SPEECH_PER_BLOCK + 1
-        cache, new_ids, drawn, num_text = self.model.new_cache(), list(self.sequence.prefix), [], 0
+        cache, new_ids, num_text = self.model.new_cache(), list(self.sequence.prefix), 0
+        drawn: list[int] = []
 
         for piece in text:
             waiting_text += piece.flatten().tolist()
