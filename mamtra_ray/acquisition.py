@@ -20,6 +20,8 @@ from mamtra_ray.surrogate import Surrogate, fit_surrogate
 TOLERANCE = 0.02
 CONFIDENT = 0.95
 _DRAWS = 32
+# Of a draw: only these can be the best when the misfit of each is drawn too.
+_CONTENDERS = 16
 # Of HiGHS for one optimum, where enumeration is out of reach.
 _SECONDS_PER_OPTIMUM = 10.0
 
@@ -52,16 +54,19 @@ def confidence(
 ) -> float:
     """Probability that no unscored layout beats the best scored one by more than 2 % of its score.
 
-    Estimated by 32 posterior draws of the surrogate of the scores' logarithm.
+    Estimated by 32 posterior draws of the surrogate of the scores' logarithm, what it cannot represent included. 0 as
+    long as fewer than two scores a layer were made at this budget: until then its variances are guesses.
     """
     known = [score for layout, score in scored.items() if constraints.allows(layout)]
-    if not known:
+    if len(known) >= constraints.num_layouts:
+        return 1.0
+    if len(known) < 2 * constraints.num_layers:
         return 0.0
     to_beat = np.log(max(min(known), 1e-8)) - TOLERANCE
     unbeaten = 0
     for _ in range(_DRAWS):
-        best = _best_unscored(surrogate.sample(rng), constraints, set(scored), 1)
-        unbeaten += not best or best[0].value >= to_beat
+        best = np.array([o.value for o in _best_unscored(surrogate.sample(rng), constraints, set(scored), _CONTENDERS)])
+        unbeaten += not len(best) or (best + surrogate.misfit * rng.normal(size=len(best))).min() >= to_beat
     return unbeaten / _DRAWS
 
 

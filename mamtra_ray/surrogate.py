@@ -57,6 +57,11 @@ class Surrogate:
     _shift: float
     _scale: float
 
+    @property
+    def misfit(self) -> float:
+        """Standard deviation of what linear and pairwise terms cannot represent, in units of the target."""
+        return self._scale * float(np.sqrt(self.noise))
+
     def predict(self, layouts: Sequence[Layout]) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (B,) of the target of each layout, noise included."""
         features = _features(layouts_to_matrix(layouts, self.mean.num_layers))

@@ -140,9 +140,9 @@ def test_probing_stops_and_goes_on_without_paying_twice(setup, validation, tmp_p
     seen = []
     rows = probe_masks(setup.config, tmp_path, **arguments, on_progress=lambda *count: seen.append(count))
     assert seen[-1] == (20, 20)
-    # Two budgets of four layers have only 6 + 4 layouts: probing ends by itself before 20.
+    # Two budgets of four layers have only 6 + 4 layouts: all are scored, then probing ends by itself.
     allowed = [layout for layout in FOUR_LAYERS if len(layout.attention_layers) in (1, 2)]
-    assert {row.layout for row in rows} <= set(allowed) and len(rows) <= 10
+    assert {row.layout for row in rows} == set(allowed) and len(rows) == 10
     after = read_rows(tmp_path / PROBE, PROBE_COLUMNS)
     assert after[: len(before)] == before, "a scored layout was scored again"
     held_out = first_utterances(validation, setup.config.probe.validation_tokens)
