@@ -33,6 +33,7 @@ class Screen:
     def __init__(self, phases: Sequence[str], ledger: Ledger) -> None:
         self.phases, self.ledger = list(phases), ledger
         self.began = self.last_line = time.monotonic()
+        self.complete = False
         self.redraws = sys.stdout.isatty()
 
     @contextmanager
@@ -41,6 +42,7 @@ class Screen:
         number = f"[{self.phases.index(name) + 1}/{len(self.phases)}]"
         self.say(f"{number} {name}: {what}")
         self.began = self.last_line = time.monotonic()
+        self.complete = False
         try:
             yield
         finally:
@@ -51,9 +53,9 @@ class Screen:
     def count(self, done: float, total: float, unit: str, note: str = "") -> None:
         """``done`` of ``total`` with the time left at the present pace; ``note`` follows."""
         now = time.monotonic()
-        if done < total and now - self.last_line < (0.2 if self.redraws else 10):
+        if self.complete or (done < total and now - self.last_line < (0.2 if self.redraws else 10)):
             return
-        self.last_line = now
+        self.last_line, self.complete = now, done >= total
         elapsed = now - self.began
         left = f"{duration(elapsed / done * (total - done))} left" if done else "..."
         line = f"    {done:,.0f}/{total:,.0f} {unit}  {left}  {note}"
