@@ -59,7 +59,7 @@ class HybridConfig:
     o_bias: bool = False
     state_sharing: StateSharing = "per_query_head"
     conv_kernel: int = 4
-    chunk_size: int = 64
+    chunk_size: int = 32
 
     @property
     def num_layers(self) -> int:

@@ -45,7 +45,7 @@ class MixerConfig:
     conv_kernel: int = 4
     state_sharing: StateSharing = "per_query_head"
     norm_eps: float = 1e-6
-    chunk_size: int = 64
+    chunk_size: int = 32
     out_bias: bool = False
 
     def __post_init__(self) -> None:

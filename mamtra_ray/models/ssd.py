@@ -77,7 +77,7 @@ def ssd_scan_reference(
     dt_bias_H: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
     mask_BL: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The recurrence as it is written, one position after the other, in the type of x (any floating type).
@@ -121,7 +121,7 @@ def ssd_scan(
     dt_bias_H: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
     mask_BL: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The scan over a whole sequence, from parts of ``chunk_size`` positions.
@@ -137,7 +137,8 @@ def ssd_scan(
         initial_state_BHPN: state before the first position, [B, states, P, N]; zeros if None.
         mask_BL: 1 (True) at real positions. A padded position, on either side, leaves the state as it is and takes
             no gradient; y there is finite but means nothing.
-        chunk_size: positions worked on as one matrix product; any length is allowed. Changes only speed and rounding.
+        chunk_size: positions worked on as one matrix product; any length is allowed. Changes only speed, memory and
+            rounding: the backward keeps one state for each chunk. On CUDA mamba-ssm's own chunk size is used.
         return_final_state: also return the state after the last position, [B, states, P, N].
 
     Returns:
