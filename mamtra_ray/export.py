@@ -20,6 +20,7 @@ from mamtra_ray.models.granite import write_granite
 from mamtra_ray.run_folder import FINALIST_COLUMNS, FINALISTS, read_rows, read_run
 from mamtra_ray.session import cached_teacher
 from mamtra_ray.teachers.base import SpeechLM, Teacher
+from mamtra_ray.teachers.cosyvoice2 import write_folder
 
 LAYOUT_FILE = "layout.json"
 
@@ -108,6 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a search")
     parser.add_argument("--layout", required=True, help="a finalist's layout, such as AMAM...")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/LAYOUT")
+    parser.add_argument(
+        "--format",
+        choices=("transformers", "cosyvoice2"),
+        default="transformers",
+        help="cosyvoice2: a folder for CosyVoice's own code, with the teacher's other files linked into it",
+    )
     options = parser.parse_args(arguments)
     config = read_run(options.run).config
     layout = Layout.from_string(options.layout)
@@ -115,6 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     if str(layout) not in rows:
         raise InputError(f"{layout} is no finalist of {options.run} (finalists: {', '.join(rows) or 'none yet'})")
     output = options.output or options.run / "export" / str(layout)
+    if options.format == "cosyvoice2":
+        if config.teacher.kind != "cosyvoice2" or config.teacher.path is None:
+            raise InputError(f"--format cosyvoice2: the teacher of {options.run} is {config.teacher.kind!r}")
+        write_folder(SpeechLM.load(student_folder(options.run, str(layout))), Path(config.teacher.path), output)
+        print(output)
+        return 0
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
     export_student(student_folder(options.run, str(layout)), output, rows[str(layout)], teacher)
     print(output)

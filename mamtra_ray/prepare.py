@@ -213,7 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--actors", type=int, help="Ray Data actors (default: one per free CPU or GPU)")
     parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
     add_common_arguments(parser)
-    options = parser.parse_args(arguments)
+    # Intermixed: overrides may follow the options, behind the two positional arguments.
+    options = parser.parse_intermixed_args(arguments)
     if options.source not in SOURCES:
         raise InputError(f"unknown source {options.source!r}: {nearest_name(options.source, SOURCES)}")
     config = load_config(options.space, options.overrides)

@@ -8,10 +8,14 @@ import torch
 from tiny_cosyvoice import CODES, LAYERS, TEXT, WIDTH, qwen, upstream_state, write_cosyvoice
 from torch.nn.functional import embedding, linear
 
+from mamtra_ray import export
+from mamtra_ray.config import load_config, save_config
 from mamtra_ray.errors import InputError
+from mamtra_ray.finalists import student_folder
 from mamtra_ray.generate import GREEDY, Sampling, generate
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.hybrid import HybridConfig
+from mamtra_ray.run_folder import CONFIG, FINALIST_COLUMNS, FINALISTS, write_rows
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import IGNORE, make_student
 from mamtra_ray.teachers.cosyvoice2 import (
@@ -271,3 +275,18 @@ def test_repetition_aware_draws_what_is_likely_and_new():
     log_probabilities = torch.tensor([0.9, 0.06, 0.04]).log()
     assert {repetition_aware(log_probabilities, [], 25) for _ in range(50)} == {0}
     assert {repetition_aware(log_probabilities, [2, 0, 1], 25) for _ in range(200)} == {1, 2}
+
+
+def test_export_of_a_finalist(folder, teacher, tmp_path, capsys):
+    run = tmp_path / "run"
+    save_config(load_config(None, ["teacher.kind=cosyvoice2", f"teacher.path={folder}"]), run / CONFIG)
+    row = dict.fromkeys(FINALIST_COLUMNS) | {"layout": "AMAM", "origin": "block_beginning", "ce": 1.0, "tokens": 1}
+    write_rows(run / FINALISTS, [row], FINALIST_COLUMNS)
+    student = make_student(teacher.model, "AMAM")
+    student.save(student_folder(run, "AMAM"))
+    arguments = ["--run", str(run), "--layout", "AMAM", "--format", "cosyvoice2", "--output", str(tmp_path / "out")]
+    assert export.main(arguments) == 0
+    assert load_teacher("cosyvoice2", tmp_path / "out").fingerprint == student.fingerprint()
+    save_config(load_config(), run / CONFIG)
+    assert export.main(arguments) == 2
+    assert "is 'demo'" in capsys.readouterr().err

@@ -328,8 +328,10 @@ def test_s3_tokenizer_is_called_as_its_package_wants(tmp_path, monkeypatch):
 
 def test_command_line(libritts_root, tmp_path, capsys):
     arguments = ["libritts", str(libritts_root), "--output", str(tmp_path / "out")]
-    assert prepare.main([*arguments, "--dry-run"]) == 0
-    assert "11 recordings, 2 left out already" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert prepare.main([*arguments, "--dry-run", "name=other", "teacher.kind=llasa"]) == 0
+    printed = capsys.readouterr().out
+    assert "11 recordings, 2 left out already" in printed and "llasa's tokenizers" in printed
+    assert not (tmp_path / "out").exists()
     assert prepare.main(["libri", *arguments[1:]]) == 2
     assert "did you mean 'libritts'" in capsys.readouterr().err
 
