@@ -182,11 +182,11 @@ class ProbePool:
             ray.kill(actor)
         self._actors = []
 
-    def score(self, layouts: Sequence[Layout]) -> Iterator[int]:
+    def score(self, layouts: Sequence[Layout], layouts_per_task: int = _LAYOUTS_PER_TASK) -> Iterator[int]:
         """Score new layouts; yields how many are done whenever some are in the file."""
         # Sorted, so that the layouts of a task share long prefixes.
         ordered = sorted(set(layouts))
-        tasks = [ordered[first : first + _LAYOUTS_PER_TASK] for first in range(0, len(ordered), _LAYOUTS_PER_TASK)]
+        tasks = [ordered[first : first + layouts_per_task] for first in range(0, len(ordered), layouts_per_task)]
         self._start_actors(len(tasks))
         done = 0
         running = {}
