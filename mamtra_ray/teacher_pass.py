@@ -6,7 +6,7 @@ Tensor letters: B batch, L length, N labelled positions, D model width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.hidden_quantizer import calibrate, quantizer_bytes, token_context
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.base import Teacher
 
 # Padded tokens of one forward pass: enough to fill a GPU, little enough for its memory.
 BATCH_TOKENS = 8_192
@@ -44,6 +45,34 @@ class CacheJob:
     quantizer: bytes | None = None
 
 
+@torch.inference_mode()
+def labelled_hidden_states(teacher: Teacher, rows: list[Utterance]) -> Iterator[tuple[list[int], Tensor]]:
+    """Final hidden states of the labelled positions, batch by batch.
+
+    Utterances of about equal length share a batch. The batches depend on ``rows`` only, so that a repeated
+    pass gives the same bits.
+
+    Yields:
+        indices into ``rows`` of a batch, and their positions' hidden states (N, D), in that order.
+    """
+    sequence = teacher.sequence
+    examples = [sequence.training_example(row.text_tokens.tolist(), row.speech_tokens.tolist()) for row in rows]
+    by_length = sorted(range(len(rows)), key=lambda index: (-len(examples[index][0]), index))
+    while by_length:
+        longest = len(examples[by_length[0]][0])
+        count = max(1, BATCH_TOKENS // longest)
+        batch, by_length = by_length[:count], by_length[count:]
+        input_ids_BL = torch.zeros(len(batch), longest, dtype=torch.int64)
+        labels_BL = torch.full((len(batch), longest), IGNORE)
+        for row, index in enumerate(batch):
+            input_ids, labels = examples[index]
+            input_ids_BL[row, : len(input_ids)] = input_ids
+            labels_BL[row, : len(labels)] = labels
+        # Padded right, so no position sees padding and no mask is needed.
+        hidden_BLD = teacher.model.hidden_states(input_ids_BL.to(teacher.model.device))
+        yield batch, hidden_BLD[(labels_BL != IGNORE).to(teacher.model.device)]
+
+
 class TeacherPass:
     """A loaded teacher and the job it is for.
 
@@ -55,41 +84,13 @@ class TeacherPass:
         # Measured: with several workers on a machine one thread each is fastest; it also fixes the summation order.
         torch.set_num_threads(1)
         self.job = job
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.teacher = load_teacher(job.teacher_kind, job.teacher_path, device=self.device)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.teacher = load_teacher(job.teacher_kind, job.teacher_path, device=device)
         if self.teacher.fingerprint != job.made_by["teacher"]:
             raise InputError(
                 f"this machine's teacher {job.teacher_path or job.teacher_kind} is another one than the driver's: "
                 f"fingerprint {self.teacher.fingerprint}, not {job.made_by['teacher']}"
             )
-
-    @torch.inference_mode()
-    def hidden_states(self, rows: list[Utterance]) -> Iterator[tuple[list[int], Tensor]]:
-        """Final hidden states of the labelled positions, batch by batch.
-
-        Utterances of about equal length share a batch. The batches depend on ``rows`` only, so that a repeated
-        pass gives the same bits.
-
-        Yields:
-            indices into ``rows`` of a batch, and their positions' hidden states (N, D), in that order.
-        """
-        examples = [
-            self.teacher.sequence.training_example(row.text_tokens.tolist(), row.speech_tokens.tolist()) for row in rows
-        ]
-        by_length = sorted(range(len(rows)), key=lambda index: (-len(examples[index][0]), index))
-        while by_length:
-            longest = len(examples[by_length[0]][0])
-            count = max(1, BATCH_TOKENS // longest)
-            batch, by_length = by_length[:count], by_length[count:]
-            input_ids_BL = torch.zeros(len(batch), longest, dtype=torch.int64)
-            labels_BL = torch.full((len(batch), longest), IGNORE)
-            for row, index in enumerate(batch):
-                input_ids, labels = examples[index]
-                input_ids_BL[row, : len(input_ids)] = input_ids
-                labels_BL[row, : len(labels)] = labels
-            # Padded right, so no position sees padding and no mask is needed.
-            hidden_BLD = self.teacher.model.hidden_states(input_ids_BL.to(self.device))
-            yield batch, hidden_BLD[(labels_BL != IGNORE).to(self.device)]
 
     @torch.inference_mode()
     def shard(self, planned: PlannedShard, table: pa.Table) -> pa.Buffer:
@@ -100,20 +101,28 @@ class TeacherPass:
             self.job.made_by["format"], model.config.hidden_size, model.vocabulary.speech_size, self.job.quantizer
         )
         encoded: list[dict[str, Any]] = [{} for _ in rows]
-        for batch, hidden_ND in self.hidden_states(rows):
+        for batch, hidden_ND in labelled_hidden_states(self.teacher, rows):
             speech_tokens = [rows[index].speech_tokens for index in batch]
             for index, columns in zip(batch, rows_format.encode(hidden_ND, model.head, speech_tokens), strict=True):
                 encoded[index] = columns
-        for row, columns in zip(rows, encoded, strict=True):
-            columns |= {
-                "utterance_id": row.utterance_id,
-                "text_tokens": row.text_tokens.astype("<i4").tobytes(),
-                "speech_tokens": row.speech_tokens.astype("<i4").tobytes(),
-                "num_text": len(row.text_tokens),
-                "num_speech": len(row.speech_tokens),
-            }
-        content = shard_table(encoded, rows_format.columns)
+        content = shard_rows(rows, encoded, rows_format.columns)
         return encode_shard(content, self.job.made_by, planned, rows_format.compression)
+
+
+def shard_rows(rows: Sequence[Utterance], encoded: Sequence[Mapping[str, bytes]], columns: Sequence[str]) -> pa.Table:
+    """A shard's table: tokens and lengths of the utterances beside the format's columns."""
+    complete = [
+        {
+            "utterance_id": row.utterance_id,
+            "text_tokens": row.text_tokens.astype("<i4").tobytes(),
+            "speech_tokens": row.speech_tokens.astype("<i4").tobytes(),
+            "num_text": len(row.text_tokens),
+            "num_speech": len(row.speech_tokens),
+            **values,
+        }
+        for row, values in zip(rows, encoded, strict=True)
+    ]
+    return shard_table(complete, columns)
 
 
 class ShardWriter:
@@ -150,14 +159,14 @@ def learn_quantizer(job: CacheJob, table: pa.Table, bits: float) -> bytes:
     rows = utterances(table)
     model, sequence = teacher_pass.teacher.model, teacher_pass.teacher.sequence
     hidden, order = [], []
-    for batch, hidden_ND in teacher_pass.hidden_states(rows):
+    for batch, hidden_ND in labelled_hidden_states(teacher_pass.teacher, rows):
         hidden.append(hidden_ND.float().cpu())
         order += batch
     vocabulary = model.vocabulary
     context = token_context([rows[index].speech_tokens for index in order], vocabulary.speech_size)
     speech_ids = range(vocabulary.speech_offset, vocabulary.control_offset)
-    edge_ids = torch.tensor([*speech_ids, sequence.separator[-1]], device=teacher_pass.device)
-    head_rows = torch.tensor([*range(vocabulary.speech_size), vocabulary.eos_id], device=teacher_pass.device)
+    edge_ids = torch.tensor([*speech_ids, sequence.separator[-1]], device=model.device)
+    head_rows = torch.tensor([*range(vocabulary.speech_size), vocabulary.eos_id], device=model.device)
     with torch.inference_mode():
         quantizer = calibrate(
             torch.cat(hidden),
