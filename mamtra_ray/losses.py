@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mamtra_ray.errors import InputError
 
@@ -257,14 +258,15 @@ class _HeadLosses(torch.autograd.Function):
                 grad_weight_VD.addmm_(grad_nV.T, hidden_ND[rows].to(grad_nV.dtype))
             if grad_bias_V is not None:
                 grad_bias_V += grad_nV.sum(0)
-        ctx.gradients = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         weighted = weights.ce * ce_sum + weights.logits * kl_sum
         ctx.mark_non_differentiable(ce_sum, kl_sum)
         return weighted, ce_sum, kl_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_weighted, _grad_ce, _grad_kl):  # type: ignore[no-untyped-def]
-        gradients = [None if gradient is None else gradient * grad_weighted for gradient in ctx.gradients]
+        gradients = [None if gradient is None else gradient * grad_weighted for gradient in ctx.saved_tensors]
         return (*gradients, None, None, None, None, None)
 
 

@@ -234,6 +234,26 @@ def test_batch_without_labels_and_half_precision(problem):
     assert half.total.item() == pytest.approx(full.total.item(), rel=0.03)
 
 
+def test_autocast_and_a_scaled_loss(problem):
+    head, teacher, student, labels = problem
+    full = distillation_loss(student.requires_grad_(), head, labels, HiddenTargets(teacher))
+    (expected,) = torch.autograd.grad(full.total, student)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = distillation_loss(student, head, labels, HiddenTargets(teacher))
+    (found,) = torch.autograd.grad(4 * mixed.total, student)
+    assert mixed.total.dtype == torch.float32 and found.dtype == torch.float32
+    assert mixed.total.item() == pytest.approx(full.total.item(), rel=0.02)
+    torch.testing.assert_close(found, 4 * expected, atol=0.02, rtol=0.1)
+
+
+def test_no_gradient_is_made_for_evaluation(problem):
+    head, teacher, student, labels = problem
+    with torch.no_grad():
+        value = distillation_loss(student.requires_grad_(), head, labels, HiddenTargets(teacher))
+    assert not value.total.requires_grad
+    torch.testing.assert_close(value.total, distillation_loss(student, head, labels, HiddenTargets(teacher)).total)
+
+
 def test_embedding_loss_levels(problem):
     head, teacher, student, labels = problem
     layers = {2: (teacher + 1, student), 5: (teacher, student - 1)}
