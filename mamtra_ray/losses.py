@@ -168,7 +168,7 @@ def distillation_loss(
     weights: LossWeights | None = None,
     alpha: float = 0.1,
     chunk_tokens: int = 256,
-    num_tokens: Tensor | int | None = None,
+    num_tokens: Tensor | float | None = None,
     levels: Sequence[Level] = ("final",),
     student_layers_ND: Mapping[int, Tensor] | None = None,
 ) -> LossTerms:
@@ -198,7 +198,7 @@ def distillation_loss(
     if isinstance(teacher_targets, HiddenTargets) and head.weight.requires_grad and weights.logits:
         raise InputError("hidden-state targets need a frozen head: the teacher's logits are made with it")
     valid_N = labels_N != IGNORE
-    count = (valid_N.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=labels_N.device)).clamp_min(1)
+    count = valid_N.sum().clamp_min(1) if num_tokens is None else torch.as_tensor(num_tokens, device=labels_N.device)
     missing = _wide(student_hidden_ND.new_full((), math.nan))
     total, ce, kl, emb = torch.zeros_like(missing), missing, missing, missing
     if weights.ce or weights.logits:
@@ -380,7 +380,7 @@ def _masked_mean(values: Tensor, mask: Tensor | None, count: Tensor | None = Non
     if mask is None:
         return values.mean() if count is None else values.sum() / count
     mask = mask.bool()
-    return values.where(mask, 0).sum() / (mask.sum() if count is None else count).clamp_min(1)
+    return values.where(mask, 0).sum() / (mask.sum().clamp_min(1) if count is None else count)
 
 
 def _check_alpha(alpha: float) -> None:
