@@ -78,7 +78,7 @@ class Contestant:
 def layouts_of(num_layers: int) -> dict[str, Layout]:
     """The paper's four hybrids (its Table 3); with fewer layers, 1:1 and 1:3."""
     if num_layers == SHAPE.num_layers:
-        return {ratio: layout for ratio, layout in published_layouts(SHAPE).items() if ratio != "1:0"}
+        return {ratio: layout for ratio, layout in published_layouts(SHAPE) if ratio != "1:0"}
     return {ratio: from_strategy("block_beginning", num_layers, ratio) for ratio in ("1:1", "1:3")}
 
 
