@@ -11,7 +11,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Correlation:
-    """A coefficient over ``n`` pairs with its 95 % interval; all ``None`` when it is not defined."""
+    """A coefficient over ``n`` pairs with its 95 % interval; all ``None`` under four pairs or without variation."""
 
     n: int
     value: float | None = None
@@ -36,11 +36,11 @@ def _with_interval(
     variance_factor: Callable[[float], float],
 ) -> Correlation:
     n = len(x)
-    # Two points always correlate perfectly, and a constant has no correlation.
-    if n < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+    # Three points often correlate perfectly by chance, and a constant has no correlation.
+    if n < 4 or len(set(x)) < 2 or len(set(y)) < 2:
         return Correlation(n)
     r = float(coefficient())
-    if n < 4 or abs(r) >= 1:
+    if abs(r) >= 1:
         return Correlation(n, r)
     half_width = 1.96 * math.sqrt(variance_factor(r) / (n - 3))
     z = math.atanh(r)

@@ -187,16 +187,41 @@ def cost_front(rows: Sequence[Row], cost: str) -> Callable[[MatplotlibFigure, Th
     return draw
 
 
-def bars(rows: Sequence[Row], value: str, label: str, axis: str) -> Callable[[MatplotlibFigure, Theme], None]:
-    """Fig. 3: one horizontal bar per row, its value beside it."""
+def by_rung(rows: Sequence[Row]) -> Callable[[MatplotlibFigure, Theme], None]:
+    """Rows with trial, origin, tokens, ce: a line per trial from its start through its rungs, coloured by origin."""
+
+    def draw(picture: MatplotlibFigure, theme: Theme) -> None:
+        axes = picture.subplots()
+        origins = _in_order(row["origin"] for row in rows)
+        for _, line in _by(rows, "trial"):
+            colour = _colour(theme, origins.index(line[0]["origin"]))
+            x, y = [row["tokens"] / 1000 for row in line], [row["ce"] for row in line]
+            axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.8, marker="o", markersize=3.5)
+        axes.set_xlabel("training tokens (thousands)")
+        axes.set_ylabel("cross-entropy (nats per token)")
+        axes.grid(True, linewidth=0.6)
+        marks = [_mark("o", _colour(theme, index), name.replace("_", " ")) for index, name in enumerate(origins)]
+        picture.legend(handles=marks, loc="outside lower center", ncols=3)
+
+    return draw
+
+
+def bars(rows: Sequence[Row], parts: Sequence[str], label: str, axis: str) -> Callable[[MatplotlibFigure, Theme], None]:
+    """Fig. 3: one horizontal bar per row, its ``parts`` end to end, their sum beside it."""
 
     def draw(picture: MatplotlibFigure, theme: Theme) -> None:
         axes = picture.subplots()
         shown = list(reversed(rows))
-        drawn = axes.barh([row[label] for row in shown], [row[value] for row in shown], color=theme.series[0])
-        axes.bar_label(drawn, fmt="%.2f", padding=3)
+        names, ends = [row[label] for row in shown], [0.0] * len(shown)
+        for index, part in enumerate(parts):
+            values = [row[part] for row in shown]
+            drawn = axes.barh(names, values, left=ends, color=_colour(theme, index), label=part)
+            ends = [end + value for end, value in zip(ends, values, strict=True)]
+        axes.bar_label(drawn, [f"{end:,.4g}" for end in ends], padding=3)
         axes.margins(x=0.15)
         axes.set_xlabel(axis)
+        if len(parts) > 1:
+            picture.legend(loc="outside lower center", ncols=len(parts))
 
     return draw
 

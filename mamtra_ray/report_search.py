@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from mamtra_ray import paper_results
 from mamtra_ray.correlations import spearman
-from mamtra_ray.efficiency import break_even_length, cache_bytes, efficiency_rows
+from mamtra_ray.efficiency import break_even_length, cache_bytes, efficiency_rows, total_parameters
 from mamtra_ray.efficiency_architectures import Architecture, attention_layer, cosyvoice2, mamba_layer
 from mamtra_ray.layouts import Layout, from_strategy
 from mamtra_ray.report_content import Column, Figure, Row, Section, Table, scaled, with_interval
-from mamtra_ray.report_figures import bars, cache_growth, cost_front
+from mamtra_ray.report_figures import bars, by_rung, cache_growth, cost_front
 from mamtra_ray.report_sections import LAYOUT, correlation_columns
 from mamtra_ray.run_folder import Run
 
@@ -99,37 +99,42 @@ def cache(runs: Sequence[Run]) -> Section:
 
 
 def memory(runs: Sequence[Run]) -> Section:
-    """Fig. 3: measured peak memory of generation, where the evaluation recorded it."""
-    rows = [
-        {"system": f"{row['origin'].replace('_', ' ')} {row['ratio']}", "gigabytes": row["peak_memory_bytes"] / 1e9}
-        for run in runs
-        for row in run.finalists
-        if row.get("peak_memory_bytes")
-    ]
-    paper = [{"system": name, "gigabytes": value} for name, value in paper_results.FIGURE_3_MEMORY_GB.items()]
+    """Fig. 3: weights and cache of teacher and hybrids, and the paper's measured memory."""
+    paper = [{"system": name, "GB": value} for name, value in paper_results.FIGURE_3_MEMORY_GB.items()]
     paper_figure = Figure(
         "figure_3_paper",
         "Fig. 3 of the paper: memory on Seed-TTS-eval, NVIDIA A6000 (whole pipeline, not only the language model).",
-        "Bars: " + ", ".join(f"{row['system']} {row['gigabytes']} GB" for row in paper) + ".",
-        bars(paper, "gigabytes", "system", "GB"),
+        "Bars: " + ", ".join(f"{row['system']} {row['GB']} GB" for row in paper) + ".",
+        bars(paper, ("GB",), "system", "GB"),
         paper,
         size=(4.9, 2.4),
     )
-    if not rows:
-        missing = (
-            "These runs hold no measured memory (a column peak_memory_bytes of finalists.parquet);"
-            " python benchmarks/memory.py measures teacher and hybrids on this machine, and the closed form is above."
-        )
-        return Section("memory", "Memory", figures=(paper_figure,), missing=missing)
+    architecture = _architecture(runs)
+    if architecture is None:
+        return Section("memory", "Memory", figures=(paper_figure,), missing=_NO_ARCHITECTURE)
+    length = runs[0].config.search.context_length
+    rows = [
+        {
+            "system": "teacher" if ratio == "1:0" else f"hybrid {ratio}",
+            "weights": 4 * total_parameters(architecture, layout) / 1e6,
+            "cache": cache_bytes(architecture, layout, length) / 1e6,
+        }
+        for ratio, layout in _layouts_by_ratio(architecture)
+    ]
     figure = Figure(
         "figure_3_memory",
-        "Fig. 3 of these runs: peak memory of generation.",
-        "Bars, one per finalist.",
-        bars(rows, "gigabytes", "system", "GB"),
+        f"Fig. 3 of these runs, in closed form: weights of the language model and cache of one sequence of {length:,}"
+        " tokens, float32.",
+        "Bars: " + ", ".join(f"{row['system']} {row['weights'] + row['cache']:.1f} MB" for row in rows) + ".",
+        bars(rows, ("weights", "cache"), "system", "MB"),
         rows,
         size=(4.9, 1.2 + 0.3 * len(rows)),
     )
-    return Section("memory", "Memory", figures=(figure, paper_figure))
+    text = (
+        "A Mamba mixer has more weights than the attention it replaces and less cache, so the total falls only above"
+        " the context in the last column of the efficiency table. python benchmarks/memory.py measures the peak.",
+    )
+    return Section("memory", "Memory", text, figures=(figure, paper_figure))
 
 
 def search(runs: Sequence[Run]) -> Section:
@@ -137,17 +142,16 @@ def search(runs: Sequence[Run]) -> Section:
     trials = [{"run": run.name, **row} for run in runs for row in run.trials]
     if not trials:
         return Section("search", "Search", missing="No trial yet: python -m mamtra_ray.search runs them.")
+    figures = [_progress(trials)]
     cost = runs[0].config.search.cost
-    best = _highest_rung(trials)
-    front = pareto_front(best, cost)
-    figure = Figure(
-        "search_front",
-        "Every layout at the highest rung it reached; the joined ones are beaten by none at the last rung"
-        " in both cross-entropy and cost.",
-        f"Scatter plot of {len(front)} layouts, CE against {cost}.",
-        cost_front(front, cost),
-        front,
-    )
+    if len({row[cost] for row in trials}) > 1:
+        front = pareto_front(_highest_rung(trials), cost)
+        caption = (
+            "Every layout at the highest rung it reached; the joined ones are beaten by none at the last rung"
+            " in both cross-entropy and cost."
+        )
+        description = f"Scatter plot of {len(front)} layouts, CE against {cost}."
+        figures.append(Figure("search_front", caption, description, cost_front(front, cost), front))
     run_column = (Column("run", "run"),) if len(runs) > 1 else ()
     columns = (
         *run_column, LAYOUT, Column("origin", "from"), Column("ratio", "ratio"), Column("rung", "rung", "d"),
@@ -163,7 +167,24 @@ def search(runs: Sequence[Run]) -> Section:
     ranks = [{"run": run.name, **row} for run in runs for row in rank_agreement(run)]
     if ranks:
         tables.insert(0, Table("rank_agreement", "Do cheap scores rank as dearer ones do?", rank_columns, ranks))
-    return Section("search", "Search", tables=tuple(tables), figures=(figure,))
+    return Section("search", "Search", tables=tuple(tables), figures=tuple(figures))
+
+
+def _progress(trials: Sequence[Row]) -> Figure:
+    """From the start through the rungs: what a few thousand tokens tell about the order of layouts."""
+    rows = []
+    for row in sorted(trials, key=lambda row: row["rung"]):
+        named = {"trial": f"{row['run']} {row['layout']}", "origin": row["origin"]}
+        if row["rung"] == 0:
+            rows.append({**named, "tokens": 0, "ce": row["ce_start"]})
+        rows.append({**named, "tokens": row["tokens"], "ce": row["ce"]})
+    return Figure(
+        "search_progress",
+        "Every trial from its start through the rungs it reached, by where its layout came from (held-out CE).",
+        f"Line plot of {len({row['trial'] for row in rows})} trials.",
+        by_rung(rows),
+        rows,
+    )
 
 
 def ledger(runs: Sequence[Run]) -> Section:

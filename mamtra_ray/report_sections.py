@@ -119,7 +119,7 @@ def _reference_rows(run: Run) -> list[Row]:
     teacher["ce"] = run.reference.teacher_ce
     if run.architecture is not None:
         layout, length = Layout("A" * run.architecture.num_layers), run.config.search.context_length
-        teacher["ratio"] = layout.ratio
+        teacher["ratio"], teacher["layout"] = layout.ratio, str(layout)
         teacher["parameters"] = parameters(run.architecture, layout)
         teacher["cache_bytes"] = cache_bytes(run.architecture, layout, length)
     return [row for row in rows if len(row) > 2]
@@ -171,7 +171,7 @@ def ce_and_wer(runs: Sequence[Run]) -> Section:
         (
             "A search can only be as good as the score it follows. Pooled over ratios a correlation mostly says that"
             " more attention is better; what a search at one budget needs is the correlation inside that ratio.",
-            "Intervals by Fisher's z; three points or fewer have none, and constant values have no correlation.",
+            "Intervals by Fisher's z. Under four points, or with a constant score, there is none.",
         ),
         tables=(Table("figure_4_correlations", "Correlation of CE with WER", columns, correlations),),
         figures=(figure, paper_figure),

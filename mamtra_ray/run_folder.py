@@ -212,8 +212,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...])
         missing = [column for column in columns if column not in row]
         if missing:
             raise ValueError(f"a row of {path.name} lacks {', '.join(missing)}")
-    # An empty table still has its columns, so that it can be read back.
-    table = pa.Table.from_pylist(rows) if rows else pa.table({column: pa.nulls(0) for column in columns})
+    # Arrow would take the names from the first row alone; and an empty table still has its columns.
+    names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
     with written_atomically(path) as temporary:
         pq.write_table(table, temporary)
 

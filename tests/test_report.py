@@ -20,7 +20,16 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.opinion_scores import OpinionScore, read_scores, write_scores
 from mamtra_ray.report import build_report, main, write_report
 from mamtra_ray.report_search import pareto_front, rank_agreement
-from mamtra_ray.run_folder import AUDIO_INDEX, FINALISTS, REFERENCE, TRIALS, read_architecture, read_run
+from mamtra_ray.run_folder import (
+    AUDIO_INDEX,
+    FINALISTS,
+    REFERENCE,
+    TRIALS,
+    read_architecture,
+    read_rows,
+    read_run,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +85,17 @@ def test_the_page_is_whole_and_needs_no_network(page):
 
 def test_every_table_and_figure_is_also_a_file(page):
     written = {path.name for path in page.with_suffix("").iterdir()}
-    for figure in ("figure_4_ce_against_wer", "figure_5_cache_growth", "figure_6_convergence"):
+    for figure in (
+        "search_progress",
+        "search_front",
+        "figure_3_memory",
+        "figure_4_ce_against_wer",
+        "figure_5_cache_growth",
+        "figure_6_convergence",
+    ):
         assert {f"{figure}.png", f"{figure}.csv"} <= written
     rows = list(csv.DictReader((page.with_suffix("") / "table_3_systems.csv").open()))
-    students = [row for row in rows if row["layout"]]
+    students = [row for row in rows if row["ratio"] not in ("", "1:0")]
     assert len(students) == 27
     for row in students[:9]:
         assert float(row["ce"]) == quality(Layout(row["layout"]))
@@ -117,8 +133,8 @@ def test_intervals_of_correlations_cover():
             result = coefficient(list(x), list(y))
             covered[coefficient] += result.low <= true[coefficient] <= result.high
     assert all(0.92 <= count / 400 <= 0.98 for count in covered.values())
-    assert pearson([1.0, 2.0], [1.0, 2.0]).value is None
-    assert spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).value is None
+    assert pearson([1.0, 2.0, 3.0], [1.0, 2.0, 4.0]).value is None
+    assert spearman([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]).value is None
 
 
 def test_the_front_is_what_nothing_beats():
@@ -197,6 +213,16 @@ def test_a_listening_test_gives_the_nmos_column(runs, tmp_path):
     [table] = next(section for section in report.sections if section.slug == "naturalness").tables
     shown = [[column.text(row) for column in table.columns[:3]] for row in table.rows]
     assert shown == [["teacher", "3.70 ± 0.16", "–"], ["AM", "3.60 ± 0.17", "-0.10 ± 0.05"]]
+
+
+def test_a_table_keeps_every_column_of_every_row(tmp_path):
+    rows = [{"a": 1, "b": None}, {"a": 2, "b": "x", "later": 0.5}]
+    write_rows(tmp_path / "t.parquet", rows, ("a", "b"))
+    assert read_rows(tmp_path / "t.parquet", ("a", "later")) == [{"a": 1, "b": None, "later": None}, rows[1]]
+    write_rows(tmp_path / "t.parquet", [], ("a", "b"))
+    assert read_rows(tmp_path / "t.parquet", ("a", "b")) == []
+    with pytest.raises(ValueError, match="lacks b"):
+        write_rows(tmp_path / "t.parquet", [{"a": 1}], ("a", "b"))
 
 
 def test_the_architecture_survives_the_file(runs):
