@@ -80,7 +80,7 @@ def evaluate_systems(
     on_progress(done, total)
     for chunk, rows, waveforms, sample_rate in evaluated(config, chunks):
         for utterance_id, waveform in waveforms.items():
-            write_wav(audio_file(folder, chunk.system, utterance_id), waveform.astype("float32"), sample_rate)
+            write_wav(audio_file(folder, chunk.system, utterance_id), waveform, sample_rate)
         finished[chunk.system] |= {
             row["utterance_id"]: {"evaluation_hash": hashes[chunk.system], **row} for row in rows
         }

@@ -88,7 +88,7 @@ class EvaluationWorker:
 
         Returns:
             One row per utterance (``utterance_id, text, hypothesis, speech_tokens, stopped, audio_seconds, failure``
-            and the metrics' values); float16 waveforms of the kept ones, by id; and their sample rate.
+            and the metrics' values); waveforms of the kept ones, by id; and their sample rate.
         """
         self.prepare()
         spoken = self._speech_tokens(chunk)
@@ -112,7 +112,7 @@ class EvaluationWorker:
         self._recognize(rows, waveforms, heard)
         self._score(rows, waveforms, heard, chunk.utterances)
         kept = {
-            rows[index]["utterance_id"]: waveforms[index].astype(np.float16)
+            rows[index]["utterance_id"]: waveforms[index]
             for index in heard
             if rows[index]["utterance_id"] in chunk.keep_audio
         }

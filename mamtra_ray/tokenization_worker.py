@@ -85,7 +85,7 @@ class TokenizationWorker:
         for recording in recordings:
             try:
                 row, sound = self._row(recording)
-            except (InputError, OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # whatever is wrong with one recording must not end hours of work
                 skipped.append(Skipped(recording.utterance_id, " ".join(str(error).split())))
                 continue
             rows.append(row)
@@ -169,7 +169,7 @@ class TokenizationWorker:
         """Fill in the speech tokens; when a batch fails, one by one, to leave out only what fails by itself."""
         try:
             tokens = self.speech.encode([sound for _, sound in batch])
-        except (InputError, RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:
             if len(batch) == 1:
                 return [Skipped(batch[0][0]["utterance_id"], f"tokenizing failed: {' '.join(str(error).split())}")]
             return [one for entry in batch for one in self._encode([entry])]

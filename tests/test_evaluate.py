@@ -155,8 +155,15 @@ def test_finished_sentences_are_not_spoken_again(place, evaluated_run, monkeypat
     assert evaluate_systems(config_of(place), systems, folder)["AMAM"].sentences == 5
 
 
-def test_only_lost_sentences_are_spoken_again(place, evaluated_run):
+def test_only_lost_sentences_are_spoken_again(place, evaluated_run, monkeypatch):
     folder, before, _ = evaluated_run
+
+    def in_this_process(config, chunks):
+        worker = EvaluationWorker(config)
+        for chunk in chunks:
+            yield chunk, *worker.run(chunk)
+
+    monkeypatch.setattr(evaluate, "evaluated", in_this_process)
     path = folder / "evaluation" / "AMAM.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2] + lines[3:]))
