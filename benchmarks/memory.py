@@ -6,8 +6,8 @@
 Weights are random (memory does not depend on them), the text vocabulary is left out. Every layout runs in a process of
 its own, layouts alternate over the rounds. In a process, the cache is filled to the context with copies of one token's
 entries; then the peak is reset and a few tokens are decoded. ``decode peak`` is what the process holds at most
-meanwhile, above what it held before the cache (so without the weights); ``held`` sums all tensors in the cache.
-On a GPU (--device cuda) the peak is the allocator's, on a CPU the kernel's resident set.
+meanwhile, above what it held before the cache (so without the weights); ``held`` sums the tensors in the cache, without
+the spare room (an eighth) that its buffers keep to grow into. On a GPU (--device cuda) the peak is the allocator's, on a CPU the kernel's resident set.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from measurement import print_table, quartiles, write_result
 
 from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes, published_layouts, total_parameters
 from mamtra_ray.layouts import Layout
+from mamtra_ray.models.cache import GrowingLayer
+from mamtra_ray.models.cache import cache_bytes as bytes_in_use
 from mamtra_ray.models.hybrid import HybridConfig
 from mamtra_ray.teachers.base import SpeechLM
 from mamtra_ray.teachers.sequences import Vocabulary
@@ -67,7 +69,7 @@ def measure(letters: str, contexts: list[int], batch: int, dtype_name: str, devi
         release_free_memory()
         before = held_now(device)
         cache = filled_cache(model, context, batch)
-        held = sum(tensor.nbytes for layer in cache.layers for tensor in tensors_of(layer))
+        held = bytes_in_use(cache)
         reset_peak(device)
         decode(model, cache, batch)
         rows.append({"context": context, "held": held, "decode_peak": peak(device) - before})
@@ -87,9 +89,8 @@ def filled_cache(model: SpeechLM, context: int, batch: int):  # type: ignore[no-
     cache = model.new_cache()
     model.hidden_states(torch.zeros(batch, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
     for layer in cache.layers:
-        if hasattr(layer, "keys"):
-            layer.keys = layer.keys.repeat(1, 1, context, 1)
-            layer.values = layer.values.repeat(1, 1, context, 1)
+        if isinstance(layer, GrowingLayer):
+            layer.update(*(tensor.repeat(1, 1, context - 1, 1) for tensor in (layer.keys, layer.values)))
     return cache
 
 
@@ -99,12 +100,6 @@ def decode(model: SpeechLM, cache, batch: int) -> None:  # type: ignore[no-untyp
     for _ in range(DECODED):
         hidden_BLD = model.hidden_states(token_B1, past_key_values=cache)
         token_B1 = model.logits(hidden_BLD).argmax(-1)
-
-
-def tensors_of(cache_layer: object) -> list[torch.Tensor]:
-    """Whatever tensors a layer of transformers' cache holds."""
-    values = [v for held in vars(cache_layer).values() for v in (held.values() if isinstance(held, dict) else [held])]
-    return [value for value in values if torch.is_tensor(value)]
 
 
 def held_now(device: str) -> int:

@@ -35,8 +35,8 @@ class MambaShape:
     num_output_heads: int
     """Heads that read a state and have a skip D; more than ``num_states`` when query heads share a state."""
     conv_kernel: int = 4
-    chunk_size: int = 64
-    """Tokens of a chunk of the scan; only its FLOPs depend on it."""
+    chunk_size: int = 32
+    """Tokens of a chunk of the scan (our mixer's default); only the full count of FLOPs depends on it."""
     has_mlp: bool = True
     """False where a Mamba layer is the mixer alone (Zonos); True where it replaced attention in a decoder layer."""
 

@@ -113,7 +113,7 @@ def memory(runs: Sequence[Run]) -> Section:
     if architecture is None:
         return Section("memory", "Memory", figures=(paper_figure,), missing=_NO_ARCHITECTURE)
     length = runs[0].config.search.context_length
-    rows = [
+    rows: list[Row] = [
         {
             "system": "teacher" if ratio == "1:0" else f"hybrid {ratio}",
             "weights": 4 * total_parameters(architecture, layout) / 1e6,

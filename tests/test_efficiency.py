@@ -155,10 +155,11 @@ def test_an_instantiated_hybrid(sharing, letters, hybrid_teacher):
     cache, counter = student.new_cache(), FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         student.logits(student.hidden_states(torch.zeros(1, 128, dtype=torch.int64), past_key_values=cache)[:, -1])
-    # Not counted: the convolution (the mixer shifts and adds), and reading the empty state of the first 64 tokens.
+    # Not counted: the convolution (the mixer shifts and adds), and reading the empty state in the first chunk.
     mamba = architecture.mamba
     conv = 2 * 128 * mamba.conv_kernel * (mamba.x_channels + mamba.b_channels + mamba.c_channels)
-    first_chunk = 64 * mamba.num_output_heads * 2 * mamba.head_dim * mamba.state_size
+    assert mamba.chunk_size == student.config.chunk_size
+    first_chunk = mamba.chunk_size * mamba.num_output_heads * 2 * mamba.head_dim * mamba.state_size
     uncounted = len(layout.mamba_layers) * (conv + first_chunk)
     assert counter.get_total_flops() == prefill_flops_full(architecture, layout, 128) - uncounted
     assert sum(tensor.nbytes for tensor in cached_tensors(cache)) == cache_bytes(architecture, layout, 128)
@@ -168,7 +169,7 @@ def test_an_instantiated_hybrid(sharing, letters, hybrid_teacher):
 
 
 def cached_tensors(cache):
-    """Whatever tensors the layers of transformers' cache hold, directly or in containers."""
+    """Whatever tensors the layers of the cache use, directly or in containers (not the spare room of its buffers)."""
     for layer in cache.layers:
         for value in vars(layer).values():
             held = value.values() if isinstance(value, dict) else [value]
