@@ -1,8 +1,8 @@
 """The hybrid cache: transformers' DynamicCache, with room to grow.
 
-transformers' DynamicLayer concatenates all keys and values with the new ones at every step, which costs more
-than attending to them (``benchmarks/generate.py``: a decoding step at a long context takes several times as
-long). Attention layers here write into a buffer that is now and then enlarged by an eighth.
+transformers' DynamicLayer concatenates all keys and values with the new ones at every step, which at long
+contexts costs more than attending to them (``benchmarks/generate.py`` has the same model with both). Attention
+layers here write into a buffer that is now and then enlarged by an eighth.
 
 Letters: B batch, G key-value heads, T positions so far, L new positions, P head dim.
 """
