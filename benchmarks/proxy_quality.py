@@ -1,0 +1,173 @@
+"""Does the score of a forward pass predict what distillation ends in, and the words that are heard?
+
+    python benchmarks/proxy_quality.py            12 layouts at each of two budgets; hours on two cores
+    python benchmarks/proxy_quality.py --quick    4 layouts, few tokens and sentences; nothing written
+
+Layouts are spread evenly over the ranking by probe KL, the best one and the paper's patterns among them. Each is
+distilled from the library with equal settings and speaks the same sentences. Spearman correlations are taken inside
+each budget, with 95 % intervals of 2,000 bootstrap samples of the layouts. Every distilled student is kept in the run
+folder and not distilled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import ray
+import torch
+from measurement import print_table, write_result
+from scipy.stats import spearmanr
+
+from mamtra_ray.artifacts import read_manifest, write_manifest
+from mamtra_ray.config import Config, load_config
+from mamtra_ray.constraints import Constraints, sample_layouts
+from mamtra_ray.distill import DistillJob, distill
+from mamtra_ray.evaluate import evaluate_systems
+from mamtra_ray.layouts import STRATEGIES, Layout, from_strategy
+from mamtra_ray.probe import ProbePool
+from mamtra_ray.session import Session, make_cache, make_library, start_session
+
+RATIOS = ("1:1", "1:3")
+PAIRS = (
+    ("probe KL", "distilled CE"),
+    ("probe KL", "distilled KL"),
+    ("probe KL", "WER"),
+    ("distilled CE", "WER"),
+)
+_PROBED = 200
+
+
+def chosen_layouts(kl: dict[Layout, float], patterns: Sequence[Layout], count: int) -> list[Layout]:
+    """The best layout, the patterns, and others evenly over the ranking; ``count`` in all."""
+    ranked = sorted(kl, key=kl.__getitem__)
+    chosen = list(dict.fromkeys([ranked[0], *patterns]))[:count]
+    rest = [layout for layout in ranked if layout not in chosen]
+    places = np.linspace(0, len(rest) - 1, count - len(chosen)).round().astype(int)
+    return [*chosen, *(rest[place] for place in places)]
+
+
+@ray.remote(max_retries=1)
+def distilled(job: DistillJob, folder: str) -> dict[str, Any]:
+    """Distil on one process and keep the student."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for report, training in distill(job, device):
+        training.student.save(Path(folder) / "student")
+        content = {key: value for key, value in dataclasses.asdict(report).items() if key != "curve"}
+        write_manifest(Path(folder) / "report.json", "distilled", 1, {"layout": job.layout}, report=content)
+    return content
+
+
+def bootstrap_spearman(x: Sequence[float], y: Sequence[float], samples: int = 2_000) -> tuple[float, float, float]:
+    """(correlation, lower, upper) with a 95 % percentile interval over resampled layouts."""
+    rng, x_N, y_N = np.random.default_rng(0), np.array(x), np.array(y)
+    values = []
+    for _ in range(samples):
+        rows = rng.integers(len(x_N), size=len(x_N))
+        if np.ptp(x_N[rows]) > 0 and np.ptp(y_N[rows]) > 0:
+            values.append(spearmanr(x_N[rows], y_N[rows]).statistic)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(spearmanr(x_N, y_N).statistic), float(low), float(high)
+
+
+def measured_layouts(session: Session, layouts_per_budget: int) -> list[dict[str, Any]]:
+    """Probe, distil and hear; one row a layout."""
+    train, validation = make_cache(session)
+    library = make_library(session, train, validation)
+    assert library is not None
+    rows: dict[Layout, dict[str, Any]] = {}
+    with (
+        session.screen.phase("probe", f"{_PROBED} layouts of each budget"),
+        ProbePool(session.config, session.folder, session.teacher, library, validation) as pool,
+    ):
+        for ratio in RATIOS:
+            budget = Constraints.from_ratio(session.num_layers, ratio)
+            drawn = sample_layouts(budget, _PROBED, np.random.default_rng(0))
+            names = [name for name in STRATEGIES if name != "importance"]
+            patterns = [from_strategy(name, session.num_layers, ratio) for name in names]
+            for done in pool.score([layout for layout in {*drawn, *patterns} if layout not in pool.rows], 32):
+                session.screen.count(done, _PROBED, "layouts")
+            kl = {layout: row.kl for layout, row in pool.rows.items() if budget.allows(layout)}
+            for layout in chosen_layouts(kl, patterns, layouts_per_budget):
+                pattern = names[patterns.index(layout)] if layout in patterns else ""
+                rows[layout] = {"budget": ratio, "layout": str(layout), "pattern": pattern, "probe KL": kl[layout]}
+    with session.screen.phase("distil", f"{len(rows)} layouts, {session.config.distill.tokens:,} tokens each"):
+        job = DistillJob(
+            "", session.config, (session.config.distill.tokens,), train, validation, str(library.resolve())
+        )
+        folders = {layout: session.folder.resolve() / "distilled" / str(layout) for layout in rows}
+        missing = [layout for layout, folder in folders.items() if not (folder / "report.json").exists()]
+        running = [distilled.remote(dataclasses.replace(job, layout=str(x)), str(folders[x])) for x in missing]
+        for done in range(len(running)):
+            [_], running = ray.wait(running, num_returns=1)
+            session.screen.count(done + 1, len(missing), "layouts")
+    with session.screen.phase("speech", f"{session.config.evaluate.sentences} sentences by each"):
+        systems: dict[str, Path | None] = {str(layout): folder / "student" for layout, folder in folders.items()}
+        heard = evaluate_systems(
+            session.config, systems, session.folder, on_progress=lambda d, t: session.screen.count(d, t, "utterances")
+        )
+    for layout, row in rows.items():
+        report = read_manifest(folders[layout] / "report.json", "distilled", 1)["report"]
+        row |= {"distilled CE": report["ce"], "distilled KL": report["kl"], "seconds": report["seconds"]}
+        row["WER"] = heard[str(layout)].wer
+    return list(rows.values())
+
+
+def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Spearman of every pair of scores inside each budget."""
+    found = []
+    for ratio in RATIOS:
+        of_budget = [row for row in rows if row["budget"] == ratio]
+        for first, second in PAIRS:
+            value, low, high = bootstrap_spearman([r[first] for r in of_budget], [r[second] for r in of_budget])
+            found.append(
+                {"budget": ratio, "of": first, "with": second, "layouts": len(of_budget), "Spearman": value}
+                | {"95 % low": low, "95 % high": high}
+            )
+    return found
+
+
+def quick(config: Config) -> Config:
+    """Few tokens and sentences."""
+    return config.model_copy(
+        update={
+            "corpus": config.corpus.model_copy(update={"train_tokens": 20_000, "validation_tokens": 600}),
+            "align": config.align.model_copy(update={"tokens": 10_000}),
+            "probe": config.probe.model_copy(update={"validation_tokens": 300}),
+            "distill": config.distill.model_copy(update={"tokens": 3_000}),
+            "evaluate": config.evaluate.model_copy(update={"sentences": 2, "audio_examples": 0}),
+        }
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 layouts, few tokens; nothing is written")
+    parser.add_argument("--layouts", type=int, default=12, help="of each budget")
+    parser.add_argument("--space", type=Path, help="search-space file (default: the packaged demo)")
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/proxy_quality)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    config = load_config(options.space, options.overrides)
+    config = quick(config) if options.quick else config
+    folder = options.run or Path("runs") / ("proxy_quality_quick" if options.quick else "proxy_quality")
+    session = start_session(config, folder, ("cache", "align", "probe", "distil", "speech"), None)
+    rows = measured_layouts(session, 4 if options.quick else options.layouts)
+    found = correlations(rows)
+    print_table(rows)
+    print()
+    print_table(found)
+    if not options.quick:
+        write_result("proxy_quality", rows, correlations=found, distilled_tokens=config.distill.tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,175 @@
+"""Ways to find a good layout with a limited number of scores, for ``search_quality.py``.
+
+A method is a function ``(scores, budgets, seed)``. It asks :class:`Scores` for the score of layouts until that raises
+:class:`SpentError`; what counts is the best scored layout of every budget. Every method gets the same number of scores:
+those that look at one budget at a time get an equal part of them for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import optuna
+
+from mamtra_ray.acquisition import fit_log, next_layouts
+from mamtra_ray.candidates import layout_from_params, param_space
+from mamtra_ray.config import SearchConfig
+from mamtra_ray.constraints import Constraints, sample_layouts
+from mamtra_ray.layouts import STRATEGIES, Layout, from_strategy
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class SpentError(Exception):
+    """All scores are used up."""
+
+
+class Scores:
+    """A limited number of scores; asking for a known layout again is free."""
+
+    def __init__(self, truth: Mapping[Layout, float], limit: int) -> None:
+        self.truth, self.limit = truth, limit
+        self.known: dict[Layout, float] = {}
+
+    def __call__(self, layout: Layout) -> float:
+        if layout not in self.known:
+            if len(self.known) >= self.limit:
+                raise SpentError
+            self.known[layout] = self.truth[layout]
+        return self.known[layout]
+
+
+Method = Callable[[Scores, Sequence[Constraints], int], None]
+
+
+def random_layouts(scores: Scores, budget: Constraints, seed: int) -> None:
+    for layout in sample_layouts(budget, scores.limit, np.random.default_rng(seed)):
+        scores(layout)
+
+
+def optuna_layouts(kind: str) -> Callable[[Scores, Constraints, int], None]:
+    """Optuna with one priority a layer, as ``candidates.py`` gives it to Tune."""
+
+    def run(scores: Scores, budget: Constraints, seed: int) -> None:
+        attention = budget.attention_counts[0]
+        search = SearchConfig(ratios=(f"{attention}:{budget.num_layers - attention}",))
+        samplers = {
+            "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, seed=seed),
+            "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+        }
+        study = optuna.create_study(sampler=samplers[kind]())
+        space = param_space(search, budget.num_layers)
+        # A sampler that has converged proposes known layouts only; they cost no score, so the trials are limited too.
+        for _ in range(3 * scores.limit):
+            trial = study.ask(space)
+            study.tell(trial, np.log(scores(layout_from_params(trial.params, search, budget.num_layers))))
+
+    return run
+
+
+def greedy(scores: Scores, budget: Constraints, seed: int) -> None:
+    """Replace the layer that costs least, one by one; what is left of the scores goes into swaps."""
+    layout = Layout("A" * budget.num_layers)
+    while len(layout.attention_layers) > budget.attention_counts[0]:
+        layout = min(_one_more_mamba(layout), key=scores)
+    rng = np.random.default_rng(seed)
+    while True:
+        swaps = _swaps(layout)
+        better = next(
+            (swap for swap in rng.permutation(np.array(swaps, dtype=object)) if scores(swap) < scores(layout)), None
+        )
+        if better is None:
+            [layout] = sample_layouts(budget, 1, rng)
+        else:
+            layout = better
+
+
+def beam(scores: Scores, budget: Constraints, seed: int) -> None:
+    """Replacement layer by layer with as many survivors as the scores allow."""
+    steps = budget.num_layers - budget.attention_counts[0]
+    width = max(1, scores.limit // (steps * budget.num_layers // 2))
+    survivors = [Layout("A" * budget.num_layers)]
+    for _ in range(steps):
+        children = {child for layout in survivors for child in _one_more_mamba(layout)}
+        survivors = sorted(children, key=scores)[:width]
+
+
+def additive(scores: Scores, budget: Constraints, seed: int) -> None:
+    """Score the single replacements, then the layouts of the lowest sums, lowest first."""
+    single = additive_costs(scores, budget.num_layers)
+    for layout in sorted(scores.truth, key=lambda layout: sum(single[i] for i in layout.mamba_layers)):
+        if budget.allows(layout):
+            scores(layout)
+
+
+def additive_costs(scores: Callable[[Layout], float], num_layers: int) -> list[float]:
+    """Score of every layout with one Mamba layer."""
+    every = set(range(num_layers))
+    return [scores(Layout.from_attention_layers(every - {layer}, num_layers)) for layer in range(num_layers)]
+
+
+def paper_patterns(scores: Scores, budget: Constraints, seed: int) -> None:
+    attention = budget.attention_counts[0]
+    divisor = np.gcd(attention, budget.num_layers - attention)
+    ratio = f"{attention // divisor}:{(budget.num_layers - attention) // divisor}"
+    for strategy in STRATEGIES:
+        if strategy != "importance":
+            scores(from_strategy(strategy, budget.num_layers, ratio))
+
+
+def surrogate(scores: Scores, budgets: Sequence[Constraints], seed: int) -> None:
+    """Ours: half uniformly, then rounds; one model for all budgets."""
+    rng = np.random.default_rng(seed)
+    first = scores.limit // 2
+    for index, budget in enumerate(budgets):
+        for layout in sample_layouts(budget, first * (index + 1) // len(budgets) - first * index // len(budgets), rng):
+            scores(layout)
+    share = max(2, scores.limit // 8 // len(budgets))
+    while True:
+        model = fit_log(scores.known)
+        new = [layout for budget in budgets for layout in next_layouts(model, scores.known, budget, share, rng)]
+        if not new:
+            return
+        for layout in new:
+            scores(layout)
+
+
+def for_each_budget(method: Callable[[Scores, Constraints, int], None]) -> Method:
+    """A method of one budget, for several: an equal part of the scores for each."""
+
+    def run(scores: Scores, budgets: Sequence[Constraints], seed: int) -> None:
+        for index, budget in enumerate(budgets):
+            part = Scores(scores.truth, scores.limit // len(budgets))
+            with contextlib.suppress(SpentError):
+                method(part, budget, 1000 * seed + index)
+            scores.known |= part.known
+
+    return run
+
+
+METHODS: dict[str, Method] = {
+    "surrogate": surrogate,
+    "random": for_each_budget(random_layouts),
+    "tpe": for_each_budget(optuna_layouts("tpe")),
+    "nsga2": for_each_budget(optuna_layouts("nsga2")),
+    "greedy": for_each_budget(greedy),
+    "beam": for_each_budget(beam),
+    "additive": for_each_budget(additive),
+    "paper": for_each_budget(paper_patterns),
+}
+
+
+def _one_more_mamba(layout: Layout) -> list[Layout]:
+    kept = set(layout.attention_layers)
+    return [Layout.from_attention_layers(kept - {layer}, layout.num_layers) for layer in layout.attention_layers]
+
+
+def _swaps(layout: Layout) -> list[Layout]:
+    kept = set(layout.attention_layers)
+    return [
+        Layout.from_attention_layers(kept - {a} | {m}, layout.num_layers)
+        for a in layout.attention_layers
+        for m in layout.mamba_layers
+    ]
