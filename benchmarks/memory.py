@@ -7,7 +7,8 @@ Weights are random (memory does not depend on them), the text vocabulary is left
 its own, layouts alternate over the rounds. In a process, the cache is filled to the context with copies of one token's
 entries; then the peak is reset and a few tokens are decoded. ``decode peak`` is what the process holds at most
 meanwhile, above what it held before the cache (so without the weights); ``held`` sums the tensors in the cache, without
-the spare room (an eighth) that its buffers keep to grow into. On a GPU (--device cuda) the peak is the allocator's, on a CPU the kernel's resident set.
+the spare room (an eighth) that its buffers keep to grow into. On a GPU (--device cuda) the peak is the allocator's, on
+a CPU the kernel's resident set.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def measure(letters: str, contexts: list[int], batch: int, dtype_name: str, devi
         before = held_now(device)
         cache = filled_cache(model, context, batch)
         held = bytes_in_use(cache)
+        release_free_memory()
         reset_peak(device)
         decode(model, cache, batch)
         rows.append({"context": context, "held": held, "decode_peak": peak(device) - before})
