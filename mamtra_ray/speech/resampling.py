@@ -32,7 +32,7 @@ def read_audio(source: Path | str | bytes, target_rate: int) -> np.ndarray:
         import soundfile
     except ImportError:
         raise InputError(
-            "reading recordings needs the package soundfile, which is not installed: pip install 'mamtra-ray[evaluation]'"
+            "reading recordings needs the package soundfile (not installed): pip install 'mamtra-ray[evaluation]'"
         ) from None
     name = "audio in the row" if isinstance(source, bytes) else str(source)
     try:

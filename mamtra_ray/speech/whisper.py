@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from mamtra_ray.errors import InputError, nearest_name
-from mamtra_ray.speech.recognizer import SAMPLE_RATE, Recognizer, load_recognizer
+from mamtra_ray.speech.recognizer import SAMPLE_RATE, WHISPER_WINDOW_SECONDS, Recognizer, load_recognizer
+
+DEMO_WINDOW_SECONDS = 15
+"""Encoder window of the demo recogniser in evaluations, which hear hundreds of short sentences."""
 
 _KINDS = ("demo", "whisper", "faster-whisper")
-_WINDOW_SECONDS = 30
-"""What Whisper's encoder hears at once; longer sound goes through its long-form decoding."""
 
 
 def recognizer_from_name(name: str, num_threads: int = 1) -> Recognizer:
@@ -28,15 +29,15 @@ def recognizer_from_name(name: str, num_threads: int = 1) -> Recognizer:
         InputError: unknown name, missing folder, or a package that is not installed.
     """
     kind, separator, folder = name.partition(":")
-    if kind not in _KINDS or (kind == "demo") == bool(separator):
+    if kind not in _KINDS or (kind == "demo") == bool(separator):  # the demo takes no folder, the others need one
         raise InputError(
             f"evaluate.recognizer is demo, whisper:FOLDER or faster-whisper:FOLDER, not {name!r}"
             + ("" if kind in _KINDS else f": {nearest_name(kind, _KINDS)}")
         )
     if kind == "demo":
-        return load_recognizer(num_threads=num_threads)
+        return load_recognizer(num_threads=num_threads, window_seconds=DEMO_WINDOW_SECONDS)
     path = Path(folder)
-    if not path.is_dir():
+    if not folder or not path.is_dir():
         raise InputError(f"evaluate.recognizer: {folder or 'no folder'} given, which is no folder with Whisper weights")
     return _load_transformers(path) if kind == "whisper" else _load_ctranslate2(path, num_threads)
 
@@ -55,7 +56,7 @@ class WhisperTransformers:
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         """Text of every waveform (float32, 16 kHz, mono)."""
         texts = [""] * len(waveforms)
-        window = _WINDOW_SECONDS * SAMPLE_RATE
+        window = WHISPER_WINDOW_SECONDS * SAMPLE_RATE
         short = [index for index, waveform in enumerate(waveforms) if len(waveform) <= window]
         for first in range(0, len(short), self.batch_size):
             batch = short[first : first + self.batch_size]
