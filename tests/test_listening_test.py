@@ -151,8 +151,10 @@ def simulated(randomness, listeners, utterances, spread, missing=0.0):
     return ratings
 
 
-@pytest.mark.parametrize(("listeners", "utterances", "missing"), [(15, 50, 0.0), (6, 10, 0.0), (15, 50, 0.5)])
-def test_the_interval_covers(listeners, utterances, missing):
+@pytest.mark.parametrize(
+    ("listeners", "utterances", "missing", "naive_at_most"), [(15, 50, 0.0, 0.5), (6, 10, 0.0, 0.8), (15, 50, 0.5, 0.7)]
+)
+def test_the_interval_covers(listeners, utterances, missing, naive_at_most):
     """95 % of the intervals hold the true mean; of the naive ones far fewer."""
     randomness = np.random.default_rng(1)
     covered = naive = 0
@@ -162,7 +164,7 @@ def test_the_interval_covers(listeners, utterances, missing):
         covered += error <= half_width(ratings)
         naive += error <= 1.96 * np.nanstd(ratings) / np.sqrt((~np.isnan(ratings)).sum())
     assert 0.92 <= covered / 500 <= 0.985
-    assert naive / 500 < 0.8
+    assert naive / 500 < naive_at_most
 
 
 def test_few_ratings_have_no_interval():
