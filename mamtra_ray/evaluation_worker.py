@@ -158,10 +158,15 @@ class EvaluationWorker:
         silence = np.zeros(0, np.float32)
         if not len(tokens):
             return silence, "no speech token was generated"
-        prompt = utterance.prompt_speech_tokens
-        audio = Path(utterance.prompt_audio) if utterance.prompt_audio else None
+        voice = None
+        if utterance.prompt_audio or utterance.prompt_speech_tokens is not None:
+            prompt = utterance.prompt_speech_tokens
+            voice = Voice(
+                np.zeros(0, np.int32) if prompt is None else prompt,
+                Path(utterance.prompt_audio) if utterance.prompt_audio else None,
+            )
         try:
-            return self.vocoder.decode(tokens, None if prompt is None else Voice(prompt, audio)), None
+            return self.vocoder.decode(tokens, voice), None
         except (InputError, RuntimeError, ValueError, OSError) as error:
             # One bad utterance must not end an evaluation of hours; it counts as not spoken, and is listed.
             return silence, f"decoding to sound failed: {error}"

@@ -239,6 +239,36 @@ def test_failures_of_single_utterances_are_listed_and_counted(place):
     assert evaluation.wer == pytest.approx(1.0)
 
 
+def test_prompts_reach_the_model_and_the_codec(place):
+    class Vocoder:
+        sample_rate = 16_000
+        voices = []
+
+        def decode(self, speech_tokens, voice=None):
+            self.voices.append(voice)
+            return np.zeros(160, np.float32)
+
+    worker = EvaluationWorker(config_of(place))
+    worker.prepare()
+    worker.vocoder, worker.metrics = Vocoder(), []
+    sentence = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[1]
+    prompt = {"prompt_text_tokens": np.array([7, 8], np.int32), "prompt_speech_tokens": np.array([1, 2, 3], np.int32)}
+    spoken = (
+        sentence,
+        replace(sentence, utterance_id="p", **prompt),
+        replace(sentence, utterance_id="v", prompt_audio="voice.wav"),
+    )
+    rows, _, _ = worker.run(Chunk("teacher", None, spoken, frozenset()))
+    teacher = load_teacher("huggingface", place / "teacher")
+    text = sentence.text_tokens.tolist()
+    prompts = [teacher.sequence.prompt(text), teacher.sequence.prompt(text, [7, 8], [1, 2, 3])]
+    expected = [generate(teacher.model, [one], [teacher.length_bounds(text)])[0].tokens for one in prompts]
+    assert [tuple(row["speech_tokens"]) for row in rows] == [expected[0], expected[1], expected[0]]
+    plain, full, voice_only = Vocoder.voices
+    assert plain is None and full.speech_tokens.tolist() == [1, 2, 3] and full.audio is None
+    assert len(voice_only.speech_tokens) == 0 and str(voice_only.audio) == "voice.wav"
+
+
 def test_seed_headline_is_the_mean_over_utterances():
     def row(text, hypothesis, **more):
         return {"utterance_id": text, "text": text, "hypothesis": hypothesis, "failure": None, **more}
