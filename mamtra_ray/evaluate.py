@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mamtra_ray.evaluation_results import (
     FOLDER,
     Evaluation,
     audio_file,
+    compare,
     read_rows,
     scored,
     write_audio,
@@ -36,7 +38,7 @@ from mamtra_ray.speech.vocoder import write_wav
 from mamtra_ray.speech.wer import NORMALIZATIONS
 from mamtra_ray.teachers import load_teacher
 
-__all__ = ["Evaluation", "evaluate_systems", "main"]
+__all__ = ["Evaluation", "compare", "evaluate_systems", "main"]
 
 SENTENCES_PER_CHUNK = 16
 """Spoken in one batch; at most these are spoken again after a kill, per actor."""
@@ -204,6 +206,19 @@ def result_table(evaluations: Mapping[str, Evaluation]) -> str:
     return table(header, rows)
 
 
+def comparison_lines(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """One sentence per pair of students."""
+    students = [name for name in evaluations if name not in (CODEC, TEACHER)]
+    lines = []
+    for a, b in combinations(students, 2):
+        paired = compare(evaluations[a], evaluations[b])
+        lines.append(
+            f"{a} - {b}: {paired.difference:+.2%} [{paired.low:+.2%}, {paired.high:+.2%}], "
+            f"not worse in {paired.probability_a_not_worse:.0%} of the resamples"
+        )
+    return lines
+
+
 def _systems_from_arguments(given: Sequence[str], folder: Path) -> dict[str, Path | None]:
     systems: dict[str, Path | None] = {}
     for text in given:
@@ -249,6 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     print(f"\n{config.evaluate.recognizer} recogniser, {config.evaluate.normalization} normalisation\n")
     print(result_table(evaluations))
+    print("\n".join(["", *comparison_lines(evaluations)]).rstrip())
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,15 @@ class Evaluation:
     failures: tuple[Row, ...]
     """Rows that did not become speech or text, or ran into the length limit; the rates count them as they are."""
     difference_to_teacher: PairedDifference | None
-    """WER minus the teacher's on the same sentences; None for the teacher, and where it said other sentences."""
+    """WER minus the teacher's on the sentences both said; None for the teacher."""
     metrics: Mapping[str, float]
     """Mean over the utterances that have it, of every further score."""
 
     def difference_columns(self) -> dict[str, float | None]:
         """Columns of the finalists table for the paired difference to the teacher."""
-        difference = self.difference_to_teacher
-        return {
-            "wer_difference": difference and difference.difference,
-            "wer_difference_low": difference and difference.low,
-            "wer_difference_high": difference and difference.high,
-        }
+        paired = self.difference_to_teacher
+        values = (paired.difference, paired.low, paired.high) if paired else (None, None, None)
+        return dict(zip(("wer_difference", "wer_difference_low", "wer_difference_high"), values, strict=True))
 
     def summary(self) -> dict[str, Any]:
         """Everything but the rows, JSON-ready."""
@@ -73,14 +71,11 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
         rows: with at least ``utterance_id``, ``text``, ``hypothesis``, ``failure``.
         normalization: a name in :data:`~mamtra_ray.speech.wer.NORMALIZATIONS`.
     """
-    headline = {}
     evaluations = {}
-    for system in sorted(rows, key=lambda name: name != TEACHER):
-        result = word_error_rate(
-            [row["text"] for row in rows[system]], [row["hypothesis"] for row in rows[system]], normalization
-        )
-        headline[system] = _per_utterance(result) if normalization in MEAN_OVER_UTTERANCES else result
-        low, high = bootstrap_interval(headline[system].errors, headline[system].words)
+    for system, own in rows.items():
+        result = _result(own, normalization)
+        headline = _headline(result, normalization)
+        low, high = bootstrap_interval(headline.errors, headline.words)
         counted = tuple(
             {
                 **row,
@@ -91,7 +86,7 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
                 "characters": int(characters),
             }
             for row, hypothesis, errors, words, character_errors, characters in zip(
-                rows[system],
+                own,
                 result.hypotheses,
                 result.errors,
                 result.words,
@@ -100,11 +95,10 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
                 strict=True,
             )
         )
-        same = [row["utterance_id"] for row in counted] == [row["utterance_id"] for row in rows.get(TEACHER, ())]
         evaluations[system] = Evaluation(
             system=system,
             normalization=normalization,
-            wer=headline[system].wer,
+            wer=headline.wer,
             wer_low=low,
             wer_high=high,
             cer=result.cer,
@@ -113,16 +107,45 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
             sentences=len(counted),
             rows=counted,
             failures=tuple(row for row in counted if row["failure"]),
-            difference_to_teacher=paired_difference(headline[system], headline[TEACHER])
-            if same and system != TEACHER
-            else None,
+            difference_to_teacher=None,
             metrics=_means(counted),
         )
-    return {system: evaluations[system] for system in rows}
+    if TEACHER in evaluations:
+        for system in set(evaluations) - {TEACHER}:
+            difference = compare(evaluations[system], evaluations[TEACHER])
+            evaluations[system] = replace(evaluations[system], difference_to_teacher=difference)
+    return evaluations
 
 
-def _per_utterance(result: WerResult) -> WerResult:
-    """The same result with every utterance weighing one, so that its corpus rate is the mean over utterances."""
+def compare(a: Evaluation, b: Evaluation) -> PairedDifference:
+    """Headline WER of ``a`` minus that of ``b`` on the sentences both have, both resampled together.
+
+    Raises:
+        InputError: no sentence in common, or different normalisations.
+    """
+    shared = {row["utterance_id"] for row in a.rows} & {row["utterance_id"] for row in b.rows}
+    if not shared or a.normalization != b.normalization:
+        raise InputError(f"{a.system} and {b.system} have no sentence and normalisation in common to compare")
+
+    def headline(evaluation: Evaluation) -> WerResult:
+        rows = sorted((row for row in evaluation.rows if row["utterance_id"] in shared), key=_by_id)
+        return _headline(_result(rows, evaluation.normalization), evaluation.normalization)
+
+    return paired_difference(headline(a), headline(b))
+
+
+def _by_id(row: Row) -> str:
+    return row["utterance_id"]
+
+
+def _result(rows: Sequence[Row], normalization: str) -> WerResult:
+    return word_error_rate([row["text"] for row in rows], [row["hypothesis"] for row in rows], normalization)
+
+
+def _headline(result: WerResult, normalization: str) -> WerResult:
+    """The result whose corpus rate is the headline: itself, or one in which every utterance weighs the same."""
+    if normalization not in MEAN_OVER_UTTERANCES:
+        return result
     rates = result.errors / result.words
     return replace(result, wer=result.mean_utterance_wer, errors=rates, words=np.ones(len(rates)))
 
@@ -172,13 +195,16 @@ def read_rows(folder: Path, system: str) -> list[Row]:
 def write_summary(
     folder: Path, evaluations: Mapping[str, Evaluation], made_by: Mapping[str, Any], without_words: Sequence[str]
 ) -> None:
-    """``evaluation/summary.json``: every system's rates, failures, and the sentences that could not be scored."""
+    """``evaluation/summary.json``: every system's rates and failures, all pairs compared, sentences left out."""
     write_manifest(
         folder / FOLDER / "summary.json",
         "evaluation",
         SCHEMA_VERSION,
         made_by,
         systems={name: evaluation.summary() for name, evaluation in evaluations.items()},
+        paired_differences=[
+            {"a": a, "b": b, **asdict(compare(evaluations[a], evaluations[b]))} for a, b in combinations(evaluations, 2)
+        ],
         left_out_no_words_after_normalization=list(without_words),
     )
 

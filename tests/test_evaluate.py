@@ -15,7 +15,7 @@ from mamtra_ray import evaluate, evaluation_pool
 from mamtra_ray.config import load_config
 from mamtra_ray.corpus import write_corpus
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate import evaluate_systems
+from mamtra_ray.evaluate import compare, evaluate_systems
 from mamtra_ray.evaluation_results import scored
 from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker, sampling_of
 from mamtra_ray.generate import COSYVOICE2, Sampling, generate
@@ -113,14 +113,20 @@ def test_pool_equals_the_steps_by_hand(place, evaluated_run):
     assert len(heard) > 2
     difference = evaluations["AMAM"].difference_to_teacher
     assert difference.difference == pytest.approx(evaluations["AMAM"].wer - evaluations["teacher"].wer)
-    # The codec has no recording of the first sentence, so its rate is of other sentences than the teacher's.
-    assert evaluations["teacher"].difference_to_teacher is None and evaluations["codec"].difference_to_teacher is None
+    # The codec has no recording of the first sentence, so it is compared on the four others.
+    shared = [row for row in evaluations["teacher"].rows if row["utterance_id"] != "test/0"]
+    rate = sum(row["word_errors"] for row in shared) / sum(row["words"] for row in shared)
+    assert evaluations["codec"].difference_to_teacher.difference == pytest.approx(evaluations["codec"].wer - rate)
+    assert evaluations["teacher"].difference_to_teacher is None
 
 
 def test_files_of_an_evaluation(evaluated_run):
     folder, evaluations, _ = evaluated_run
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     assert summary["systems"]["AMAM"]["wer"] == evaluations["AMAM"].wer
+    assert [(pair["a"], pair["b"]) for pair in summary["paired_differences"]] == [
+        ("codec", "teacher"), ("codec", "AMAM"), ("teacher", "AMAM")
+    ]  # fmt: skip
     assert summary["left_out_no_words_after_normalization"] == ["test/5"]
     lines = (folder / "evaluation" / "teacher.jsonl").read_text().splitlines()
     assert [json.loads(line)["utterance_id"] for line in lines] == [f"test/{index}" for index in range(5)]
@@ -240,12 +246,13 @@ def test_failures_of_single_utterances_are_listed_and_counted(place):
 
 
 def test_prompts_reach_the_model_and_the_codec(place):
+    voices = []
+
     class Vocoder:
         sample_rate = 16_000
-        voices = []
 
         def decode(self, speech_tokens, voice=None):
-            self.voices.append(voice)
+            voices.append(voice)
             return np.zeros(160, np.float32)
 
     worker = EvaluationWorker(config_of(place))
@@ -264,7 +271,7 @@ def test_prompts_reach_the_model_and_the_codec(place):
     prompts = [teacher.sequence.prompt(text), teacher.sequence.prompt(text, [7, 8], [1, 2, 3])]
     expected = [generate(teacher.model, [one], [teacher.length_bounds(text)])[0].tokens for one in prompts]
     assert [tuple(row["speech_tokens"]) for row in rows] == [expected[0], expected[1], expected[0]]
-    plain, full, voice_only = Vocoder.voices
+    plain, full, voice_only = voices
     assert plain is None and full.speech_tokens.tolist() == [1, 2, 3] and full.audio is None
     assert len(voice_only.speech_tokens) == 0 and str(voice_only.audio) == "voice.wav"
 
@@ -289,6 +296,20 @@ def test_seed_headline_is_the_mean_over_utterances():
     difference = result["student"].difference_to_teacher
     assert difference.difference == pytest.approx(result["student"].wer - result["teacher"].wer)
     assert difference.low > 0 and result["student"].metrics == {"utmos": 3.0}
+    backwards = compare(result["teacher"], result["student"])
+    assert (backwards.difference, backwards.low, backwards.high) == pytest.approx(
+        (-difference.difference, -difference.high, -difference.low)
+    )
+    # A bootstrap by hand, over sentences, of the difference of the means.
+    losses = np.array([jiwer.wer(row["text"].strip(), row["hypothesis"]) for row in student]) - rates
+    means = [random.choice(losses, len(losses)).mean() for _ in range(4000)]
+    assert (difference.low, difference.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
+    assert evaluate.comparison_lines(result) == []
+    (line,) = evaluate.comparison_lines({**result, "other": replace(result["teacher"], system="other")})
+    assert line.startswith(f"student - other: {difference.difference:+.2%} [") and "not worse in 0%" in line
+    elsewhere = replace(result["teacher"], rows=tuple({**row, "utterance_id": "x"} for row in result["teacher"].rows))
+    with pytest.raises(InputError, match="no sentence and normalisation in common"):
+        compare(result["student"], elsewhere)
 
 
 def test_sampling_settings(place):
