@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from mamtra_ray.errors import InputError
 from mamtra_ray.recordings import Recording, Skipped
 
-MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
+MIN_SECONDS, MAX_SECONDS = 0.2, 30.0
 """Shorter sound holds no utterance; longer sound is outside what CosyVoice's tokenizer was made for."""
 SOUNDS_PER_BATCH = 8
 
