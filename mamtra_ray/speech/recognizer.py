@@ -48,8 +48,8 @@ class WhisperCT2:
     window_seconds: int = WHISPER_WINDOW_SECONDS
     """What the encoder is given of a sound that fits into it; longer sound gets Whisper's own 30 s.
 
-    The encoder's time does not depend on the sound but on the window, and is most of the whole. Half the window takes a
-    third of the time and hears the demo's sentences as well; a window of 6 s makes it repeat itself.
+    The encoder's time depends on the window, not on the sound, and is most of the whole. Half the window takes a third
+    of the time and hears the demo's sentences as well; 10 s begin to mishear (benchmarks/recognition_window.py).
     """
 
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
