@@ -37,6 +37,15 @@ class Chunk:
     """Ids of those whose sound is sent back."""
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """Speech tokens of one utterance, whether the system ended it by itself, and what kept it from being spoken."""
+
+    tokens: Sequence[int]
+    stopped: bool
+    failure: str = ""
+
+
 def sampling_of(config: Config) -> Any:
     """The :class:`~mamtra_ray.generate.Sampling` that ``config.evaluate`` asks for."""
     from mamtra_ray.generate import COSYVOICE2, Sampling
@@ -94,17 +103,19 @@ class EvaluationWorker:
         spoken = self._speech_tokens(chunk)
         rows: list[Row] = []
         waveforms: list[np.ndarray] = []
-        for utterance, (tokens, stopped) in zip(chunk.utterances, spoken, strict=True):
-            waveform, failure = self._decode(tokens, utterance)
+        for utterance, said in zip(chunk.utterances, spoken, strict=True):
+            waveform, failure = self._decode(said.tokens, utterance)
+            if not said.stopped:
+                failure = said.failure or failure or "the model did not stop within the length limit"
             rows.append(
                 {
                     "utterance_id": utterance.utterance_id,
                     "text": utterance.text,
                     "hypothesis": "",
-                    "speech_tokens": [int(token) for token in tokens],
-                    "stopped": stopped,
+                    "speech_tokens": [int(token) for token in said.tokens],
+                    "stopped": said.stopped,
                     "audio_seconds": round(len(waveform) / self.vocoder.sample_rate, 3),
-                    "failure": failure if stopped or failure else "the model did not stop within the length limit",
+                    "failure": failure,
                 }
             )
             waveforms.append(waveform)
@@ -118,31 +129,38 @@ class EvaluationWorker:
         }
         return rows, kept, self.vocoder.sample_rate
 
-    def _speech_tokens(self, chunk: Chunk) -> list[tuple[Sequence[int], bool]]:
-        """Each utterance's speech tokens, and whether the system ended it by itself."""
+    def _speech_tokens(self, chunk: Chunk) -> list[Spoken]:
         if chunk.system == CODEC:
-            return [(utterance.speech_tokens.tolist(), True) for utterance in chunk.utterances]
+            return [Spoken(utterance.speech_tokens.tolist(), True) for utterance in chunk.utterances]
         from mamtra_ray.generate import generate
 
         if self.teacher is None:
             from mamtra_ray.teachers import load_teacher
 
             self.teacher = load_teacher(self.config.teacher.kind, self.config.teacher.path, device=self.device)
-        prompts, bounds = [], []
+        model = self.teacher.model if chunk.model is None else self._student(chunk.model)
+        spoken: dict[str, Spoken] = {}
+        prompts, bounds, seeds, ids = [], [], [], []
         for utterance in chunk.utterances:
             prompt = [utterance.prompt_text_tokens, utterance.prompt_speech_tokens]
             prompt_text, prompt_speech = [() if tokens is None else tokens.tolist() for tokens in prompt]
             text = utterance.text_tokens.tolist()
-            prompts.append(self.teacher.sequence.prompt(text, prompt_text, prompt_speech))
-            bounds.append(self.teacher.length_bounds(text))
-        # A sentence has its own seed, so its speech does not depend on how sentences are divided into chunks.
-        seeds = [
-            int(content_hash([self.config.search.seed, utterance.utterance_id])[:8], 16)
-            for utterance in chunk.utterances
-        ]
-        model = self.teacher.model if chunk.model is None else self._student(chunk.model)
-        generated = generate(model, prompts, bounds, sampling_of(self.config), seeds)
-        return [(result.tokens, result.stopped) for result in generated]
+            # Tokens the teacher does not know mean another tokenizer, so another corpus: nothing to go on with.
+            prompt_ids = self.teacher.sequence.prompt(text, prompt_text, prompt_speech)
+            try:
+                bounds.append(self.teacher.length_bounds(text))
+            except InputError as error:  # a text too long for the teacher
+                spoken[utterance.utterance_id] = Spoken((), False, str(error))
+                continue
+            prompts.append(prompt_ids)
+            # A sentence has its own seed, so its speech does not depend on how sentences are divided into chunks.
+            seeds.append(int(content_hash([self.config.search.seed, utterance.utterance_id])[:8], 16))
+            ids.append(utterance.utterance_id)
+        for utterance_id, result in zip(
+            ids, generate(model, prompts, bounds, sampling_of(self.config), seeds), strict=True
+        ):
+            spoken[utterance_id] = Spoken(result.tokens, result.stopped)
+        return [spoken[utterance.utterance_id] for utterance in chunk.utterances]
 
     def _student(self, folder: Path) -> Any:
         from mamtra_ray.teachers.base import SpeechLM

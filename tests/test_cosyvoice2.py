@@ -244,6 +244,7 @@ def test_drop_in_speaks_like_batched_generation(hybrid_folder, teacher):
 @pytest.mark.parametrize("num_prompt_speech", [0, 8, 15])
 def test_text_stream_follows_the_training_sequence(hybrid_folder, teacher, num_prompt_speech):
     """Teacher-forced: along the training sequence of what was spoken, each greedy choice is the streamed token."""
+
     def greedy_within_the_block(log_probabilities, decoded, _):
         log_probabilities[CODES + 2] = -math.inf
         return int(log_probabilities.argmax())
@@ -290,3 +291,14 @@ def test_export_of_a_finalist(folder, teacher, tmp_path, capsys):
     save_config(load_config(), run / CONFIG)
     assert export.main(arguments) == 2
     assert "is 'demo'" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_drop_in_on_a_gpu_says_the_same(hybrid_folder):
+    arguments = tensors(TEXT_TOKENS), None, EMPTY, None, EMPTY, None, None
+    speech = []
+    for device in ("cpu", "cuda"):
+        lm = HybridLM.from_folder(hybrid_folder, device)
+        lm.sampling = greedy
+        speech.append(list(lm.inference(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in arguments))))
+    assert speech[0] == speech[1]

@@ -245,6 +245,21 @@ def test_failures_of_single_utterances_are_listed_and_counted(place):
     assert evaluation.wer == pytest.approx(1.0)
 
 
+def test_a_text_too_long_for_the_teacher_is_one_failure(place):
+    worker = EvaluationWorker(config_of(place))
+    worker.prepare()
+    worker.teacher = replace(load_teacher("huggingface", place / "teacher"), max_length=100)
+    good = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[1]
+    long = replace(good, utterance_id="long", text_tokens=np.ones(100, np.int32))
+    rows, _, _ = worker.run(Chunk("teacher", None, (long, good), frozenset()))
+    assert "leaves no room for speech" in rows[0]["failure"] and not rows[0]["speech_tokens"]
+    (alone,), _, _ = worker.run(Chunk("teacher", None, (good,), frozenset()))
+    assert rows[1] == alone and worker.run(Chunk("teacher", None, (long,), frozenset()))[0] == rows[:1]
+    foreign = replace(good, text_tokens=np.array([VOCABULARY.text_size], np.int32))
+    with pytest.raises(InputError, match="was another tokenizer used"):
+        worker.run(Chunk("teacher", None, (good, foreign), frozenset()))
+
+
 def test_prompts_reach_the_model_and_the_codec(place):
     voices = []
 
