@@ -148,10 +148,11 @@ class EvaluationWorker:
             # Tokens the teacher does not know mean another tokenizer, so another corpus: nothing to go on with.
             prompt_ids = self.teacher.sequence.prompt(text, prompt_text, prompt_speech)
             try:
-                bounds.append(self.teacher.length_bounds(text))
+                bound = self._length_bounds(text, len(prompt_ids))
             except InputError as error:  # a text too long for the teacher
                 spoken[utterance.utterance_id] = Spoken((), False, str(error))
                 continue
+            bounds.append(bound)
             prompts.append(prompt_ids)
             # A sentence has its own seed, so its speech does not depend on how sentences are divided into chunks.
             seeds.append(int(content_hash([self.config.search.seed, utterance.utterance_id])[:8], 16))
@@ -161,6 +162,15 @@ class EvaluationWorker:
         ):
             spoken[utterance_id] = Spoken(result.tokens, result.stopped)
         return [spoken[utterance.utterance_id] for utterance in chunk.utterances]
+
+    def _length_bounds(self, text_tokens: list[int], prompt_length: int) -> tuple[int, int]:
+        """The teacher's bounds, and no more than its context holds behind the prompt."""
+        fewest, most = self.teacher.length_bounds(text_tokens)
+        if self.teacher.max_length is not None:
+            most = min(most, self.teacher.max_length - prompt_length)
+        if most < 1:
+            raise InputError(f"a prompt of {prompt_length} tokens leaves no room for speech")
+        return min(fewest, most), most
 
     def _student(self, folder: Path) -> Any:
         from mamtra_ray.teachers.base import SpeechLM

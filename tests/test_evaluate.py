@@ -255,6 +255,12 @@ def test_a_text_too_long_for_the_teacher_is_one_failure(place):
     assert "leaves no room for speech" in rows[0]["failure"] and not rows[0]["speech_tokens"]
     (alone,), _, _ = worker.run(Chunk("teacher", None, (good,), frozenset()))
     assert rows[1] == alone and worker.run(Chunk("teacher", None, (long,), frozenset()))[0] == rows[:1]
+    full = replace(good, utterance_id="full", prompt_speech_tokens=np.ones(100, np.int32))
+    (row,), _, _ = worker.run(Chunk("teacher", None, (full,), frozenset()))
+    assert row["failure"] == "a prompt of 106 tokens leaves no room for speech"
+    tight = replace(full, prompt_speech_tokens=np.ones(90, np.int32))
+    (row,), _, _ = worker.run(Chunk("teacher", None, (tight,), frozenset()))
+    assert len(row["speech_tokens"]) <= 4
     foreign = replace(good, text_tokens=np.array([VOCABULARY.text_size], np.int32))
     with pytest.raises(InputError, match="was another tokenizer used"):
         worker.run(Chunk("teacher", None, (good, foreign), frozenset()))
