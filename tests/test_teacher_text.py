@@ -20,12 +20,8 @@ def write_blank_en(folder):
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    added = {
-        str(len(vocabulary) + index): {
-            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True
-        }
-        for index, token in enumerate(special)
-    }  # fmt: skip
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    added = {str(len(vocabulary) + index): {"content": token, **plain} for index, token in enumerate(special)}
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
             {
