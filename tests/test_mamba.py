@@ -191,7 +191,7 @@ def test_a_masked_step_keeps_the_state(sharing: str) -> None:
 
 def test_gradients_reach_every_parameter_and_earlier_states() -> None:
     mixer = small_mixer("per_query_head")
-    first, state = mixer(torch.randn(2, 6, 24), return_state=True)
+    _, state = mixer(torch.randn(2, 6, 24), return_state=True)
     second = mixer(torch.randn(2, 6, 24), state=state)
     second.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in mixer.parameters())
