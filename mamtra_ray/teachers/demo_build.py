@@ -43,6 +43,9 @@ class BuildSettings:
     """The codec is fitted on the first so many sentences of the train split."""
     codec: CodecSettings = field(default_factory=CodecSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    longest_sentence: int = 16
+    """In words. Longer sentences train the teacher, but it exchanges their words too often to be a reference: they
+    stay out of the finished corpus and of the measurement."""
     measured_sentences: int = 300
     """The error rates are of the first so many sentences of the test split."""
     gated: bool = True
@@ -165,6 +168,19 @@ def build_corpus(sentences: Sentences, shards: SpeechShards, codec_path: Path, w
                     }
                 )
     write_corpus(path, [row for phase in rows.values() for row in phase], tokenizer="demo", made_by=made_by)
+    return path
+
+
+def leave_out_long_sentences(corpus: Path, longest: int, work: Path) -> Path:
+    """The corpus without sentences of more than ``longest`` words, in `work/short-<hash>.parquet`."""
+    import pyarrow.compute as pc
+
+    made_by = {"corpus": file_hash(corpus), "longest_sentence": longest}
+    path = work / f"short-{content_hash(made_by)}.parquet"
+    if not path.exists():
+        table = read_corpus(corpus)
+        kept = table.filter(pc.less_equal(pc.list_value_length(table["text_tokens"]), longest))
+        write_corpus(path, kept, tokenizer="demo", made_by=made_by)
     return path
 
 

@@ -95,8 +95,9 @@ Everything the offline demo needs, made by `python -m mamtra_ray.teachers.demo`.
 - `measured.json`: the numbers below with the errors of every utterance.
 - `manifest.json`: SHA-256 of every file; checked on loading.
 
-The sentences are household commands of one to three clauses over {len(WORDS)} words, drawn from a grammar
-(`mamtra_ray/teachers/demo_grammar.py`, seed {settings.seed}); no sentence occurs twice, within or across splits.
+The sentences are household commands of up to {settings.longest_sentence} words over a vocabulary of {len(WORDS)},
+drawn from a grammar (`mamtra_ray/teachers/demo_grammar.py`, seed {settings.seed}); none occurs twice, within or
+across splits. The teacher was trained on longer ones too, and is too often wrong on those to be a reference.
 The words were chosen so that Whisper tiny.en hears them in this voice: error rates say something about the speech
 model, and nothing about open English. Voice: {measured["voice"]}.
 

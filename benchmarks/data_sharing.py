@@ -1,0 +1,220 @@
+"""Getting the cached rows to the training: Ray's object store against the alternatives, for one and two trials.
+
+    python benchmarks/data_sharing.py                      the demo teacher, some minutes on two cores
+    python benchmarks/data_sharing.py --teacher FOLDER     another teacher of kind "huggingface"
+    python benchmarks/data_sharing.py --quick              few tokens and steps; nothing is written
+
+Sources: the materialised blocks in the object store (what every training here uses); Ray Data's read_parquet anew
+in every epoch; pyarrow reading the shards anew in every epoch; and the online teacher, which computes the rows.
+All give the same batches' worth of rows as tensors. Every trial is an actor of its own. "delivered" is what a trial
+gets when it does nothing else, the median of several epochs; "ratio" is to the object store in the same round, with
+its quartiles. "private MB" is what the trial's memory grew by while it read, shared pages not counted. Then a real
+training of the layout 1:1 with each source: the share of its time spent waiting for the batch (with the online
+teacher: computing it), seconds a step, and the peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Workers found their modules in benchmarks/ only if it is on their path too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+)
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from measurement import print_table, quartiles, write_result
+
+from mamtra_ray.cache_formats import HiddenFormat
+from mamtra_ray.config import Config, DistillConfig
+from mamtra_ray.layouts import from_strategy
+from mamtra_ray.losses import IGNORE, HiddenTargets
+from mamtra_ray.shared_batches import DistillBatch, SharedCache, _batch, batches, padding_waste, plan_epoch, share_cache
+from mamtra_ray.teacher_cache import build_cache
+from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.base import SequenceFormat, make_student
+from mamtra_ray.training import Distillation
+
+BATCH_TOKENS = 2_000
+SOURCES = ("object store", "pyarrow per epoch", "Ray read_parquet per epoch", "online teacher")
+
+
+def epoch_of(
+    source: str, shared: SharedCache, folder: str, sequence: SequenceFormat, teacher: Any, epoch: int
+) -> Iterator[DistillBatch]:
+    """One epoch of batches from a source."""
+    if source == "object store":
+        yield from batches(shared, sequence, batch_tokens=BATCH_TOKENS, seed=0, epoch=epoch)
+        return
+    if source == "online teacher":
+        for batch in batches(shared, sequence, batch_tokens=BATCH_TOKENS, seed=0, epoch=epoch):
+            with torch.no_grad():
+                hidden_ND = teacher.model.hidden_states(batch.input_ids_BL)[batch.labels_BL != IGNORE]
+            yield DistillBatch(**{**vars(batch), "teacher_targets": HiddenTargets(hidden_ND)})
+        return
+    names = [f"{folder}/{name}" for name, _ in shared.manifest.split_shards("train")]
+    columns = ["text_tokens", "speech_tokens", "hidden"]
+    plan = plan_epoch(shared, sequence, batch_tokens=BATCH_TOKENS, seed=0, epoch=epoch)[0]
+    stored = HiddenFormat(shared.manifest.hidden_size)
+    if source == "pyarrow per epoch":
+        tables = [pq.read_table(name, columns=columns, use_threads=False) for name in names]
+        rows = [value for table in tables for value in zip(*(table[name] for name in columns), strict=True)]
+        for chosen in plan:
+            values = {
+                name: [np.frombuffer(rows[row][index].as_buffer(), np.uint8) for row in chosen]
+                for index, name in enumerate(columns)
+            }
+            yield _batch(sequence, stored, values, torch.device("cpu"))
+        return
+    # Streams in stored order, a block at a time: what a training written against Ray Data would do.
+    dataset = ray.data.read_parquet(names, columns=columns)
+    for table in dataset.iter_batches(batch_size=16, batch_format="pyarrow", prefetch_batches=2):
+        values = {name: [np.frombuffer(value.as_buffer(), np.uint8) for value in table[name]] for name in columns}
+        yield _batch(sequence, stored, values, torch.device("cpu"))
+
+
+class Trial:
+    """An actor that reads, or trains, from one source."""
+
+    def __init__(self, config: Config, shared: SharedCache, folder: str) -> None:
+        torch.set_num_threads(1)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        self.teacher = load_teacher(config.teacher.kind, config.teacher.path)
+        self.shared, self.folder = shared, folder
+
+    def read(self, source: str, epoch: int) -> dict[str, float]:
+        """Tokens a second of an epoch (of its first 20 batches where each runs the teacher), and memory."""
+        tokens, began, before, largest = 0, time.perf_counter(), private_megabytes(), 0.0
+        for index, batch in enumerate(self._epoch(source, epoch)):
+            tokens += batch.num_tokens
+            # What a training would do at least: touch every value.
+            batch.teacher_targets.hidden_ND.sum()
+            if index % 20 == 0:
+                largest = max(largest, private_megabytes() - before)
+            if source == "online teacher" and index == 20:
+                break
+        return {"tokens/s": tokens / (time.perf_counter() - began), "private MB": largest}
+
+    def train(self, source: str, steps: int) -> dict[str, float]:
+        """Share of a training's time that waits for data, seconds a step, peak memory of the process so far."""
+        layers = self.teacher.model.layout.num_layers
+        student = make_student(self.teacher.model, from_strategy("block_beginning", layers, "1:1"))
+        training = Distillation(student, DistillConfig(batch_tokens=BATCH_TOKENS), 10**6, torch.device("cpu"))
+        if source != "online teacher":
+            del self.teacher.model.body.layers
+        waited, times, epoch = 0.0, [], 0
+        began = time.perf_counter()
+        while len(times) < steps:
+            source_batches = self._epoch(source, epoch)
+            while len(times) < steps:
+                asked = time.perf_counter()
+                batch = next(source_batches, None)
+                waited += time.perf_counter() - asked
+                if batch is None:
+                    break
+                training.step(batch)
+                times.append(time.perf_counter() - asked)
+            epoch += 1
+        return {
+            "waiting %": 100 * waited / (time.perf_counter() - began),
+            "s/step": float(np.median(times)),
+            "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+    def _epoch(self, source: str, epoch: int) -> Iterator[DistillBatch]:
+        return iter(epoch_of(source, self.shared, self.folder, self.teacher.sequence, self.teacher, epoch))
+
+
+def private_megabytes() -> float:
+    """Memory of this process that no other process shares."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", help="folder of a teacher of kind huggingface (default: the demo's)")
+    parser.add_argument("--tokens", type=int, default=100_000, help="speech tokens of the cache")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the training")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs read from each source")
+    parser.add_argument("--quick", action="store_true", help="few tokens and steps, nothing is written")
+    options = parser.parse_args()
+    tokens, steps, rounds = (10_000, 3, 2) if options.quick else (options.tokens, options.steps, options.rounds)
+    teacher = {"kind": "huggingface" if options.teacher else "demo", "path": options.teacher}
+    config = Config.model_validate({"teacher": teacher, "corpus": {"train_tokens": tokens, "validation_tokens": 1}})
+    # Two trials, and a CPU for what Ray Data runs beside them.
+    ray.init(
+        num_cpus=3,
+        include_dashboard=False,
+        object_store_memory=500 << 20,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = build_cache(config, folder)
+        shared = share_cache(
+            folder, teacher_fingerprint=manifest.made_by["teacher"], corpus_hash=manifest.made_by["corpus"]
+        )
+        for trials in (1, 2):
+            actors = [ray.remote(Trial).options(num_cpus=1).remote(config, shared, folder) for _ in range(trials)]
+            rates: dict[str, list[float]] = {source: [] for source in SOURCES}
+            memory = dict.fromkeys(SOURCES, 0.0)
+            for number in range(rounds + 1):
+                for source in SOURCES:
+                    found = ray.get([actor.read.remote(source, number) for actor in actors])
+                    # The first round opens files and starts Ray Data's workers.
+                    if number:
+                        rates[source].append(min(result["tokens/s"] for result in found))
+                        memory[source] = max(memory[source], *(result["private MB"] for result in found))
+            for actor in actors:
+                ray.kill(actor)
+            for source in SOURCES:
+                ratio, low, high = quartiles(
+                    [own / best for own, best in zip(rates[source], rates["object store"], strict=True)]
+                )
+                actors = [ray.remote(Trial).options(num_cpus=1).remote(config, shared, folder) for _ in range(trials)]
+                trained = ray.get([actor.train.remote(source, steps) for actor in actors])
+                for actor in actors:
+                    ray.kill(actor)
+                table.append(
+                    {
+                        "trials": trials,
+                        "source": source,
+                        "delivered tokens/s": round(quartiles(rates[source])[0]),
+                        "ratio": f"{ratio:.3f} [{low:.3f}, {high:.3f}]",
+                        "private MB": round(memory[source], 1),
+                        **{key: round(max(result[key] for result in trained), 3) for key in trained[0]},
+                    }
+                )
+        print(
+            f"{shared.num_utterances} utterances, {shared.labelled_positions:,} positions, "
+            f"{shared.num_bytes / 1e6:.0f} MB in the object store, padding "
+            f"{100 * padding_waste(shared, load_teacher(**teacher).sequence, batch_tokens=BATCH_TOKENS):.1f} %"
+        )
+    ray.shutdown()
+    print_table(table)
+    if not options.quick:
+        write_result("data_sharing", table, tokens=tokens, steps=steps, rounds=rounds, batch_tokens=BATCH_TOKENS)
+
+
+if __name__ == "__main__":
+    # Ray pickles a class of __main__ by value; imported under its own name it is sent by reference.
+    import data_sharing
+
+    data_sharing.main()
