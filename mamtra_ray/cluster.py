@@ -32,6 +32,9 @@ def connect(address: str | None = None) -> dict[str, float]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Ray Train's trials hang on being stopped without the dashboard's agent, so it stays on.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # All workers are on this machine; its other interfaces may not route to themselves.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not ray.is_initialized():
         try:
             ray.init(address=address, include_dashboard=True if address == "local" else None, **_QUIET)

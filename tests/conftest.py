@@ -11,6 +11,10 @@ import pytest
 # Before Ray or torch are imported: nothing leaves the machine, and one thread per process.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# All processes of a test are on this machine; another interface may not route to itself.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+# Ray's workers start at niceness 15 and starve on a busy machine.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")

@@ -153,8 +153,8 @@ def test_two_processes_equal_one(teacher, tmp_path):
     parts = [make_batch(teacher, (9,), 0), make_batch(teacher, (3,), 1)]
     teacher.model.save(tmp_path / "teacher")
     torch.save([[b.input_ids_BL, b.labels_BL, b.teacher_targets.hidden_ND] for b in parts], tmp_path / "parts.pt")
-    # Forked: two fresh processes would spend ten seconds on imports.
-    torch.multiprocessing.start_processes(_one_of_two, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    # Not forked: a fork of a process whose libraries have threads can hang.
+    torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
 
     length = parts[0].input_ids_BL.shape[1]
     whole = Batch(
