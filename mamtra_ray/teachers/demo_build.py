@@ -60,6 +60,7 @@ SCALES = {
         test_sentences=4,
         train_sentences=24,
         codec_sentences=24,
+        longest_sentence=36,
         measured_sentences=4,
         gated=False,
         codec=CodecSettings(
