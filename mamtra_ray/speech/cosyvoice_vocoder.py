@@ -130,9 +130,7 @@ def speaker_features(waveform: np.ndarray) -> Tensor:
     """Kaldi's log mel filter banks (T, 80) of a 16 kHz waveform, mean-subtracted, as campplus takes them."""
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-    filters = mel_filter_bank(
-        257, NUM_MELS, 20.0, 8_000.0, 16_000, mel_scale="kaldi", triangularize_in_mel_space=True
-    )
+    filters = mel_filter_bank(257, NUM_MELS, 20.0, 8_000.0, 16_000, mel_scale="kaldi", triangularize_in_mel_space=True)
     bands_MT = spectrogram(
         np.asarray(waveform, np.float64),
         window_function(400, "povey", periodic=False),
@@ -156,9 +154,7 @@ def _mel_filters() -> Tensor:
     """Slaney's mel filters with his area normalisation (librosa's default), float32 (F, M)."""
     from transformers.audio_utils import mel_filter_bank
 
-    filters = mel_filter_bank(
-        FFT_SIZE // 2 + 1, NUM_MELS, 0.0, MEL_TOP, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-    )
+    filters = mel_filter_bank(FFT_SIZE // 2 + 1, NUM_MELS, 0.0, MEL_TOP, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
     return torch.from_numpy(filters).float()
 
 
