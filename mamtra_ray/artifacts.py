@@ -105,7 +105,7 @@ def read_manifest(path: Path, kind: str, schema_version: int) -> dict[str, Any]:
     return manifest
 
 
-def check_made_by(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_made_by(path: Path | str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse an artifact that was made from something else, naming the first difference.
 
     Raises:

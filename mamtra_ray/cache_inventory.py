@@ -69,8 +69,8 @@ def take_inventory(storage: Storage, manifest: CacheManifest, wanted: Mapping[st
             obsolete.append(name)
         elif name not in planned:
             obsolete.append(name)
-        elif (shard := unlisted_shard(storage, name, manifest.made_by, planned[name])) is not None:
-            intact[name] = shard
+        elif (unlisted := unlisted_shard(storage, name, manifest.made_by, planned[name])) is not None:
+            intact[name] = unlisted
     missing = {name: part for name, part in planned.items() if name not in intact}
     return Inventory(intact, missing, problems, tuple(obsolete))
 

@@ -160,7 +160,7 @@ def utterances(table: pa.Table) -> list[Utterance]:
     """The rows of a table as :class:`Utterance`."""
     rows = []
     for row in table.to_pylist():
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.asarray(value, dtype=np.int32) if name.endswith("_tokens") and value is not None else value
             for name, value in row.items()
         }

@@ -172,7 +172,7 @@ def _wer(score: Score | None) -> str:
 
 
 def _dashboard_url() -> str:
-    return ray._private.worker.global_worker.node.webui_url or "off"  # type: ignore[attr-defined]
+    return ray._private.worker.global_worker.node.webui_url or "off"  # type: ignore
 
 
 @exit_code_2_on_input_error

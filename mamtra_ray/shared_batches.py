@@ -133,7 +133,7 @@ def share_cache(
     groups = _groups(shards, min(_BLOCK_BYTES, window_bytes / 4), max_tokens)
     # A task's result survives the loss of a node (it is computed again); an object put by the driver does not.
     read = ray.remote(read_block).options(num_returns=2)
-    references = [read.remote(storage, group, limit) for group, limit in groups]
+    references: list[Any] = [read.remote(storage, group, limit) for group, limit in groups]
     try:
         layouts = ray.get([layout for _, layout in references])
     except RayTaskError as error:

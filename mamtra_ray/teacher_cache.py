@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _opened_manifest(
 def _wanted(config: Config, manifest: CacheManifest, corpora: Mapping[str, pa.Table]) -> dict[str, PlannedShard]:
     """The shards of the utterances that the configuration asks for."""
     limits = {"train": config.corpus.train_tokens, "validation": config.corpus.validation_tokens}
-    wanted = {}
+    wanted: dict[str, PlannedShard] = {}
     for split, table in corpora.items():
         counts = token_counts(table, "speech_tokens")
         limit = limits[split]
@@ -187,14 +187,14 @@ def _run(
             yield row["name"], Shard(**planned, num_bytes=row["num_bytes"], sha256=row["sha256"])
 
 
-def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+def _rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any], None, None]:
     try:
         yield from dataset.iter_rows()
     except RayTaskError as error:
         raise _cause(error) from None
 
 
-def _resources() -> dict[str, float]:
+def _resources() -> dict[str, Any]:
     """Of one worker that holds the teacher: a GPU where there are any, else a CPU."""
     return {"num_gpus": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {"num_cpus": 1}
 
@@ -242,7 +242,8 @@ class _ProgressLine:
     """Tokens done, tokens a second and the time left; a line every few seconds."""
 
     def __init__(self) -> None:
-        self.began, self.first, self.last = time.monotonic(), None, 0.0
+        self.began, self.last = time.monotonic(), 0.0
+        self.first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()

@@ -170,7 +170,8 @@ def learn_quantizer(job: CacheJob, table: pa.Table, bits: float) -> bytes:
     with torch.inference_mode():
         quantizer = calibrate(
             torch.cat(hidden),
-            *(torch.from_numpy(ids) for ids in context),
+            torch.from_numpy(context[0]),
+            torch.from_numpy(context[1]),
             model.embed(edge_ids).cpu(),
             model.head.weight[head_rows].cpu(),
             bits,

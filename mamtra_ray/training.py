@@ -29,14 +29,21 @@ _CHECKPOINT_VERSION = 1
 class Batch(Protocol):
     """What a step needs; ``shared_batches.DistillBatch`` is one."""
 
-    input_ids_BL: Tensor
-    """Unified ids, padded right."""
-    labels_BL: Tensor
-    """Speech ids, or IGNORE."""
-    teacher_targets: Any
-    """The teacher's rows for the labelled positions, in the order of ``labels_BL[labels_BL != IGNORE]``."""
-    num_tokens: int
-    """Labelled positions."""
+    @property
+    def input_ids_BL(self) -> Tensor:
+        """Unified ids, padded right."""
+
+    @property
+    def labels_BL(self) -> Tensor:
+        """Speech ids, or IGNORE."""
+
+    @property
+    def teacher_targets(self) -> Any:
+        """The teacher's rows for the labelled positions, in the order of ``labels_BL[labels_BL != IGNORE]``."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Labelled positions."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def run_the_trials(
     starting = without_repeats([*paper_candidates(search_config, session.num_layers), *proposals])
     known = known_layouts(session)
     candidates = without_repeats([*known, *starting])
-    records = (
+    records: Any = (
         ray.remote(TrialRecords)
         .options(num_cpus=0, name=f"records-{session.folder.name}-{content_hash(str(session.folder.resolve()))}")
         .remote(

@@ -237,6 +237,7 @@ class MambaMixer(nn.Module):
             [config.inner_size, config.conv_channels, config.num_states], -1
         )
         before_BCK = None if state is None else state.conv_BCK
+        assert self.conv1d.bias is not None
         conv_BLC = causal_conv_silu(u_BLC, self.conv1d.weight, self.conv1d.bias, before_BCK)
         x_BLGP, B_BLGN, C_BLHN = (
             conv_BLC[..., part].unflatten(-1, (-1, config.head_dim)) for part in config.conv_slices().values()

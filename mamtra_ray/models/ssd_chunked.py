@@ -113,7 +113,8 @@ class _DecaySums:
 
     @staticmethod
     def zeros(dt_KBGEQ: Tensor) -> _DecaySums:
-        return _DecaySums(*(torch.zeros_like(dt_KBGEQ) for _ in range(4)), dt_KBGEQ.new_zeros(dt_KBGEQ.shape[:-1]))
+        direct, inside, start, inflow = (torch.zeros_like(dt_KBGEQ) for _ in range(4))
+        return _DecaySums(direct, inside, start, inflow, dt_KBGEQ.new_zeros(dt_KBGEQ.shape[:-1]))
 
     def add_inside(self, T_zets: Tensor, tile: tuple[slice, slice, slice]) -> None:
         _store(T_zets.sum(2), self.direct_KBGEQ[tile])
@@ -225,7 +226,9 @@ class ChunkedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx: Any, dy_BGELJP: Tensor | None, dfinal_BGEPN: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # type: ignore[override]
+        ctx: Any, dy_BGELJP: Tensor | None, dfinal_BGEPN: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x_BGLP, dt_BGEL, A_GE, B_BGLN, C_BGELJN, D_GEJ, *entering = ctx.saved_tensors
         B, G, E, L, J, N = C_BGELJN.shape
         P, dtype = x_BGLP.shape[-1], dt_BGEL.dtype

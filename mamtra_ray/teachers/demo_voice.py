@@ -104,7 +104,8 @@ def _word_ends(text: str, phonemes: list[str], ends: np.ndarray) -> list[float]:
     """Ends of words from ends of phonemes; a word's phonemes stop before the blank that follows."""
     blanks = [index for index, phoneme in enumerate(phonemes) if phoneme == " "]
     starts, stops = [0, *(blank + 1 for blank in blanks)], [*blanks, len(phonemes)]
-    words, word_ends = text.split(), []
+    words = text.split()
+    word_ends: list[float] = []
     for start, stop in zip(starts, stops, strict=True):
         end = float(ends[stop - 1])
         if words[len(word_ends)] == "from" and "".join(phonemes[start:stop]).startswith(_FROM_THE):
