@@ -1,6 +1,7 @@
 """Distillation steps: they lower the loss, resume bit for bit, and several processes equal one."""
 
 import dataclasses
+import gc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,4 +191,8 @@ def _one_of_two(rank: int, folder: str) -> None:
         training.step(batch)
     if rank == 0:
         training.student.save(Path(folder) / "student")
+    # DistributedDataParallel must go before its process group: the other way round, PyTorch 2.13 sometimes hangs
+    # (the group's destructor joins, under the interpreter's lock, a thread that waits for that lock).
+    del training
+    gc.collect()
     torch.distributed.destroy_process_group()
