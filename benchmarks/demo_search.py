@@ -1,0 +1,71 @@
+"""The demo search at 1:1 and 1:3 against every placement of the paper, distilled and heard the same way.
+
+    python benchmarks/demo_search.py            about 30 minutes on 2 cores
+    python benchmarks/demo_search.py --quick    the two default placements at 1:1, 20 sentences
+
+Runs ``python -m mamtra_ray.search`` as a user does, in ``runs/benchmark_search`` (going on with what is there), prints
+its outcome and writes benchmarks/results/demo_search.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from measurement import write_result
+
+from mamtra_ray.progress import table
+from mamtra_ray.run_folder import Score, read_run
+
+FULL = [
+    "search.ratios=1:1,1:3",
+    "search.strategies=block_beginning,block_end,front,middle,back,sandwich",
+    "search.trials=24",
+    "probe.masks=128",
+    "evaluate.sentences=200",
+]
+QUICK = ["evaluate.sentences=20"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small run; nothing is written")
+    parser.add_argument("--run", type=Path, default=Path("runs/benchmark_search"), help="run folder")
+    options = parser.parse_args()
+    overrides = QUICK if options.quick else FULL
+    command = ["python", "-m", "mamtra_ray.search", "--run", str(options.run), *overrides]
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    rows = outcome(options.run)
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    if not options.quick:
+        phases = {name: phase["seconds"] for name, phase in read_run(options.run).ledger.items()}
+        write_result("demo_search", rows, command, phase_seconds=phases)
+
+
+def outcome(folder: Path) -> list[dict[str, Any]]:
+    """One row per system: the codec, the teacher, then every finalist by budget and CE."""
+    run = read_run(folder)
+    reference = run.reference
+    assert reference is not None
+    rows = [
+        _row("", "", "codec round trip", None, reference.codec),
+        _row("1:0", "A" * len(run.finalists[0]["layout"]), "teacher", reference.teacher_ce, reference.teacher),
+    ]
+    for finalist in sorted(run.finalists, key=lambda row: (-row["layout"].count("A"), row["ce"])):
+        score = Score(finalist["wer"], finalist["wer_low"], finalist["wer_high"])
+        found = finalist["origin"] in ("probe", "optuna")
+        origin = f"found ({finalist['origin']})" if found else finalist["origin"]
+        rows.append(_row(finalist["ratio"], finalist["layout"], origin, finalist["ce"], score))
+    return rows
+
+
+def _row(ratio: str, layout: str, origin: str, ce: float | None, score: Score | None) -> dict[str, Any]:
+    wer = "" if score is None else f"{100 * score.wer:.1f} [{100 * score.wer_low:.1f}, {100 * score.wer_high:.1f}]"
+    return {"ratio": ratio, "layout": layout, "from": origin, "CE": "" if ce is None else f"{ce:.3f}", "WER %": wer}
+
+
+if __name__ == "__main__":
+    main()
