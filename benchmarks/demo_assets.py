@@ -1,6 +1,6 @@
 """Word error rates of the demo's voice, codec and teacher, measured again from the packaged assets.
 
-    python benchmarks/demo_assets.py            300 test sentences, about 20 CPU minutes
+    python benchmarks/demo_assets.py            all 232 test sentences, about 15 CPU minutes
     python benchmarks/demo_assets.py --quick    10 sentences, about a minute
 
 All systems say the same sentences to the same recogniser. The voice itself needs the `demo-build` extra
