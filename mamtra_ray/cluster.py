@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 import ray
@@ -36,12 +37,24 @@ def connect(address: str | None = None) -> dict[str, float]:
         # All workers are on this machine; its other interfaces may not route to themselves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not ray.is_initialized():
+        _check_reachable(address)
         try:
             ray.init(address=address, include_dashboard=True if address == "local" else None, **_QUIET)
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
     return ray.cluster_resources()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse a ``host:port`` where nothing listens; Ray itself would try for many minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not (separator and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no Ray cluster answers at {address!r}: {error}") from None
 
 
 def with_gpus(config: Config, resources: dict[str, float]) -> Config:

@@ -136,7 +136,7 @@ def test_too_few_resources_are_said_before_anything_starts():
         check_resources(load_config(None, ["search.gpus_per_worker=1"]), {"CPU": 2.0})
 
 
-@pytest.mark.slow
-def test_an_absent_cluster_is_one_sentence():
-    with pytest.raises(InputError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
-        connect("127.0.0.1:1")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999"])
+def test_an_absent_cluster_is_one_sentence_at_once(address):
+    with pytest.raises(InputError, match=f"no Ray cluster answers at '{address}'"):
+        connect(address)
