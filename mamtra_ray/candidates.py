@@ -50,11 +50,15 @@ def meets_constraints(layout: Layout, search: SearchConfig) -> bool:
 
 
 def paper_candidates(search: SearchConfig, num_layers: int, importance: list[float] | None = None) -> list[Candidate]:
-    """The paper's strategies at every budget; one that breaks a constraint of the search is left out."""
+    """The paper's strategies at every budget; one that breaks a constraint of the search is left out.
+
+    So is the strategy ``importance`` while its scores are not measured (``importance`` is None).
+    """
     candidates = [
         Candidate(from_strategy(strategy, num_layers, ratio, importance), strategy)
         for ratio in search.ratios
         for strategy in search.strategies
+        if strategy != "importance" or importance is not None
     ]
     return without_repeats(candidate for candidate in candidates if meets_constraints(candidate.layout, search))
 

@@ -13,7 +13,7 @@ import ray
 from tensorboardX import SummaryWriter
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
-from mamtra_ray.candidates import Candidate, paper_candidates, without_repeats
+from mamtra_ray.candidates import Candidate, without_repeats
 from mamtra_ray.config import SearchConfig
 from mamtra_ray.distill import Report, distill_on_workers
 from mamtra_ray.errors import InputError
@@ -25,20 +25,20 @@ _RESULT_VERSION = 1
 
 
 def choose_finalists(
-    search: SearchConfig, num_layers: int, rows: list[dict[str, Any]], importance: list[float] | None = None
+    search: SearchConfig, num_layers: int, papers: list[Candidate], rows: list[dict[str, Any]]
 ) -> list[Candidate]:
     """The paper's placements of every budget, then the best found layouts of every budget.
 
     Rows are compared at the highest rung they reached first, then by CE: a layout that successive halving let go on
     is ahead of one it stopped.
     """
-    finalists = paper_candidates(search, num_layers, importance)
-    papers = {candidate.layout for candidate in finalists}
+    from_paper = {candidate.layout for candidate in papers}
+    finalists = list(papers)
     for ratio in search.ratios:
         kept = num_attention_layers(num_layers, ratio)
         best: dict[str, dict[str, Any]] = {}
         for row in sorted(rows, key=lambda row: row["rung"]):
-            if row["layout"].count("A") == kept and Layout(row["layout"]) not in papers:
+            if row["layout"].count("A") == kept and Layout(row["layout"]) not in from_paper:
                 best[row["layout"]] = row
         ranked = sorted(best.values(), key=lambda row: (-row["rung"], row["ce"]))
         finalists += [Candidate(Layout(row["layout"]), row["origin"]) for row in ranked[: search.finalists]]
@@ -80,10 +80,10 @@ def distill_finalist(
 
 
 def distill_the_finalists(
-    session: Session, settings: TrialSettings, rows: list[dict[str, Any]]
+    session: Session, settings: TrialSettings, papers: list[Candidate], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Every finalist with the full token budget; rows of ``finalists.parquet`` without their WER."""
-    finalists = choose_finalists(session.config.search, session.num_layers, rows)
+    finalists = choose_finalists(session.config.search, session.num_layers, papers, rows)
     total = session.config.distill.tokens * len(finalists)
     results = []
     with session.screen.phase(

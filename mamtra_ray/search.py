@@ -15,12 +15,13 @@ from typing import Any
 
 import ray
 
-from mamtra_ray.candidates import Candidate
+from mamtra_ray.candidates import Candidate, paper_candidates
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, explain, load_config
-from mamtra_ray.errors import exit_code_2_on_input_error
+from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.evaluate import evaluate_systems
 from mamtra_ray.export import export_student
 from mamtra_ray.finalists import choose_best, distill_the_finalists, student_folder
+from mamtra_ray.importance import layer_importance
 from mamtra_ray.layouts import num_attention_layers
 from mamtra_ray.metrics import SearchMetrics
 from mamtra_ray.plan import print_plan
@@ -45,7 +46,7 @@ from mamtra_ray.training import validate
 from mamtra_ray.trial import TrialSettings
 from mamtra_ray.trials import run_the_trials
 
-PHASES = ("cache", "align", "probe", "trials", "finalists", "speech", "export", "report")
+PHASES = ("cache", "align", "probe", "importance", "trials", "finalists", "speech", "export", "report")
 
 
 def search(config: Config, folder: Path, address: str | None) -> None:
@@ -58,6 +59,7 @@ def search(config: Config, folder: Path, address: str | None) -> None:
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     proposals = probe(session, library, validation)
+    papers = paper_candidates(config.search, session.num_layers, importance(session, library, validation))
     settings = TrialSettings(
         config=config,
         num_layers=session.num_layers,
@@ -68,8 +70,8 @@ def search(config: Config, folder: Path, address: str | None) -> None:
         weights_folder=str((folder / "trial_weights").resolve()),
         records=None,
     )
-    rows, settings = run_the_trials(session, settings, proposals, metrics)
-    finalists = distill_the_finalists(session, settings, rows)
+    rows, settings = run_the_trials(session, settings, papers, proposals, metrics)
+    finalists = distill_the_finalists(session, settings, papers, rows)
     finalists, reference = hear(session, finalists, validation, metrics)
     best = export(session, finalists)
     with session.screen.phase("report", "tables, figures, audio"):
@@ -95,6 +97,25 @@ def probe(session: Session, library: Path | None, validation: SharedCache) -> li
             for ratio in session.config.search.ratios
             for layout in propose(session.config, rows, ratio, 3)
         ]
+
+
+def importance(session: Session, library: Path | None, validation: SharedCache) -> list[float] | None:
+    """How much each layer's attention matters, by ``probe.importance``, if a strategy asks for it."""
+    if "importance" not in session.config.search.strategies:
+        return None
+    if library is None:
+        raise InputError("the strategy importance needs aligned mixers: set student.initialisation=aligned")
+    with session.screen.phase(
+        "importance", f"every layer's attention replaced alone, by {session.config.probe.importance}"
+    ):
+        return layer_importance(
+            session.config,
+            session.folder,
+            teacher=session.teacher,
+            library=library,
+            validation=validation,
+            on_progress=lambda done, total: session.screen.count(done, total, "replacements"),
+        )
 
 
 def hear(

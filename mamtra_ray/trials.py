@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from mamtra_ray.artifacts import content_hash
-from mamtra_ray.candidates import Candidate, meets_constraints, paper_candidates, without_repeats
+from mamtra_ray.candidates import Candidate, meets_constraints, without_repeats
 from mamtra_ray.layouts import Layout, num_attention_layers
 from mamtra_ray.metrics import SearchMetrics
 from mamtra_ray.records import TrialRecords
@@ -19,13 +19,16 @@ from mamtra_ray.tuning import run_trials
 
 
 def run_the_trials(
-    session: Session, settings: TrialSettings, proposals: list[Candidate], metrics: SearchMetrics
+    session: Session,
+    settings: TrialSettings,
+    papers: list[Candidate],
+    proposals: list[Candidate],
+    metrics: SearchMetrics,
 ) -> tuple[list[dict[str, Any]], TrialSettings]:
     """Tune + Optuna; returns the rows of the trials table and the settings with the records actor in them."""
     search_config = session.config.search
-    starting = without_repeats([*paper_candidates(search_config, session.num_layers), *proposals])
     known = known_layouts(session)
-    candidates = without_repeats([*known, *starting])
+    candidates = without_repeats([*known, *papers, *proposals])
     records: Any = (
         ray.remote(TrialRecords)
         .options(num_cpus=0, name=f"records-{session.folder.name}-{content_hash(str(session.folder.resolve()))}")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mamtra_ray.candidates import check_budgets
 from mamtra_ray.config import Config, explain, load_config, save_config
 from mamtra_ray.errors import InputError
 
@@ -11,6 +12,12 @@ from mamtra_ray.errors import InputError
 def test_demo_file_holds_the_defaults():
     """An installed wheel has no search_spaces/ folder; it must run the same demo."""
     assert load_config(Path(__file__).parent.parent / "search_spaces" / "demo.yaml") == Config()
+
+
+@pytest.mark.parametrize("space", sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml")), ids=str)
+def test_every_shipped_search_space_is_valid(space):
+    layers = {"demo": 12, "cosyvoice2": 24, "paper_grid": 24, "llasa_1b": 16}[space.stem]
+    check_budgets(load_config(space).search, layers)
 
 
 def test_overrides_win_and_survive_saving(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mamtra_ray.candidates import paper_candidates
 from mamtra_ray.config import SearchConfig
 from mamtra_ray.finalists import choose_best, choose_finalists
 
@@ -20,7 +21,8 @@ def test_papers_layouts_and_the_best_found_of_every_budget_go_on():
         row("AMMM", 0, 2.0, "probe"),
         row("MAMM", 0, 2.5),
     ]
-    chosen = choose_finalists(SearchConfig(ratios=("1:1", "1:3"), finalists=1), 4, rows)
+    search = SearchConfig(ratios=("1:1", "1:3"), finalists=1)
+    chosen = choose_finalists(search, 4, paper_candidates(search, 4), rows)
     assert sorted((str(candidate.layout), candidate.origin) for candidate in chosen) == [
         ("AAMM", "optuna"),
         ("AMAM", "block_beginning"),
