@@ -44,7 +44,7 @@ from mamtra_ray.session import Session, check_run_folder, make_cache, make_libra
 from mamtra_ray.shared_batches import SharedCache, batches
 from mamtra_ray.training import validate
 from mamtra_ray.trial import TrialSettings
-from mamtra_ray.trials import run_the_trials
+from mamtra_ray.trials import run_the_trials, trial_weights
 
 PHASES = ("cache", "align", "probe", "importance", "trials", "finalists", "speech", "export", "report")
 
@@ -67,7 +67,7 @@ def search(config: Config, folder: Path, address: str | None) -> None:
         validation=validation,
         library=str(library.resolve()) if library else None,
         costs={str(kept): session.costs(kept)[config.search.cost] for kept in range(session.num_layers + 1)},
-        weights_folder=str((folder / "trial_weights").resolve()),
+        weights_folder=str(trial_weights(folder).resolve()),
         records=None,
     )
     rows, settings = run_the_trials(session, settings, papers, proposals, metrics)

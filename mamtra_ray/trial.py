@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,6 @@ def run_trial(params: dict[str, Any], settings: TrialSettings) -> None:
     for report, training in distill(job, device, start=start):
         training.save(reporter.weights)
         reporter.report(report)
-    # Only unfinished trials need their weights again.
-    shutil.rmtree(reporter.weights, ignore_errors=True)
 
 
 def _run_on_train_workers(job: DistillJob, reporter: _RungReporter) -> None:

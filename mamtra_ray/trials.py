@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -65,6 +67,8 @@ class _TrialsProgress:
         elif "ce" in result:
             if finished:
                 ray.get(self.records.finish.remote(result["layout"]))
+                # Only an unfinished trial needs its training state again.
+                shutil.rmtree(trial_weights(self.session.folder) / result["layout"], ignore_errors=True)
             if self.best is None or (result["rung"], -result["ce"]) > (self.best["rung"], -self.best["ce"]):
                 self.best = result
                 self.metrics.best_ce.set(result["ce"])
@@ -72,6 +76,11 @@ class _TrialsProgress:
             self.metrics.tokens_per_second.set(result["tokens_per_second"])
         note = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
         self.session.screen.count(self.finished, self.total, "trials", note)
+
+
+def trial_weights(run_folder: Path) -> Path:
+    """Where unfinished trials keep their training states, by layout."""
+    return run_folder / "trial_weights"
 
 
 def known_layouts(session: Session) -> list[Candidate]:

@@ -65,6 +65,7 @@ def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path):
 
     assert {"AMAM", "MMAA"} <= {row["layout"] for row in after.values()}, "the paper's layouts are always candidates"
     assert all(row["ce"] < row["ce_start"] for row in after.values()), "training must train"
+    assert not list((run / "trial_weights").iterdir()), "finished trials keep no training state"
     finalists = rows_of(run, "finalists")
     assert {row["origin"] for row in finalists} >= {"block_beginning", "back"} and len(finalists) == 3
     assert "checkpoint" in output and str(run / "report.html") in output
