@@ -10,10 +10,8 @@ would repeat the teacher's pass: a third of the work on the demo.)
 from __future__ import annotations
 
 import argparse
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +34,7 @@ from mamtra_ray.mixer_library import (
     save_library,
 )
 from mamtra_ray.mixer_training import Batch, MixerTraining
+from mamtra_ray.progress import every_second
 from mamtra_ray.shared_batches import SharedCache, batches
 from mamtra_ray.teachers.base import Teacher
 
@@ -229,7 +228,8 @@ def _align_on_ray_train(job: AlignJob, report: Progress) -> None:
             failure_config=ray.train.FailureConfig(max_failures=_ATTEMPTS - 1),
         ),
     )
-    with _watched(counter, config.align.tokens, report):
+    total = config.align.tokens
+    with every_second(lambda: report(min(ray.get(counter.get.remote()), total), total)):
         trainer.fit()
 
 
@@ -254,23 +254,6 @@ class _Counter:
 
     def get(self) -> int:
         return self.tokens
-
-
-@contextmanager
-def _watched(counter: Any, total: int, report: Progress) -> Iterator[None]:
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(1.0):
-            report(min(ray.get(counter.get.remote()), total), total)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _saved_state(path: Path, made_by: dict[str, str]) -> dict[str, Any] | None:

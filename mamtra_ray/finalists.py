@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from mamtra_ray.config import SearchConfig
 from mamtra_ray.distill import Report, distill_on_workers
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout, num_attention_layers
+from mamtra_ray.progress import every_second
 from mamtra_ray.session import TRAINED_FROM, Session
 from mamtra_ray.trial import TrialSettings
 
@@ -67,7 +66,7 @@ def distill_finalist(
     checkpoints = range(config.distill.checkpoint_tokens, total, config.distill.checkpoint_tokens)
     job = dataclasses.replace(settings.job(layout, (*checkpoints, total)), progress=settings.records)
     ray.get(settings.records.note_tokens.remote(str(layout), 0))
-    with _watched(settings.records, str(layout), on_progress):
+    with every_second(lambda: on_progress(ray.get(settings.records.tokens_of.remote(str(layout))))):
         report = distill_on_workers(
             job,
             folder,
@@ -146,21 +145,3 @@ def choose_best(rows: list[dict[str, Any]]) -> dict[str, Any]:
         lowest = min(heard, key=lambda row: (row["wer"], row["ce"]))
         rows = [row for row in heard if row["wer"] <= lowest["wer_high"]]
     return min(rows, key=lambda row: row["ce"])
-
-
-@contextlib.contextmanager
-def _watched(records: Any, layout: str, on_progress: Callable[[int], None]) -> Iterator[None]:
-    """While the block runs, tell ``on_progress`` about every second how many tokens a training has seen."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(1.0):
-            on_progress(ray.get(records.tokens_of.remote(layout)))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

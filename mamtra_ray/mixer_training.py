@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from mamtra_ray.config import AlignConfig
 from mamtra_ray.models.mamba import MambaMixer, StateSharing
 from mamtra_ray.models.transfer import mixer_from_attention
 from mamtra_ray.teachers.base import SpeechLM
+from mamtra_ray.training import Position
 
 _WARMUP = 0.05
 _RIDGE = 1e-4
@@ -40,18 +40,6 @@ class Batch(Protocol):
     @property
     def attention_mask_BL(self) -> Tensor:
         """True for real tokens."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far an alignment is; enough to go on with the very next batch."""
-
-    tokens: int = 0
-    """Tokens seen, over all workers."""
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    """Batches of the current epoch that are done, per worker."""
 
 
 def attention_of(teacher: SpeechLM, layer: int) -> Any:

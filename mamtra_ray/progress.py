@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,24 @@ class Screen:
     def say(self, line: str) -> None:
         """Print a line of its own."""
         print(f"\r\033[K{line}" if self.redraws else line, flush=True)
+
+
+@contextmanager
+def every_second(function: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, call ``function`` about once a second from a thread of its own."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(1.0):
+            function()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def duration(seconds: float) -> str:
