@@ -36,8 +36,8 @@ def connect(address: str | None = None) -> dict[str, float]:
     if address == "local":
         # All workers are on this machine; its other interfaces may not route to themselves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    _check_reachable(address)
     if not ray.is_initialized():
-        _check_reachable(address)
         try:
             ray.init(address=address, include_dashboard=True if address == "local" else None, **_QUIET)
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
