@@ -6,6 +6,7 @@ VERBS = {
     "teacher_cache": "compute the teacher's outputs once",
     "align": "train one Mamba mixer per layer to its attention",
     "probe": "score layouts by forward passes",
+    "tradeoff": "the best layout under a cost bound or a weight on the cost, from the probe's scores",
     "distill": "distil one layout",
     "evaluate": "WER, CER and more of generated speech",
     "export": "write a finalist as a Hugging Face checkpoint",

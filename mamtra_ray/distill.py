@@ -55,7 +55,7 @@ class Report:
     tokens: int
     step: int
     seconds: float
-    """Since this process began or resumed the training."""
+    """Of training since its first step, over all sessions, validation included."""
     tokens_per_second: float
     waiting: float
     """Share of the time spent waiting for data."""
@@ -113,7 +113,7 @@ def distill(
     ce_start = validate(training.student, held_out(device=device)).ce
     if start is not None:
         training.load(start)
-    stopwatch = Stopwatch()
+    stopwatch, seconds_before = Stopwatch(), training.seconds
     first_tokens = training.position.tokens
     curve: list[dict[str, float]] = []
     for target in job.report_at:
@@ -142,11 +142,12 @@ def distill(
                 training.next_epoch()
         scores = validate(training.student, held_out(device=device))
         seconds = stopwatch.seconds
+        training.seconds = seconds_before + seconds
         report = Report(
             layout=job.layout,
             tokens=training.position.tokens,
             step=training.position.step,
-            seconds=seconds,
+            seconds=training.seconds,
             tokens_per_second=(training.position.tokens - first_tokens) / seconds,
             waiting=stopwatch.waited / seconds,
             ce=scores.ce,

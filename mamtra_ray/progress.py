@@ -14,18 +14,29 @@ from mamtra_ray.artifacts import read_json, write_json
 
 
 class Ledger:
-    """``ledger.json``: what every phase of a run cost, added up over all sessions of the run."""
+    """``ledger.json``: seconds of every phase, over all sessions of the run, and what every rung cost."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.phases: dict[str, dict[str, Any]] = read_json(path)["phases"] if path.exists() else {}
+        content = read_json(path) if path.exists() else {}
+        self.phases: dict[str, dict[str, Any]] = content.get("phases", {})
+        self.rungs: list[dict[str, Any]] = content.get("rungs", [])
 
     def add(self, phase: str, **amounts: float | str) -> None:
         """Add numbers to a phase's totals (texts replace) and write the file."""
         totals = self.phases.setdefault(phase, {})
         for name, amount in amounts.items():
             totals[name] = totals.get(name, 0) + amount if not isinstance(amount, str) else amount
-        write_json(self.path, {"kind": "ledger", "schema_version": 1, "phases": self.phases})
+        self._write()
+
+    def set_rungs(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the cost of the rungs, see :mod:`mamtra_ray.cost_by_rung`."""
+        self.rungs = rows
+        self._write()
+
+    def _write(self) -> None:
+        content = {"kind": "ledger", "schema_version": 1, "phases": self.phases, "rungs": self.rungs}
+        write_json(self.path, content)
 
 
 class Screen:

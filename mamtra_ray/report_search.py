@@ -198,8 +198,26 @@ def ledger(runs: Sequence[Run]) -> Section:
     if len(runs) > 1:
         columns.insert(0, Column("run", "run"))
     missing = None if rows else "No ledger yet: python -m mamtra_ray.search writes one, phase by phase."
-    table = Table("ledger", "Seconds, tokens and trials of every phase, over all sessions", tuple(columns), rows)
-    return Section("ledger", "What it cost", tables=(table,) if rows else (), missing=missing)
+    tables = (
+        [Table("ledger", "Wall-clock seconds of every phase, over all sessions", tuple(columns), rows)] if rows else []
+    )
+    by_rung = [{"run": run.name, **row} for run in runs for row in run.rungs]
+    if by_rung:
+        caption = (
+            "What every rung cost: seconds of its workers, FLOPs as in the plan, bytes kept for others, and the tokens "
+            "for which the cache stood in for the teacher's forward pass"
+        )
+        tables.append(Table("ledger_rungs", caption, _rung_columns(several=len(runs) > 1), by_rung))
+    return Section("ledger", "What it cost", tables=tuple(tables), missing=missing)
+
+
+def _rung_columns(several: bool) -> tuple[Column, ...]:
+    columns = (
+        Column("rung", "rung"), Column("layouts", "layouts", ",.0f"), Column("tokens", "tokens", ",.0f"),
+        Column("seconds", "seconds", ",.0f"), Column("tflop", "TFLOP", ",.2f"), Column("bytes", "bytes", ",.0f"),
+        Column("teacher_tokens_saved", "teacher tokens saved", ",.0f"),
+    )  # fmt: skip
+    return (Column("run", "run"), *columns) if several else columns
 
 
 def pareto_front(rows: Sequence[Row], cost: str) -> list[Row]:

@@ -10,7 +10,7 @@ The search writes, the report and the listening test read; both take names and s
       curves.parquet      training loss along the way                        CURVE_COLUMNS
       finalists.parquet   one row per layout that was distilled long         FINALIST_COLUMNS
       reference.json      the teacher's scores, and what the codec costs     Reference
-      ledger.json         seconds, tokens and trials of every phase
+      ledger.json         seconds of every phase; layouts, tokens, FLOPs, bytes of every rung
       audio/index.json    which audio/<system>/<utterance_id>.wav says what  AudioIndex
       best/               the checkpoint; its layout.json says which finalist it is
       report.html
@@ -150,6 +150,7 @@ class Run:
     finalists: list[dict[str, Any]]
     reference: Reference | None
     ledger: dict[str, dict[str, Any]]
+    rungs: list[dict[str, Any]]
     audio: AudioIndex
     best_layout: str | None
     """The finalist that was exported to ``best/``."""
@@ -183,6 +184,7 @@ def read_run(path: Path) -> Run:
         finalists=read_rows(path / FINALISTS, FINALIST_COLUMNS),
         reference=read_reference(path),
         ledger=ledger.get("phases", {}),
+        rungs=ledger.get("rungs", []),
         audio=read_audio_index(path),
         best_layout=_read(path / BEST_LAYOUT, "layout").get("layout") if (path / BEST_LAYOUT).exists() else None,
     )

@@ -17,6 +17,7 @@ import ray
 
 from mamtra_ray.candidates import Candidate, paper_candidates
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, explain, load_config
+from mamtra_ray.cost_by_rung import cost_by_rung
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.evaluate import evaluate_systems
 from mamtra_ray.export import export_student
@@ -71,7 +72,9 @@ def search(config: Config, folder: Path, address: str | None) -> None:
         records=None,
     )
     rows, settings = run_the_trials(session, settings, papers, proposals, metrics)
+    note_costs(session, train, library, rows, [])
     finalists = distill_the_finalists(session, settings, papers, rows)
+    note_costs(session, train, library, rows, finalists)
     finalists, reference = hear(session, finalists, validation, metrics)
     best = export(session, finalists)
     with session.screen.phase("report", "tables, figures, audio"):
@@ -116,6 +119,21 @@ def importance(session: Session, library: Path | None, validation: SharedCache) 
             validation=validation,
             on_progress=lambda done, total: session.screen.count(done, total, "replacements"),
         )
+
+
+def note_costs(
+    session: Session,
+    train: SharedCache,
+    library: Path | None,
+    trials: list[dict[str, Any]],
+    finalists: list[dict[str, Any]],
+) -> None:
+    """What every rung cost so far, into the ledger."""
+    ledger = session.screen.ledger
+    seconds = ledger.phases["cache"]["seconds"]
+    ledger.set_rungs(
+        cost_by_rung(session.folder, session.architecture, train.manifest, seconds, library, trials, finalists)
+    )
 
 
 def hear(

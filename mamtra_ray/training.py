@@ -23,7 +23,7 @@ from mamtra_ray.config import DistillConfig
 from mamtra_ray.losses import IGNORE, LossWeights, distillation_loss
 from mamtra_ray.teachers.base import SpeechLM
 
-_CHECKPOINT_VERSION = 1
+_CHECKPOINT_VERSION = 2
 
 
 class Batch(Protocol):
@@ -131,6 +131,8 @@ class Distillation:
             fused=True,  # on the CPU too: benchmarks/train_step.py
         )
         self.position = Position()
+        self.seconds = 0.0
+        """Of training, over all sessions; kept by whoever holds the stopwatch."""
 
     def learning_rate(self) -> float:
         """Learning rate of the next step: linear warm-up, then cosine to a tenth, or constant."""
@@ -177,7 +179,12 @@ class Distillation:
             torch.save(self.optimizer.state_dict(), path)
         made_by = {"layout": str(self.student.layout), "total_tokens": self.total_tokens}
         write_manifest(
-            folder / "training.json", "training state", _CHECKPOINT_VERSION, made_by, position=asdict(self.position)
+            folder / "training.json",
+            "training state",
+            _CHECKPOINT_VERSION,
+            made_by,
+            position=asdict(self.position),
+            seconds=self.seconds,
         )
 
     def load(self, folder: Path) -> None:
@@ -185,7 +192,7 @@ class Distillation:
         state = read_manifest(folder / "training.json", "training state", _CHECKPOINT_VERSION)
         self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location=self.device))
-        self.position = Position(**state["position"])
+        self.position, self.seconds = Position(**state["position"]), float(state["seconds"])
 
     def _autocast(self) -> Any:
         if self.config.precision == "float32":
