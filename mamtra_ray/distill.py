@@ -200,9 +200,11 @@ def trainer_for(
     )
 
 
-def distill_on_workers(job: DistillJob, folder: Path, *, workers: int, cpus: float, gpus: float) -> Report:
+def distill_on_workers(
+    job: DistillJob, folder: Path, *, workers: int, cpus: float, gpus: float, callbacks: list[Any] | None = None
+) -> Report:
     """Distil ``job`` on Ray Train workers; the trained student ends in ``folder/student``."""
-    result = trainer_for(job, folder, workers=workers, cpus=cpus, gpus=gpus).fit()
+    result = trainer_for(job, folder, workers=workers, cpus=cpus, gpus=gpus, callbacks=callbacks).fit()
     assert result.checkpoint is not None and result.metrics is not None
     with result.checkpoint.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / "student", folder / "student", dirs_exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 from tensorboardX import SummaryWriter
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
@@ -17,6 +18,7 @@ from mamtra_ray.distill import Report, distill_on_workers
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout, num_attention_layers
 from mamtra_ray.progress import every_second
+from mamtra_ray.run_folder import FINALIST_CURVE
 from mamtra_ray.session import TRAINED_FROM, Session
 from mamtra_ray.trial import TrialSettings
 
@@ -73,9 +75,20 @@ def distill_finalist(
             workers=config.distill.workers,
             cpus=config.search.cpus_per_worker,
             gpus=config.search.gpus_per_worker or 0,
+            callbacks=[_CurveToRecords(settings.records, str(layout), len(config.search.rung_tokens))],
         )
     write_manifest(result, "finalist", _RESULT_VERSION, made_by, report=dataclasses.asdict(report))
     return report
+
+
+class _CurveToRecords(ray.train.UserCallback):
+    """Every report's part of the training curve is on disk before the training goes on from its checkpoint."""
+
+    def __init__(self, records: Any, layout: str, rung: int) -> None:
+        self.records, self.layout, self.rung = records, layout, rung
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        ray.get(self.records.add_curve.remote(FINALIST_CURVE, self.layout, self.rung, metrics[0]["curve"]))
 
 
 def distill_the_finalists(
@@ -96,7 +109,8 @@ def distill_the_finalists(
                 session.screen.count(done, total, "tokens", f"{candidate.origin} {candidate.layout}")
 
             report = distill_finalist(settings, candidate.layout, folder, session.made_from(*TRAINED_FROM), on_progress)
-            log_to_tensorboard(session.folder / "tensorboard" / str(candidate.layout), report.curve)
+            curve = ray.get(settings.records.curve_of.remote(FINALIST_CURVE, str(candidate.layout)))
+            log_to_tensorboard(session.folder / "tensorboard" / str(candidate.layout), curve)
             session.screen.say(
                 f"    {candidate.origin} {candidate.layout}: CE {report.ce:.3f} (from {report.ce_start:.3f})"
             )

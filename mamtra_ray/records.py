@@ -74,6 +74,14 @@ class TrialRecords:
                 "settings_hash": self.settings_hash,
             }
         )
-        self.curves += [{"trial_id": row["trial_id"], "layout": layout, "rung": row["rung"], **step} for step in curve]
-        write_rows(self.folder / CURVES, self.curves, CURVE_COLUMNS)
+        self.add_curve(row["trial_id"], layout, row["rung"], curve)
         write_rows(self.folder / TRIALS, self.rows, TRIAL_COLUMNS)
+
+    def add_curve(self, trial_id: str, layout: str, rung: int, curve: Iterable[dict[str, float]]) -> None:
+        """Append a part of a training curve and write the table."""
+        self.curves += [{"trial_id": trial_id, "layout": layout, "rung": rung, **step} for step in curve]
+        write_rows(self.folder / CURVES, self.curves, CURVE_COLUMNS)
+
+    def curve_of(self, trial_id: str, layout: str) -> list[dict[str, Any]]:
+        """All of a training's curve, also what an earlier session recorded."""
+        return [point for point in self.curves if (point["trial_id"], point["layout"]) == (trial_id, layout)]

@@ -10,7 +10,7 @@ from mamtra_ray import paper_results
 from mamtra_ray.opinion_scores import OpinionScore
 from mamtra_ray.report_content import Column, Figure, Row, Section, Table, percent, percent_with_interval
 from mamtra_ray.report_figures import convergence
-from mamtra_ray.run_folder import Run
+from mamtra_ray.run_folder import FINALIST_CURVE, Run
 
 
 def convergence_by_initialisation(runs: Sequence[Run]) -> Section:
@@ -24,8 +24,7 @@ def convergence_by_initialisation(runs: Sequence[Run]) -> Section:
     rows = [
         {"series": initialisation, "layout": layout, "tokens": row["tokens"], "ce": row["ce"]}
         for initialisation, run in compared.items()
-        for row in run.curves
-        if row["layout"] == layout
+        for row in _longest_curve(run, layout)
     ]
     if len(compared) < 2:
         known = f" (these runs: {', '.join(compared)})" if compared else ""
@@ -43,6 +42,12 @@ def convergence_by_initialisation(runs: Sequence[Run]) -> Section:
         rows,
     )
     return Section("convergence", "Convergence by initialisation", figures=(figure,))
+
+
+def _longest_curve(run: Run, layout: str) -> list[Row]:
+    """The curve of the layout as a finalist, which starts anew; of its trial if it was none."""
+    points = [row for row in run.curves if row["layout"] == layout]
+    return [row for row in points if row["trial_id"] == FINALIST_CURVE] or points
 
 
 def naturalness(scores: Sequence[OpinionScore]) -> Section:

@@ -68,6 +68,8 @@ TRIAL_COLUMNS = (
     "status",  # running | finished
 )
 PROBE_COLUMNS = ("layout", "ratio", "ce", "kl", "tokens", "seconds")
+FINALIST_CURVE = "finalist"
+"""The ``trial_id`` of a finalist's training curve; its rung is the one after the trials' last."""
 CURVE_COLUMNS = ("trial_id", "layout", "rung", "step", "tokens", "total", "ce", "logits", "emb")
 FINALIST_COLUMNS = (
     "layout",

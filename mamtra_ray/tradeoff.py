@@ -13,7 +13,7 @@ Budgets far from those that were probed are extrapolations; their intervals say 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mamtra_ray.optimum import best_layouts
 from mamtra_ray.progress import table
 from mamtra_ray.run_folder import read_run
 
-COSTS = {
+COSTS: dict[str, Callable[[Architecture, Layout, int], float]] = {
     "cache_bytes": efficiency.cache_bytes,
     "decode_flops": efficiency.decode_flops,
     "parameters": lambda architecture, layout, _length: efficiency.parameters(architecture, layout),

@@ -31,7 +31,7 @@ def write_search_space(folder: Path, **changes: object) -> Path:
         "corpus": {"path": str(folder / "corpus.parquet")},
         "align": {"tokens": 400, "batch_tokens": 200},
         "probe": {"masks": 0},
-        "search": {"trials": 5, "rung_tokens": [300, 600]},
+        "search": {"trials": 3, "strategies": ["back"], "rung_tokens": [300, 600]},
         "distill": {"tokens": 600, "batch_tokens": 200, "checkpoint_tokens": 300, "workers": 2},
         "evaluate": {"sentences": 0},
     }
