@@ -1,18 +1,20 @@
 """Does the score of a forward pass predict what distillation ends in, and the words that are heard?
 
-    python benchmarks/proxy_quality.py            12 layouts at each of two budgets; hours on two cores
+    python benchmarks/proxy_quality.py            12 layouts at each of two budgets; about an hour on two cores
     python benchmarks/proxy_quality.py --quick    4 layouts, few tokens and sentences; nothing written
 
 Layouts are spread evenly over the ranking by probe KL, the best one and the paper's patterns among them. Each is
-distilled from the library with equal settings and speaks the same sentences. Spearman correlations are taken inside
-each budget, with 95 % intervals of 2,000 bootstrap samples of the layouts. Every distilled student is kept in the run
-folder and not distilled again.
+distilled from the library with equal settings, once as long as a trial's last rung ("short") and once, anew, as long as
+a finalist ("final"), and speaks the same sentences. Spearman correlations are taken inside each budget, with 95 %
+intervals of 2,000 bootstrap samples of the layouts. Every distilled student is kept in the run folder and not
+distilled again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,12 +38,7 @@ from mamtra_ray.probe import ProbePool
 from mamtra_ray.session import Session, make_cache, make_library, start_session
 
 RATIOS = ("1:1", "1:3")
-PAIRS = (
-    ("probe KL", "distilled CE"),
-    ("probe KL", "distilled KL"),
-    ("probe KL", "WER"),
-    ("distilled CE", "WER"),
-)
+SCORES = ("probe KL", "probe CE", "short CE", "final CE", "WER")
 _PROBED = 200
 
 
@@ -56,12 +53,13 @@ def chosen_layouts(kl: dict[Layout, float], patterns: Sequence[Layout], count: i
 
 @ray.remote(max_retries=1)
 def distilled(job: DistillJob, folder: str) -> dict[str, Any]:
-    """Distil on one process and keep the student."""
+    """Distil on one process, short and then anew to the end, and keep the final student."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for report, training in distill(job, device):
-        training.student.save(Path(folder) / "student")
-        content = {key: value for key, value in dataclasses.asdict(report).items() if key != "curve"}
-        write_manifest(Path(folder) / "report.json", "distilled", 1, {"layout": job.layout}, report=content)
+    *_, (short, _) = distill(dataclasses.replace(job, report_at=job.config.search.rung_tokens), device)
+    *_, (final, training) = distill(job, device)
+    training.student.save(Path(folder) / "student")
+    content = {"short CE": short.ce, "final CE": final.ce, "final KL": final.kl, "seconds": final.seconds}
+    write_manifest(Path(folder) / "report.json", "distilled", 1, {"layout": job.layout}, report=content)
     return content
 
 
@@ -97,7 +95,8 @@ def measured_layouts(session: Session, layouts_per_budget: int) -> list[dict[str
             kl = {layout: row.kl for layout, row in pool.rows.items() if budget.allows(layout)}
             for layout in chosen_layouts(kl, patterns, layouts_per_budget):
                 pattern = names[patterns.index(layout)] if layout in patterns else ""
-                rows[layout] = {"budget": ratio, "layout": str(layout), "pattern": pattern, "probe KL": kl[layout]}
+                scored = {"probe KL": kl[layout], "probe CE": pool.rows[layout].ce}
+                rows[layout] = {"budget": ratio, "layout": str(layout), "pattern": pattern, **scored}
     with session.screen.phase("distil", f"{len(rows)} layouts, {session.config.distill.tokens:,} tokens each"):
         job = DistillJob(
             "", session.config, (session.config.distill.tokens,), train, validation, str(library.resolve())
@@ -114,8 +113,7 @@ def measured_layouts(session: Session, layouts_per_budget: int) -> list[dict[str
             session.config, systems, session.folder, on_progress=lambda d, t: session.screen.count(d, t, "utterances")
         )
     for layout, row in rows.items():
-        report = read_manifest(folders[layout] / "report.json", "distilled", 1)["report"]
-        row |= {"distilled CE": report["ce"], "distilled KL": report["kl"], "seconds": report["seconds"]}
+        row |= read_manifest(folders[layout] / "report.json", "distilled", 1)["report"]
         row["WER"] = heard[str(layout)].wer
     return list(rows.values())
 
@@ -125,7 +123,7 @@ def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for ratio in RATIOS:
         of_budget = [row for row in rows if row["budget"] == ratio]
-        for first, second in PAIRS:
+        for first, second in itertools.combinations(SCORES, 2):
             value, low, high = bootstrap_spearman([r[first] for r in of_budget], [r[second] for r in of_budget])
             found.append(
                 {"budget": ratio, "of": first, "with": second, "layouts": len(of_budget), "Spearman": value}
