@@ -13,6 +13,7 @@ from typing import Any
 
 from mamtra_ray import __version__
 from mamtra_ray.artifacts import write_json, write_text
+from mamtra_ray.config import TeacherConfig
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.finalists import student_folder
 from mamtra_ray.layouts import Layout
@@ -21,12 +22,15 @@ from mamtra_ray.run_folder import FINALIST_COLUMNS, FINALISTS, read_rows, read_r
 from mamtra_ray.session import cached_teacher
 from mamtra_ray.teachers.base import SpeechLM, Teacher
 from mamtra_ray.teachers.cosyvoice2 import write_folder
+from mamtra_ray.teachers.text import save_text_tokenizer
 
 LAYOUT_FILE = "layout.json"
 
 
-def export_student(student_folder: Path, folder: Path, row: Mapping[str, Any], teacher: Teacher) -> None:
-    """Write the student as a GraniteMoeHybrid checkpoint that plain transformers loads, with its layout and card.
+def export_student(
+    student_folder: Path, folder: Path, row: Mapping[str, Any], teacher: Teacher, source: TeacherConfig
+) -> None:
+    """Write the student as a GraniteMoeHybrid checkpoint that plain transformers loads, with tokenizer, layout, card.
 
     The folder is replaced as a whole, so it never mixes two students.
 
@@ -35,6 +39,7 @@ def export_student(student_folder: Path, folder: Path, row: Mapping[str, Any], t
         folder: the checkpoint's folder.
         row: the student's row of the finalists table.
         teacher: what it was distilled from.
+        source: where the teacher came from, and with it the text tokenizer.
     """
     student = SpeechLM.load(student_folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,8 @@ def export_student(student_folder: Path, folder: Path, row: Mapping[str, Any], t
                 "mamtra_ray": __version__,
             },
         )
-        write_text(new / "README.md", model_card(student, row, teacher))
+        has_tokenizer = save_text_tokenizer(source.kind, Path(source.path) if source.path else None, new)
+        write_text(new / "README.md", model_card(student, row, teacher, has_tokenizer))
         if folder.exists():
             shutil.rmtree(folder)
         new.replace(folder)
@@ -64,12 +70,15 @@ def export_student(student_folder: Path, folder: Path, row: Mapping[str, Any], t
         shutil.rmtree(new, ignore_errors=True)
 
 
-def model_card(student: SpeechLM, row: Mapping[str, Any], teacher: Teacher) -> str:
+def model_card(student: SpeechLM, row: Mapping[str, Any], teacher: Teacher, has_tokenizer: bool) -> str:
     """The README of an exported checkpoint, with the front matter that model hubs read."""
     layout, vocabulary = student.layout, student.vocabulary
     heard = ""
     if row.get("wer") is not None:
         heard = f"- word error rate {row['wer']:.2%} (95 % interval {row['wer_low']:.2%} to {row['wer_high']:.2%})\n"
+    text = f"[...]  # text token ids, 0 to {vocabulary.text_size - 1}"
+    if has_tokenizer:
+        text = 'AutoTokenizer.from_pretrained("PATH")("YOUR TEXT", add_special_tokens=False).input_ids'
     prefix, separator = list(teacher.sequence.prefix), list(teacher.sequence.separator)
     return f"""---
 library_name: transformers
@@ -88,10 +97,10 @@ distilled from {teacher.name} (fingerprint {teacher.fingerprint[:16]}) on {row["
 
 ```python
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM{", AutoTokenizer" if has_tokenizer else ""}
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
-text = [...]  # text token ids, 0 to {vocabulary.text_size - 1}
+text = {text}
 ids = torch.tensor([{prefix} + text + {separator}])
 speech = model.generate(ids, max_new_tokens=20 * len(text), do_sample=False)[0, ids.shape[1]:] - {vocabulary.text_size}
 ```
@@ -129,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(output)
         return 0
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
-    export_student(student_folder(options.run, str(layout)), output, rows[str(layout)], teacher)
+    export_student(student_folder(options.run, str(layout)), output, rows[str(layout)], teacher, config.teacher)
     print(output)
     return 0
 

@@ -169,7 +169,9 @@ def export(session: Session, finalists: list[dict[str, Any]]) -> dict[str, Path]
             kept = num_attention_layers(session.num_layers, ratio)
             row = choose_best([row for row in finalists if row["layout"].count("A") == kept])
             folder = session.folder / (BEST if index == 0 else f"{BEST}-{ratio.replace(':', '-')}")
-            export_student(student_folder(session.folder, row["layout"]), folder, row, session.teacher)
+            export_student(
+                student_folder(session.folder, row["layout"]), folder, row, session.teacher, session.config.teacher
+            )
             folders[row["layout"]] = folder
     return folders
 

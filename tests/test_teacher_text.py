@@ -4,11 +4,12 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mamtra_ray.corpus import read_corpus, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.teachers.demo_grammar import tokenize_text
-from mamtra_ray.teachers.text import text_tokenizer
+from mamtra_ray.teachers.text import save_text_tokenizer, text_tokenizer
 
 
 def write_blank_en(folder):
@@ -66,3 +67,23 @@ def test_demo_and_unusable_folders(tmp_path):
     for kind, path in (("llama", tmp_path), ("llasa", None)):
         with pytest.raises(InputError, match=r"no text tokenizer without teacher\.path"):
             text_tokenizer(kind, path)
+
+
+def test_an_exported_model_has_its_teachers_tokenizer(tmp_path):
+    write_blank_en(tmp_path / "cosyvoice" / "CosyVoice-BlankEN")
+    text = "hello[breath] hello<|endofprompt|>"
+    assert save_text_tokenizer("cosyvoice2", tmp_path / "cosyvoice", tmp_path / "exported")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    ids = saved(text, add_special_tokens=False)["input_ids"]
+    assert ids == text_tokenizer("cosyvoice2", tmp_path / "cosyvoice")(text)
+
+    assert save_text_tokenizer("demo", None, tmp_path / "demo")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "demo")
+    for utterance in utterances(read_corpus(None, "test"))[:50]:
+        assert saved(utterance.text, add_special_tokens=False)["input_ids"] == list(utterance.text_tokens)
+    with pytest.raises(Exception, match="WordLevel"):
+        saved("antidisestablishmentarianism")
+
+    (tmp_path / "model alone").mkdir()
+    assert not save_text_tokenizer("huggingface", tmp_path / "model alone", tmp_path / "none")
+    assert not (tmp_path / "none").exists()

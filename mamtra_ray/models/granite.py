@@ -18,7 +18,6 @@ Tensor letters: D model width, V unified vocabulary, S speech vocabulary.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,33 +40,20 @@ SECTION = "mamtra_ray"
 NEVER = -1e9
 """Logit bias of ids that must not be generated; JSON has no infinity."""
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
-
 
 def write_granite(
     folder: Path,
     config: HybridConfig,
     tensors: Mapping[str, Tensor],
     vocabulary: Mapping[str, Any],
-    tokenizer_folder: Path | None = None,
 ) -> None:
-    """Write ``config.json``, ``model.safetensors``, ``generation_config.json`` and tokenizer files, if any.
+    """Write ``config.json``, ``model.safetensors`` and ``generation_config.json``.
 
     Args:
         folder: made if missing.
         config: of the hybrid.
         tensors: the SpeechLM's state (``body.*``, ``head.*``).
         vocabulary: the fields of :class:`~mamtra_ray.teachers.base.Vocabulary`.
-        tokenizer_folder: where to copy the text tokenizer's files from.
     """
     folder = Path(folder)
     expanded = {f"model.{name}": tensor for name, tensor in _expanded_body(config, tensors).items()}
@@ -100,10 +86,6 @@ def write_granite(
     )
     # Compact, because it is thousands of short lists.
     write_text(folder / GENERATION_FILE, json.dumps(generation.to_diff_dict(), allow_nan=False))
-    if tokenizer_folder is not None:
-        for name in TOKENIZER_FILES:
-            if (Path(tokenizer_folder) / name).is_file():
-                shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
     # Last, because it names the hash of the weights.
     write_json(folder / CONFIG_FILE, json.loads(granite.to_json_string()) | {SECTION: section})
 

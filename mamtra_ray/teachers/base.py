@@ -159,11 +159,10 @@ class SpeechLM(nn.Module):
             raise InputError(f"{Path(folder) / 'config.json'} is incomplete: {error}") from None
         return cls.from_tensors(config, vocabulary, tensors, folder).to(dtype=dtype)
 
-    def save_granite(self, folder: Path | str, tokenizer_folder: Path | str | None = None) -> None:
+    def save_granite(self, folder: Path | str) -> None:
         """Write a GraniteMoeHybrid checkpoint for ``AutoModelForCausalLM``; see :mod:`mamtra_ray.models.granite`."""
-        tokenizer_folder = None if tokenizer_folder is None else Path(tokenizer_folder)
         vocabulary = dataclasses.asdict(self.vocabulary)
-        write_granite(Path(folder), self.config, self.state_dict(), vocabulary, tokenizer_folder)
+        write_granite(Path(folder), self.config, self.state_dict(), vocabulary)
 
     @classmethod
     def load_granite(cls, folder: Path | str, device: torch.device | str = "cpu") -> SpeechLM:

@@ -1,4 +1,4 @@
-"""Text to the text tokens of each kind of teacher."""
+"""The text tokenizer of each kind of teacher: as a function, and as files beside an exported model."""
 
 from __future__ import annotations
 
@@ -34,20 +34,53 @@ def text_tokenizer(kind: str, path: Path | None) -> TextTokenizer:
         from mamtra_ray.teachers.demo_grammar import tokenize_text
 
         return tokenize_text
+    tokenizer = _transformers_tokenizer(kind, path)
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def save_text_tokenizer(kind: str, path: Path | None, folder: Path) -> bool:
+    """Put the teacher's text tokenizer beside an exported model, for ``AutoTokenizer``.
+
+    Returns:
+        Whether there was one: a folder of kind "huggingface" may hold a model alone.
+    """
+    try:
+        tokenizer = _demo_tokenizer() if kind == "demo" else _transformers_tokenizer(kind, path)
+    except InputError:
+        return False
+    tokenizer.save_pretrained(folder)
+    return True
+
+
+def _demo_tokenizer() -> Any:
+    """The demo's words as a tokenizer of the tokenizers library; like ours it fails on unknown words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from mamtra_ray.teachers.demo_grammar import WORDS
+
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(",", " "), normalizers.Replace(".", " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def _transformers_tokenizer(kind: str, path: Path | None) -> Any:
     if kind not in LOADERS or path is None:
         raise InputError(f"teacher {kind!r} has no text tokenizer without teacher.path (kinds: {', '.join(LOADERS)})")
-    if kind == "cosyvoice2":
-        tokenizer = _auto_tokenizer(path / "CosyVoice-BlankEN")
-        tokenizer.add_special_tokens(
-            {
-                "eos_token": "<|endoftext|>",
-                "pad_token": "<|endoftext|>",
-                "additional_special_tokens": list(_COSYVOICE2_SPECIAL_TOKENS),
-            }
-        )
-    else:
-        tokenizer = _auto_tokenizer(path)
-    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if kind != "cosyvoice2":
+        return _auto_tokenizer(path)
+    tokenizer = _auto_tokenizer(path / "CosyVoice-BlankEN")
+    tokenizer.add_special_tokens(
+        {
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "additional_special_tokens": list(_COSYVOICE2_SPECIAL_TOKENS),
+        }
+    )
+    return tokenizer
 
 
 def _auto_tokenizer(folder: Path) -> Any:
