@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from mamtra_ray.config import AlignConfig
 from mamtra_ray.models.mamba import MambaMixer, StateSharing
 from mamtra_ray.models.transfer import mixer_from_attention
 from mamtra_ray.teachers.base import SpeechLM
-from mamtra_ray.training import Position
+from mamtra_ray.training import Position, autocast, sum_over_workers
 
 _WARMUP = 0.05
 _RIDGE = 1e-4
@@ -118,7 +118,7 @@ class MixerTraining:
         real_BL = batch.attention_mask_BL
 
         def learn(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
-            with torch.enable_grad(), self._autocast():
+            with torch.enable_grad(), autocast(self.device, self.config.precision):
                 error = normalised_error(self.mixers[layer](hidden_BLD.float()), target_BLD, real_BL)
             error.backward()
             errors[layer] = error.detach()
@@ -141,7 +141,7 @@ class MixerTraining:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens, position = self._tokens_of_all(int(real_BL.sum())), self.position
+        tokens, position = sum_over_workers(int(real_BL.sum()), self.world_size, self.device), self.position
         self.position = Position(position.tokens + tokens, position.step + 1, position.epoch, position.batch + 1)
         return {layer: float(error) for layer, error in errors.items()}
 
@@ -188,7 +188,7 @@ class MixerTraining:
             projection.weight.copy_(solution[:, : projection.in_features])
             if projection.bias is not None:
                 projection.bias.copy_(solution[:, -1])
-        return self._tokens_of_all(tokens)
+        return sum_over_workers(tokens, self.world_size, self.device)
 
     @torch.no_grad()
     def errors(self, batches: Iterable[Batch]) -> dict[int, float]:
@@ -197,7 +197,7 @@ class MixerTraining:
         real_BL = torch.empty(0)
 
         def add(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
-            with self._autocast():
+            with autocast(self.device, self.config.precision):
                 output_BLD = self.mixers[layer](hidden_BLD.float())
             pair = torch.stack(_squares(output_BLD, target_BLD, real_BL)).double()
             sums[layer] = sums.get(layer, 0) + pair
@@ -234,18 +234,6 @@ class MixerTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.position = Position(**state["position"])
         return state
-
-    def _autocast(self) -> Any:
-        if self.config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.precision))
-
-    def _tokens_of_all(self, tokens: int) -> int:
-        if self.world_size == 1:
-            return tokens
-        total = torch.tensor(tokens, device=self.device)
-        torch.distributed.all_reduce(total)
-        return int(total)
 
 
 def normalised_error(output_BLD: Tensor, target_BLD: Tensor, real_BL: Tensor) -> Tensor:

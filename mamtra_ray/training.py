@@ -150,8 +150,8 @@ class Distillation:
         """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        tokens = self._tokens_of_all(batch.num_tokens)
-        with self._autocast():
+        tokens = sum_over_workers(batch.num_tokens, self.world_size, self.device)
+        with autocast(self.device, self.config.precision):
             # DDP averages gradients over the processes, so each divides by its share of all tokens.
             total, ce, logits, emb = self.objective(batch, tokens / self.world_size)
         total.backward()
@@ -194,18 +194,21 @@ class Distillation:
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location=self.device))
         self.position, self.seconds = Position(**state["position"]), float(state["seconds"])
 
-    def _autocast(self) -> Any:
-        if self.config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.precision))
 
-    def _tokens_of_all(self, tokens: int) -> int:
-        """Labelled tokens of this step over all processes."""
-        if self.world_size == 1:
-            return tokens
-        total = torch.tensor(tokens, device=self.device)
-        torch.distributed.all_reduce(total)
-        return int(total)
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context in which a forward pass runs: ``precision`` is float32 or bfloat16."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def sum_over_workers(tokens: int, world_size: int, device: torch.device) -> int:
+    """Tokens of this step over all processes."""
+    if world_size == 1:
+        return tokens
+    total = torch.tensor(tokens, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 @torch.no_grad()
