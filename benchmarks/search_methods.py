@@ -8,6 +8,7 @@ those that look at one budget at a time get an equal part of them for each.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -110,13 +111,14 @@ def additive_costs(scores: Callable[[Layout], float], num_layers: int) -> list[f
     return [scores(Layout.from_attention_layers(every - {layer}, num_layers)) for layer in range(num_layers)]
 
 
-def paper_patterns(scores: Scores, budget: Constraints, seed: int) -> None:
+def paper_patterns(scores: Scores, budget: Constraints, seed: int, *, importances: Sequence[Sequence[float]]) -> None:
+    """Every placement of the paper; ``importances`` are one score a layer for each criterion."""
     attention = budget.attention_counts[0]
     divisor = np.gcd(attention, budget.num_layers - attention)
     ratio = f"{attention // divisor}:{(budget.num_layers - attention) // divisor}"
     for strategy in STRATEGIES:
-        if strategy != "importance":
-            scores(from_strategy(strategy, budget.num_layers, ratio))
+        for importance in importances if strategy == "importance" else [None]:
+            scores(from_strategy(strategy, budget.num_layers, ratio, importance))
 
 
 def surrogate(scores: Scores, budgets: Sequence[Constraints], seed: int) -> None:
@@ -149,16 +151,18 @@ def for_each_budget(method: Callable[[Scores, Constraints, int], None]) -> Metho
     return run
 
 
-METHODS: dict[str, Method] = {
-    "surrogate": surrogate,
-    "random": for_each_budget(random_layouts),
-    "tpe": for_each_budget(optuna_layouts("tpe")),
-    "nsga2": for_each_budget(optuna_layouts("nsga2")),
-    "greedy": for_each_budget(greedy),
-    "beam": for_each_budget(beam),
-    "additive": for_each_budget(additive),
-    "paper": for_each_budget(paper_patterns),
-}
+def methods(importances: Sequence[Sequence[float]]) -> dict[str, Method]:
+    """All methods by name; ``importances`` as for :func:`paper_patterns`."""
+    return {
+        "surrogate": surrogate,
+        "random": for_each_budget(random_layouts),
+        "tpe": for_each_budget(optuna_layouts("tpe")),
+        "nsga2": for_each_budget(optuna_layouts("nsga2")),
+        "greedy": for_each_budget(greedy),
+        "beam": for_each_budget(beam),
+        "additive": for_each_budget(additive),
+        "paper": for_each_budget(functools.partial(paper_patterns, importances=importances)),
+    }
 
 
 def _one_more_mamba(layout: Layout) -> list[Layout]:

@@ -27,11 +27,12 @@ import contextlib
 import numpy as np
 from measurement import print_table, quartiles, write_result
 from scipy.stats import spearmanr
-from search_methods import METHODS, Scores, SpentError, additive_costs
+from search_methods import Method, Scores, SpentError, additive_costs, methods
 
 from mamtra_ray.acquisition import fit_log
 from mamtra_ray.config import Config, load_config
 from mamtra_ray.constraints import Constraints, sample_layouts
+from mamtra_ray.importance import layer_importance
 from mamtra_ray.layouts import Layout
 from mamtra_ray.mask_scoring import MaskScorer
 from mamtra_ray.mixer_library import load_library
@@ -63,13 +64,29 @@ def exhaustive_truth(session: Session, library: Path, validation: SharedCache) -
         return {layout: pool.rows[layout].kl for layout in every}
 
 
+def importances(session: Session, library: Path, validation: SharedCache) -> list[list[float]]:
+    """One score a layer by each of the paper's two criteria."""
+    found = []
+    for criterion in ("wer", "cosine"):
+        probe = session.config.probe.model_copy(update={"importance": criterion})
+        config = session.config.model_copy(update={"probe": probe})
+        found.append(
+            layer_importance(config, session.folder, teacher=session.teacher, library=library, validation=validation)
+        )
+    return found
+
+
 def search_rows(
-    truth: Mapping[Layout, float], budgets: Mapping[str, Constraints], evaluations: Sequence[int], seeds: int
+    methods: Mapping[str, Method],
+    truth: Mapping[Layout, float],
+    budgets: Mapping[str, Constraints],
+    evaluations: Sequence[int],
+    seeds: int,
 ) -> list[dict[str, Any]]:
     """Regret of every method at every budget and number of scores, median and quartiles over the seeds."""
     best = {ratio: min(kl for x, kl in truth.items() if c.allows(x)) for ratio, c in budgets.items()}
     rows = []
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         for limit in evaluations:
             began = time.process_time()
             regrets: dict[str, list[float]] = {ratio: [] for ratio in budgets}
@@ -193,7 +210,8 @@ def main() -> int:
     truth = exhaustive_truth(session, library, validation)
     budgets = {ratio: Constraints.from_ratio(session.num_layers, ratio) for ratio in RATIOS}
     evaluations = EVALUATIONS[:2] if options.quick else EVALUATIONS
-    found = search_rows(truth, budgets, evaluations, seeds)
+    every_method = methods(importances(session, library, validation))
+    found = search_rows(every_method, truth, budgets, evaluations, seeds)
     predicted = prediction_rows(truth, budgets, evaluations, seeds)
     cost = cost_rows(session, library, validation, layouts=16 if options.quick else 64)
     for rows in (found, predicted, cost):

@@ -69,8 +69,9 @@ class Screen:
             return
         self.last_line, self.complete = now, done >= total
         elapsed = now - self.began
-        left = f"{duration(elapsed / done * (total - done))} left" if done else "..."
-        line = f"    {done:,.0f}/{total:,.0f} {unit}  {left}  {note}"
+        pace = f"{done / elapsed:,.0f}/s  " if unit == "tokens" and elapsed else ""
+        left = f"{duration(elapsed / done * max(total - done, 0))} left" if done else "..."
+        line = f"    {done:,.0f}/{total:,.0f} {unit}  {pace}{left}  {note}"
         if self.redraws:
             print(f"\r\033[K{line}", end="\n" if done >= total else "", flush=True)
         else:
