@@ -43,7 +43,8 @@ from mamtra_ray.cache_formats import HiddenFormat
 from mamtra_ray.config import Config, DistillConfig
 from mamtra_ray.layouts import from_strategy
 from mamtra_ray.losses import IGNORE, HiddenTargets
-from mamtra_ray.shared_batches import DistillBatch, SharedCache, _batch, batches, padding_waste, plan_epoch, share_cache
+from mamtra_ray.shared_batches import DistillBatch, _batch, batches, padding_waste, plan_epoch
+from mamtra_ray.shared_cache import SharedCache, share_cache
 from mamtra_ray.teacher_cache import build_cache
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import SequenceFormat, make_student

@@ -1,6 +1,6 @@
 """How fast is the state-space scan on a CPU, beside other scans and beside attention?
 
-    python benchmarks/scan.py                 # all lengths, 256 to 8192: about half an hour on one core
+    python benchmarks/scan.py                 # all lengths, 256 to 8192: about 20 minutes on one core
     python benchmarks/scan.py --quick         # a minute
     python benchmarks/scan.py --parts core --lengths 1024 2048 --dtypes float32
 

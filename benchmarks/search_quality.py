@@ -38,7 +38,8 @@ from mamtra_ray.mask_scoring import MaskScorer
 from mamtra_ray.mixer_library import load_library
 from mamtra_ray.probe import ProbePool, first_utterances
 from mamtra_ray.session import Session, make_cache, make_library, start_session
-from mamtra_ray.shared_batches import SharedCache, batches
+from mamtra_ray.shared_batches import batches
+from mamtra_ray.shared_cache import SharedCache
 
 RATIOS = ("1:1", "1:2", "1:3")
 EVALUATIONS = (100, 200, 400, 600)

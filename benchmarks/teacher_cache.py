@@ -49,7 +49,8 @@ from mamtra_ray.corpus import corpus_identity, read_corpus, utterances
 from mamtra_ray.hidden_quantizer import QUANTIZER_FILE, calibrate, quantizer_bytes, token_context
 from mamtra_ray.layouts import from_strategy
 from mamtra_ray.losses import HiddenTargets, LossWeights, TopKTargets, distillation_loss
-from mamtra_ray.shared_batches import DistillBatch, SharedCache, batches, share_cache
+from mamtra_ray.shared_batches import DistillBatch, batches
+from mamtra_ray.shared_cache import SharedCache, share_cache
 from mamtra_ray.teacher_pass import labelled_hidden_states, sha256, shard_rows
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student

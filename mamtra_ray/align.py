@@ -35,7 +35,8 @@ from mamtra_ray.mixer_library import (
 )
 from mamtra_ray.mixer_training import Batch, MixerTraining
 from mamtra_ray.progress import every_second
-from mamtra_ray.shared_batches import SharedCache, batches
+from mamtra_ray.shared_batches import batches
+from mamtra_ray.shared_cache import SharedCache
 from mamtra_ray.teachers.base import Teacher
 
 STATE = "state.pt"

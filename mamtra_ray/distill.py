@@ -25,7 +25,8 @@ from mamtra_ray.config import Config, add_common_arguments, config_from_argument
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.layouts import Layout, from_strategy
 from mamtra_ray.session import cached_library, cached_teacher, make_cache, make_library, start_session
-from mamtra_ray.shared_batches import SharedCache, batches
+from mamtra_ray.shared_batches import batches
+from mamtra_ray.shared_cache import SharedCache
 from mamtra_ray.teachers.base import SpeechLM, make_student
 from mamtra_ray.training import Distillation, Stopwatch, validate
 

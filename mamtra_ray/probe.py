@@ -29,7 +29,8 @@ from mamtra_ray.mask_scoring import MaskScorer, ProbeRow, cosine_importance
 from mamtra_ray.mixer_library import MANIFEST, load_library
 from mamtra_ray.progress import table
 from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, read_rows, write_rows
-from mamtra_ray.shared_batches import DistillBatch, SharedCache, batches
+from mamtra_ray.shared_batches import DistillBatch, batches
+from mamtra_ray.shared_cache import SharedCache
 from mamtra_ray.teachers.base import Teacher, make_student
 
 # Layouts a task scores: many share more prefixes, few lose less on a kill and spread better.

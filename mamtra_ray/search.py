@@ -42,7 +42,8 @@ from mamtra_ray.run_folder import (
     write_rows,
 )
 from mamtra_ray.session import Session, check_run_folder, make_cache, make_library, start_session
-from mamtra_ray.shared_batches import SharedCache, batches
+from mamtra_ray.shared_batches import batches
+from mamtra_ray.shared_cache import SharedCache
 from mamtra_ray.training import validate
 from mamtra_ray.trial import TrialSettings
 from mamtra_ray.trials import run_the_trials, trial_weights

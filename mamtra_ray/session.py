@@ -25,7 +25,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.progress import Ledger, Screen
 from mamtra_ray.run_folder import write_architecture
-from mamtra_ray.shared_batches import SharedCache, share_cache
+from mamtra_ray.shared_cache import SharedCache, share_cache
 from mamtra_ray.teacher_cache import build_cache
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import Teacher

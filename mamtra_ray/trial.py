@@ -15,7 +15,7 @@ from mamtra_ray.candidates import layout_from_params
 from mamtra_ray.config import Config
 from mamtra_ray.distill import DistillJob, Report, distill, trainer_for
 from mamtra_ray.layouts import Layout
-from mamtra_ray.shared_batches import SharedCache
+from mamtra_ray.shared_cache import SharedCache
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def test_a_saved_training_goes_on_bit_for_bit(teacher, tmp_path):
 def setup(tmp_path_factory, ray_cluster):
     """Configuration, teacher and shared cache of the tiny teacher."""
     from mamtra_ray.corpus import corpus_identity, read_corpus
-    from mamtra_ray.shared_batches import share_cache
+    from mamtra_ray.shared_cache import share_cache
 
     folder = tmp_path_factory.mktemp("align")
     config = tiny_config(folder)

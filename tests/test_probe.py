@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny_cache import cache_without_ray, random_rows, tiny_config
 
-from mamtra_ray import shared_batches
+from mamtra_ray import shared_batches, shared_cache
 from mamtra_ray.acquisition import CONFIDENT, confidence, fit_log, next_layouts, ranked_layouts
 from mamtra_ray.config import Config
 from mamtra_ray.constraints import Constraints, layouts_to_matrix, sample_layouts
@@ -59,7 +59,7 @@ def validation(setup, ray_cluster):
     from mamtra_ray.corpus import corpus_identity, read_corpus
 
     corpus_hash = corpus_identity(read_corpus(setup.config.corpus.path)).corpus_hash
-    return shared_batches.share_cache(
+    return shared_cache.share_cache(
         setup.folder / "cache",
         teacher_fingerprint=setup.teacher.fingerprint,
         corpus_hash=corpus_hash,

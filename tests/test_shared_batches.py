@@ -18,7 +18,8 @@ from mamtra_ray.config import Config
 from mamtra_ray.corpus import read_corpus, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE, HiddenTargets, LossWeights, TopKTargets, distillation_loss
-from mamtra_ray.shared_batches import SharedCache, _prefetched, batches, padding_waste, plan_epoch, share_cache
+from mamtra_ray.shared_batches import _prefetched, batches, padding_waste, plan_epoch
+from mamtra_ray.shared_cache import SharedCache, share_cache
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import make_student
 
@@ -291,7 +292,8 @@ from pathlib import Path
 import numpy as np, pyarrow as pa, ray
 from mamtra_ray.cache_manifest import *
 from mamtra_ray.cache_storage import Storage
-from mamtra_ray.shared_batches import _Column, batches, share_cache
+from mamtra_ray.shared_batches import _Column, batches
+from mamtra_ray.shared_cache import share_cache
 from tiny_models import SEQUENCE
 
 WIDTH, ROWS, SHARDS = 512, 100, 16
