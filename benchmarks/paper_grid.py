@@ -6,7 +6,7 @@
 Runs ``python -m mamtra_ray.search`` once for each thing that differs, in ``runs/paper_grid_*`` (going on with what is
 there), then ``python -m mamtra_ray.report`` over all of them. Its PNG and CSV files go to ``docs/paper_grid``.
 Scaled down from the paper: 40,000 tokens a placement instead of 15 epochs of 585 hours, from aligned mixers; the
-initialisations and the losses are compared over 160,000 tokens at one layout.
+initialisations and the losses are compared over 80,000 tokens at one layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mamtra_ray.layouts import STRATEGIES
 from mamtra_ray.report import write_report
 
 GRID = ["search.ratios=1:1,1:3,1:5,1:11", "distill.tokens=40000"]
-ONE_LAYOUT = ["search.ratios=1:1", "search.strategies=block_beginning", "distill.tokens=160000"]
+ONE_LAYOUT = ["search.ratios=1:1", "search.strategies=block_beginning", "distill.tokens=80000"]
 RUNS = {
     "importance_wer": [*GRID, f"search.strategies={','.join(STRATEGIES)}", "probe.importance=wer"],
     "importance_cosine": [*GRID, "search.strategies=importance", "probe.importance=cosine"],
@@ -36,8 +36,8 @@ RUNS = {
 }
 # The placements are finalists whatever their short score, so the trials are as short as can be.
 COMMON = [
-    "search.sampler=grid", "probe.masks=0", "search.rung_tokens=2000", "evaluate.sentences=60",
-    "evaluate.audio_examples=0",
+    "search.sampler=grid", "probe.masks=0", "search.rung_tokens=2000", "distill.workers=1",
+    "evaluate.sentences=40", "evaluate.audio_examples=0",
 ]  # fmt: skip
 QUICK = ["distill.tokens=4000", "evaluate.sentences=4"]
 
