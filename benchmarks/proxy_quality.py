@@ -6,8 +6,8 @@
 Layouts are spread evenly over the ranking by probe KL, the best one and the paper's patterns among them. Each is
 distilled from the library with equal settings, once as long as a trial's last rung ("short") and once, anew, as long as
 a finalist ("final"), and speaks the same sentences. Spearman correlations are taken inside each budget, with 95 %
-intervals of 2,000 bootstrap samples of the layouts. Every distilled student is kept in the run folder and not
-distilled again.
+intervals of 2,000 bootstrap samples of the layouts; and between the WERs on two random halves of the sentences, which
+says how much of the ranking by WER is noise. Every distilled student is kept in the run folder and not distilled again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from mamtra_ray.config import Config, load_config
 from mamtra_ray.constraints import Constraints, sample_layouts
 from mamtra_ray.distill import DistillJob, distill
 from mamtra_ray.evaluate import evaluate_systems
+from mamtra_ray.evaluation_results import Evaluation
 from mamtra_ray.layouts import STRATEGIES, Layout, from_strategy
 from mamtra_ray.probe import ProbePool
 from mamtra_ray.session import Session, make_cache, make_library, start_session
@@ -75,8 +76,20 @@ def bootstrap_spearman(x: Sequence[float], y: Sequence[float], samples: int = 2_
     return float(spearmanr(x_N, y_N).statistic), float(low), float(high)
 
 
-def measured_layouts(session: Session, layouts_per_budget: int) -> list[dict[str, Any]]:
-    """Probe, distil and hear; one row a layout."""
+def agreement_of_halves(evaluations: Sequence[Evaluation], samples: int = 1_000) -> float:
+    """Median Spearman correlation of the systems' WERs on one half of the sentences with those on the other half."""
+    columns = ("word_errors", "words")
+    errors_SN, words_SN = (np.array([[row[name] for row in e.rows] for e in evaluations]) for name in columns)
+    rng, values = np.random.default_rng(0), []
+    for _ in range(samples):
+        halves = np.array_split(rng.permutation(errors_SN.shape[1]), 2)
+        first, second = (errors_SN[:, half].sum(1) / words_SN[:, half].sum(1) for half in halves)
+        values.append(spearmanr(first, second).statistic)
+    return float(np.median(values))
+
+
+def measured_layouts(session: Session, layouts_per_budget: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Probe, distil and hear; one row a layout, and one a budget with what limits any prediction of the WER."""
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     assert library is not None
@@ -115,7 +128,12 @@ def measured_layouts(session: Session, layouts_per_budget: int) -> list[dict[str
     for layout, row in rows.items():
         row |= read_manifest(folders[layout] / "report.json", "distilled", 1)["report"]
         row["WER"] = heard[str(layout)].wer
-    return list(rows.values())
+    limits = []
+    for ratio in RATIOS:
+        half = agreement_of_halves([heard[row["layout"]] for row in rows.values() if row["budget"] == ratio])
+        # Spearman-Brown: agreement of two measurements with all sentences; its root bounds any predictor.
+        limits.append({"budget": ratio, "WER of two halves": half, "best possible": (2 * half / (1 + half)) ** 0.5})
+    return list(rows.values()), limits
 
 
 def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -157,13 +175,15 @@ def main() -> int:
     config = quick(config) if options.quick else config
     folder = options.run or Path("runs") / ("proxy_quality_quick" if options.quick else "proxy_quality")
     session = start_session(config, folder, ("cache", "align", "probe", "distil", "speech"), None)
-    rows = measured_layouts(session, 4 if options.quick else options.layouts)
+    rows, limits = measured_layouts(session, 4 if options.quick else options.layouts)
     found = correlations(rows)
     print_table(rows)
     print()
     print_table(found)
+    print()
+    print_table(limits)
     if not options.quick:
-        write_result("proxy_quality", rows, correlations=found, distilled_tokens=config.distill.tokens)
+        write_result("proxy_quality", rows, correlations=found, limits=limits, distilled_tokens=config.distill.tokens)
     return 0
 
 
