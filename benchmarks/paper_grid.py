@@ -17,14 +17,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mamtra_ray.layouts import STRATEGIES
+from mamtra_ray.layouts import PATTERNS
 from mamtra_ray.report import write_report
 
 GRID = ["search.ratios=1:1,1:3,1:5,1:11", "distill.tokens=40000"]
 ONE_LAYOUT = ["search.ratios=1:1", "search.strategies=block_beginning", "distill.tokens=80000"]
 RUNS = {
-    "importance_wer": [*GRID, f"search.strategies={','.join(STRATEGIES)}", "probe.importance=wer"],
-    "importance_cosine": [*GRID, "search.strategies=importance", "probe.importance=cosine"],
+    "placements": [*GRID, f"search.strategies={','.join([*PATTERNS, 'importance_wer', 'importance_cosine'])}"],
     **{
         f"from_{initialisation}": [*ONE_LAYOUT, f"student.initialisation={initialisation}"]
         for initialisation in ("transfer", "xavier", "kaiming", "aligned")

@@ -34,7 +34,7 @@ from mamtra_ray.constraints import Constraints, sample_layouts
 from mamtra_ray.distill import DistillJob, distill
 from mamtra_ray.evaluate import evaluate_systems
 from mamtra_ray.evaluation_results import Evaluation
-from mamtra_ray.layouts import STRATEGIES, Layout, from_strategy
+from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
 from mamtra_ray.probe import ProbePool
 from mamtra_ray.session import Session, make_cache, make_library, start_session
 
@@ -101,13 +101,12 @@ def measured_layouts(session: Session, layouts_per_budget: int) -> tuple[list[di
         for ratio in RATIOS:
             budget = Constraints.from_ratio(session.num_layers, ratio)
             drawn = sample_layouts(budget, _PROBED, np.random.default_rng(0))
-            names = [name for name in STRATEGIES if name != "importance"]
-            patterns = [from_strategy(name, session.num_layers, ratio) for name in names]
+            patterns = [from_strategy(name, session.num_layers, ratio) for name in PATTERNS]
             for done in pool.score([layout for layout in {*drawn, *patterns} if layout not in pool.rows], 32):
                 session.screen.count(done, _PROBED, "layouts")
             kl = {layout: row.kl for layout, row in pool.rows.items() if budget.allows(layout)}
             for layout in chosen_layouts(kl, patterns, layouts_per_budget):
-                pattern = names[patterns.index(layout)] if layout in patterns else ""
+                pattern = PATTERNS[patterns.index(layout)] if layout in patterns else ""
                 scored = {"probe KL": kl[layout], "probe CE": pool.rows[layout].ce}
                 rows[layout] = {"budget": ratio, "layout": str(layout), "pattern": pattern, **scored}
     with session.screen.phase("distil", f"{len(rows)} layouts, {session.config.distill.tokens:,} tokens each"):

@@ -67,14 +67,8 @@ def exhaustive_truth(session: Session, library: Path, validation: SharedCache) -
 
 def importances(session: Session, library: Path, validation: SharedCache) -> list[list[float]]:
     """One score a layer by each of the paper's two criteria."""
-    found = []
-    for criterion in ("wer", "cosine"):
-        probe = session.config.probe.model_copy(update={"importance": criterion})
-        config = session.config.model_copy(update={"probe": probe})
-        found.append(
-            layer_importance(config, session.folder, teacher=session.teacher, library=library, validation=validation)
-        )
-    return found
+    arguments = {"teacher": session.teacher, "library": library, "validation": validation}
+    return [layer_importance(session.config, session.folder, criterion, **arguments) for criterion in ("wer", "cosine")]
 
 
 def search_rows(

@@ -7,8 +7,9 @@ budgets. Instead every layer gets a priority in [0, 1] and the highest ones keep
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -49,17 +50,23 @@ def meets_constraints(layout: Layout, search: SearchConfig) -> bool:
     )
 
 
-def paper_candidates(search: SearchConfig, num_layers: int, importance: list[float] | None = None) -> list[Candidate]:
+def paper_candidates(
+    search: SearchConfig, num_layers: int, importance: Mapping[str, Sequence[float]] = MappingProxyType({})
+) -> list[Candidate]:
     """The paper's strategies at every budget; one that breaks a constraint of the search is left out.
 
-    So is the strategy ``importance`` while its scores are not measured (``importance`` is None).
+    ``importance`` has one score a layer for each criterion. A strategy ``importance_<criterion>`` whose scores are not
+    measured yet is left out too.
     """
-    candidates = [
-        Candidate(from_strategy(strategy, num_layers, ratio, importance), strategy)
-        for ratio in search.ratios
-        for strategy in search.strategies
-        if strategy != "importance" or importance is not None
-    ]
+    candidates = []
+    for ratio in search.ratios:
+        for strategy in search.strategies:
+            criterion = strategy.removeprefix("importance_")
+            if criterion == strategy:
+                candidates.append(Candidate(from_strategy(strategy, num_layers, ratio), strategy))
+            elif criterion in importance:
+                layout = from_strategy("importance", num_layers, ratio, importance[criterion])
+                candidates.append(Candidate(layout, strategy))
     return without_repeats(candidate for candidate in candidates if meets_constraints(candidate.layout, search))
 
 

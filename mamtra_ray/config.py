@@ -16,10 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mamtra_ray.artifacts import content_hash, write_text
 from mamtra_ray.errors import InputError, nearest_name
-from mamtra_ray.layouts import STRATEGIES, parse_ratio
+from mamtra_ray.layouts import PATTERNS, parse_ratio
 
 # The demo's values are also the defaults below, so an installed wheel (without this folder) runs the same search.
 DEFAULT_SPACE = Path(__file__).parent.parent / "search_spaces" / "demo.yaml"
+
+IMPORTANCE_CRITERIA = ("wer", "cosine", "kl")
+SEARCH_STRATEGIES = (*PATTERNS, *(f"importance_{criterion}" for criterion in IMPORTANCE_CRITERIA))
+"""What ``search.strategies`` may name."""
 
 
 class _Section(BaseModel):
@@ -95,18 +99,17 @@ class ProbeConfig(_Section):
     """How many layouts are scored by a forward pass before the search; 0 skips probing."""
     validation_tokens: int = Field(3_000, gt=0)
     """Speech tokens a probe is scored on."""
-    importance: Literal["wer", "cosine", "kl"] = "wer"
-    """What the strategy `importance` ranks layers by: words lost when a layer is replaced, cosine of its input and
-    output, or KL divergence when it is replaced."""
     importance_sentences: int = Field(20, gt=0)
-    """Sentences spoken for each layer by the criterion wer."""
+    """Sentences spoken for each layer by the strategy importance_wer."""
 
 
 class SearchConfig(_Section):
     ratios: tuple[str, ...] = ("1:1",)
     """Budgets, attention to Mamba: a layout of each is found, compared and exported."""
     strategies: tuple[str, ...] = ("block_beginning", "back")
-    """The paper's placements that are always among the candidates, at every budget."""
+    """The paper's placements that are always among the candidates, at every budget: patterns, and importance_wer,
+    importance_cosine, importance_kl, which keep the layers that lose most words when replaced, turn their input most,
+    or have the highest KL divergence when replaced."""
     trials: int = Field(8, gt=0)
     """Layouts that Tune starts in all, the paper's placements among them."""
     sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
@@ -315,8 +318,9 @@ def _first_problem(error: ValidationError, path: Path) -> str:
 
 def _check_search(search: SearchConfig) -> None:
     for strategy in search.strategies:
-        if strategy not in STRATEGIES:
-            raise InputError(f"search.strategies: unknown strategy {strategy!r}: {nearest_name(strategy, STRATEGIES)}")
+        if strategy not in SEARCH_STRATEGIES:
+            hint = nearest_name(strategy, SEARCH_STRATEGIES)
+            raise InputError(f"search.strategies: unknown strategy {strategy!r}: {hint}")
     for ratio in search.ratios:
         parse_ratio(ratio)
     if list(search.rung_tokens) != sorted(set(search.rung_tokens)) or not search.rung_tokens:

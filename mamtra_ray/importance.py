@@ -26,23 +26,25 @@ KIND, SCHEMA_VERSION = "layer importance", 1
 def layer_importance(
     config: Config,
     folder: Path,
+    criterion: str,
     *,
     teacher: Teacher,
     library: Path,
     validation: SharedCache,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """One score per layer by ``config.probe.importance``, higher = keep its attention; Ray must be initialised.
+    """One score per layer, higher = keep its attention; Ray must be initialised.
 
     Kept in ``importance_<criterion>.json`` of the run folder and reused while teacher, library and settings fit.
 
     Args:
         config: sections probe, search, student, and for the criterion wer also corpus and evaluate.
         folder: run folder.
+        criterion: of ``config.IMPORTANCE_CRITERIA``. ``wer``: words lost when the layer is replaced; ``cosine``: how
+            far the layer turns its input; ``kl``: KL divergence to the teacher when it is replaced.
         teacher, library, validation: as for :func:`~mamtra_ray.probe.probe_masks`.
         on_progress: called with (done, total) in units of the criterion (layouts or utterances).
     """
-    criterion = config.probe.importance
     spoken = config.evaluate.model_copy(update={"sentences": config.probe.importance_sentences, "audio_examples": 0})
     made_by = {
         "teacher": teacher.fingerprint,

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from mamtra_ray.errors import InputError, nearest_name
 
-STRATEGIES = ("block_beginning", "block_end", "front", "middle", "back", "sandwich", "importance")
+PATTERNS = ("block_beginning", "block_end", "front", "middle", "back", "sandwich")
+"""The paper's strategies that need nothing but the number of layers and the ratio."""
+STRATEGIES = (*PATTERNS, "importance")
 
 
 @dataclass(frozen=True, order=True)

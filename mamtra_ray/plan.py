@@ -32,9 +32,11 @@ def print_plan(config: Config, folder: Path) -> None:
     validation = config.corpus.validation_tokens
     search, distill = config.search, config.distill
     papers = paper_candidates(search, layers)
-    trials = len(papers) if search.sampler == "grid" else max(search.trials, len(papers))
+    ranked = [strategy for strategy in search.strategies if strategy.startswith("importance_")]
+    placements = len(papers) + len(ranked) * len(search.ratios)
+    trials = placements if search.sampler == "grid" else max(search.trials, placements)
     halving = _halving_tokens(trials, search.rung_tokens, search.reduction_factor)
-    finalists = len(papers) + search.finalists * len(search.ratios)
+    finalists = placements + search.finalists * len(search.ratios)
     # Every Mamba layer is trained beside the teacher's forward pass, which the alignment repeats.
     aligned = config.align.tokens if config.student.initialisation == "aligned" else 0
     probed = config.probe.masks * config.probe.validation_tokens if aligned else 0
@@ -44,13 +46,14 @@ def print_plan(config: Config, folder: Path) -> None:
         ("probe", f"{config.probe.masks if aligned else 0} layouts, forward", probed, 2),
         ("trials", f"{trials} layouts, rungs {'/'.join(map(str, search.rung_tokens))}", halving, 6),
         ("finalists", f"{finalists} layouts x {distill.tokens:,} tokens", finalists * distill.tokens, 6),
-        ("speech", f"{finalists + 1} systems x {config.evaluate.sentences} sentences", 0, 0),
     ]
     rate = _matmul_flops_per_second() * _REACHED
     rows = [
         [name, what, f"{tokens:,}", f"{tokens * body * factor / 1e12:.2f}", duration(tokens * body * factor / rate)]
         for name, what, tokens, factor in phases
     ]
+    # What generation and recognition take depends on lengths, codec and recogniser.
+    rows.append(["speech", f"{finalists + 1} systems x {config.evaluate.sentences} sentences", "", "", "not estimated"])
     total = sum(tokens * body * factor for _, _, tokens, factor in phases)
     print(
         f"plan for {folder}: teacher {teacher.name}, {layers} layers, {body / 1e6:.1f} M parameters without the table"
@@ -58,6 +61,8 @@ def print_plan(config: Config, folder: Path) -> None:
     print(f"budgets {', '.join(search.ratios)}; always among the candidates:")
     for candidate in papers:
         print(f"  {candidate.layout}  {candidate.layout.ratio}  {candidate.origin}")
+    for strategy in ranked:
+        print(f"  {'measured first':{layers}}  {', '.join(search.ratios)}  {strategy}")
     print()
     print(table(["phase", "what", "tokens", "TFLOP", "one process here"], rows))
     print(f"\n{total / 1e12:.2f} TFLOP in all, {duration(total / rate)} on one process of this machine at")

@@ -112,7 +112,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [list(header), *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     numeric = [
-        all(isinstance(row[column], int | float) or str(row[column])[:1].isdigit() for row in rows)
+        all(isinstance(row[column], int | float) or not row[column] or str(row[column])[:1].isdigit() for row in rows)
         for column in range(len(header))
     ]
     lines = [

@@ -12,7 +12,7 @@ from pathlib import Path
 from mamtra_ray import paper_results
 from mamtra_ray.correlations import Correlation, pearson, spearman
 from mamtra_ray.efficiency import cache_bytes, parameters
-from mamtra_ray.layouts import STRATEGIES, Layout, from_strategy
+from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
 from mamtra_ray.report_content import (
     AudioRow,
     Column,
@@ -41,9 +41,7 @@ def layouts(runs: Sequence[Run]) -> Section:
     for num_layers in {len(row["layout"]) for run in runs for row in _all_layout_rows(run)}:
         ratios = list(dict.fromkeys(ratio for run in runs for ratio in run.config.search.ratios))
         for ratio in ratios:
-            for strategy in STRATEGIES:
-                if strategy == "importance":
-                    continue
+            for strategy in PATTERNS:
                 layout = from_strategy(strategy, num_layers, ratio)
                 rows.append({"ratio": ratio, "origin": strategy, "layout": str(layout)})
             if num_layers == 24 and ratio in ("1:5", "1:11"):

@@ -16,7 +16,14 @@ from typing import Any
 import ray
 
 from mamtra_ray.candidates import Candidate, paper_candidates
-from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, explain, load_config
+from mamtra_ray.config import (
+    IMPORTANCE_CRITERIA,
+    Config,
+    add_common_arguments,
+    config_from_arguments,
+    explain,
+    load_config,
+)
 from mamtra_ray.cost_by_rung import cost_by_rung
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.evaluate import evaluate_systems
@@ -103,23 +110,25 @@ def probe(session: Session, library: Path | None, validation: SharedCache) -> li
         ]
 
 
-def importance(session: Session, library: Path | None, validation: SharedCache) -> list[float] | None:
-    """How much each layer's attention matters, by ``probe.importance``, if a strategy asks for it."""
-    if "importance" not in session.config.search.strategies:
-        return None
-    if library is None:
-        raise InputError("the strategy importance needs aligned mixers: set student.initialisation=aligned")
-    with session.screen.phase(
-        "importance", f"every layer's attention replaced alone, by {session.config.probe.importance}"
-    ):
-        return layer_importance(
-            session.config,
-            session.folder,
-            teacher=session.teacher,
-            library=library,
-            validation=validation,
-            on_progress=lambda done, total: session.screen.count(done, total, "replacements"),
-        )
+def importance(session: Session, library: Path | None, validation: SharedCache) -> dict[str, list[float]]:
+    """How much each layer's attention matters, by every criterion that a strategy asks for."""
+    found = {}
+    for criterion in IMPORTANCE_CRITERIA:
+        if f"importance_{criterion}" not in session.config.search.strategies:
+            continue
+        if library is None:
+            raise InputError("the importance strategies need aligned mixers: set student.initialisation=aligned")
+        with session.screen.phase("importance", f"every layer's attention replaced alone, by {criterion}"):
+            found[criterion] = layer_importance(
+                session.config,
+                session.folder,
+                criterion,
+                teacher=session.teacher,
+                library=library,
+                validation=validation,
+                on_progress=lambda done, total: session.screen.count(done, total, "replacements"),
+            )
+    return found
 
 
 def note_costs(

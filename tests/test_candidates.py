@@ -63,9 +63,13 @@ def test_papers_layouts_come_first_once_and_only_if_allowed():
     ]
     kept = paper_candidates(SearchConfig(ratios=("1:1",), keep_attention=(0,)), 4)
     assert [c.origin for c in kept] == ["block_beginning"]
-    by_rank = SearchConfig(ratios=("1:1",), strategies=("importance",))
+    by_rank = SearchConfig(ratios=("1:1",), strategies=("importance_wer", "importance_cosine"))
     assert paper_candidates(by_rank, 4) == []
-    assert [str(c.layout) for c in paper_candidates(by_rank, 4, [0.0, 3.0, 1.0, 2.0])] == ["MAMA"]
+    both = {"wer": [0.0, 3.0, 1.0, 2.0], "cosine": [3.0, 2.0, 1.0, 0.0]}
+    assert paper_candidates(by_rank, 4, both) == [
+        Candidate(Layout("MAMA"), "importance_wer"),
+        Candidate(Layout("AAMM"), "importance_cosine"),
+    ]
     twice = [Candidate(Layout("AM"), "front"), Candidate(Layout("AM"), "probe"), Candidate(Layout("MA"), "probe")]
     assert without_repeats(twice) == [twice[0], twice[2]]
 

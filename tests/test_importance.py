@@ -44,15 +44,14 @@ def test_single_replacements():
 
 @pytest.mark.parametrize("criterion", ["kl", "cosine"])
 def test_importance_is_kept_and_reused(setup, validation, tmp_path, criterion, monkeypatch):  # noqa: F811
-    config = setup.config.model_copy(update={"probe": setup.config.probe.model_copy(update={"importance": criterion})})
     arguments = {"teacher": setup.teacher, "library": setup.folder / "library", "validation": validation}
-    scores = layer_importance(config, tmp_path, **arguments)
+    scores = layer_importance(setup.config, tmp_path, criterion, **arguments)
     assert len(scores) == 4
     if criterion == "kl":
         kl = {row["layout"]: row["kl"] for row in read_rows(tmp_path / PROBE, PROBE_COLUMNS)}
         assert scores == [kl[name] for name in ("MAAA", "AMAA", "AAMA", "AAAM")]
     monkeypatch.setattr(importance, "ProbePool", None)  # nothing may be scored again
-    assert layer_importance(config, tmp_path, **arguments) == scores
+    assert layer_importance(setup.config, tmp_path, criterion, **arguments) == scores
     content = json.loads((tmp_path / f"importance_{criterion}.json").read_text())
     assert content["criterion"] == criterion and content["made_by"]["teacher"] == setup.teacher.fingerprint
 
@@ -72,7 +71,7 @@ def test_words_lost_are_the_difference_to_the_teacher(setup, validation, tmp_pat
 
     monkeypatch.setattr(importance, "evaluate_systems", fake)
     scores = layer_importance(
-        setup.config, tmp_path, teacher=setup.teacher, library=setup.folder / "library", validation=validation
+        setup.config, tmp_path, "wer", teacher=setup.teacher, library=setup.folder / "library", validation=validation
     )
     assert scores == pytest.approx([0.02, 0.07, 0.12, 0.17]) and len(spoken) == 4
     assert from_strategy("importance", 4, "1:1", scores) == Layout("MMAA")
