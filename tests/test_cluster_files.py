@@ -39,6 +39,7 @@ RAY_JOB = _object(
                 "rayClusterSpec": _object(
                     {
                         "rayVersion": STRING,
+                        "authOptions": _object({"mode": {"enum": ["disabled", "token"]}, "secretName": STRING}),
                         "headGroupSpec": _object({"rayStartParams": START_PARAMS, "template": POD}, ("template",)),
                         "workerGroupSpecs": {
                             "type": "array",
@@ -68,6 +69,15 @@ RAY_JOB = _object(
 def test_ray_up_file_meets_rays_own_schema():
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.validate(yaml.safe_load((CLUSTER / "ray_cluster.yaml").read_text()), schema)
+
+
+def test_every_way_to_a_cluster_uses_one_token():
+    ray_up = yaml.safe_load((CLUSTER / "ray_cluster.yaml").read_text())
+    assert ray_up["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    starts = [c for role in ("head", "worker") for c in ray_up[f"{role}_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in command for command in starts)
+    job = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())
+    assert job["spec"]["rayClusterSpec"]["authOptions"]["mode"] == "token"
 
 
 def test_ray_job_has_only_fields_of_the_resource():
