@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mamtra_ray.align", description=__doc__.splitlines()[0])
     add_common_arguments(parser)
     parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     config, folder = config_from_arguments(options)
     if options.dry_run:
         print(f"align: {config.align.tokens:,} tokens on {config.align.workers} worker(s), into {folder.parent}/shared")

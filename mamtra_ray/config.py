@@ -260,7 +260,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments every verb takes."""
+    """The arguments every verb takes; parse with ``parse_intermixed_args``, so that overrides may stand anywhere."""
     parser.add_argument("--space", type=Path, metavar="FILE", help="search-space file (default: the packaged demo)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<name>)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its estimated cost, do nothing")

@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_common_arguments(parser)
     parser.add_argument("--layout", required=True, help="one letter per layer, such as AMAM...; or STRATEGY:RATIO")
     parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     config, folder = config_from_arguments(options)
     num_layers = cached_teacher(config.teacher.kind, config.teacher.path).model.layout.num_layers
     layout = layout_from_argument(options.layout, num_layers)

@@ -19,7 +19,7 @@ from mamtra_ray.cluster import connect
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, save_config
 from mamtra_ray.corpus import Utterance, corpus_identity, read_corpus, utterances
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error, nearest_name
-from mamtra_ray.evaluation_pool import evaluated
+from mamtra_ray.evaluation_pool import check_speech_stack, evaluated
 from mamtra_ray.evaluation_results import (
     FOLDER,
     Evaluation,
@@ -100,6 +100,16 @@ def evaluate_systems(
     write_summary(folder, evaluations, made_by, without_words)
     write_audio(folder, evaluations, examples)
     return evaluations
+
+
+def check_evaluation(config: Config) -> None:
+    """Say before a long run what would end its evaluation; Ray must be initialised.
+
+    Raises:
+        InputError: no test sentence, or something the recogniser, the codec or a metric needs is missing.
+    """
+    _test_sentences(config)
+    check_speech_stack(config)
 
 
 def _test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
@@ -244,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="a saved model, may be repeated (default: the finalists of the run folder)",
     )
     parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     config, folder = config_from_arguments(options)
     systems = _systems_from_arguments(options.system, folder)
     sentences, without_words, _ = _test_sentences(config)

@@ -30,8 +30,7 @@ def evaluated(config: Config, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, 
     slots = min(cluster.get("CPU", 1) // cpus, cluster.get("GPU", 0) // gpus if gpus else len(chunks))
     if slots < 1:
         raise InputError(f"an evaluation actor needs {cpus:g} CPU and {gpus:g} GPU, the cluster has {cluster}")
-    actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(EvaluationWorker)
-    actors = [actor_class.remote(config, max(1, int(cpus))) for _ in range(min(int(slots), len(chunks)))]
+    actors = [_actor(config) for _ in range(min(int(slots), len(chunks)))]
     waiting = deque(chunks)
     running: dict[Any, tuple[Any, Chunk | None]] = {actor.prepare.remote(): (actor, None) for actor in actors}
     unfinished = len(chunks)
@@ -49,6 +48,25 @@ def evaluated(config: Config, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, 
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def check_speech_stack(config: Config) -> None:
+    """Load recogniser, codec and metrics once, so that a wrong path is said before hours of training.
+
+    Raises:
+        InputError: one of their files or packages is missing where evaluation actors run.
+    """
+    actor = _actor(config)
+    try:
+        _result(actor.prepare.remote())
+    finally:
+        ray.kill(actor)
+
+
+def _actor(config: Config) -> Any:
+    cpus, gpus = config.search.cpus_per_worker, _gpus_per_actor(config)
+    actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3)(EvaluationWorker)
+    return actor_class.remote(config, max(1, int(cpus)))
 
 
 def _gpus_per_actor(config: Config) -> float:

@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mamtra_ray.probe", description=(__doc__ or "").splitlines()[0])
     add_common_arguments(parser)
     parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     config, folder = config_from_arguments(options)
     if options.dry_run:
         print(

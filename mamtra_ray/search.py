@@ -26,7 +26,7 @@ from mamtra_ray.config import (
 )
 from mamtra_ray.cost_by_rung import cost_by_rung
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
-from mamtra_ray.evaluate import evaluate_systems
+from mamtra_ray.evaluate import check_evaluation, evaluate_systems
 from mamtra_ray.export import export_student
 from mamtra_ray.finalists import choose_best, distill_the_finalists, student_folder
 from mamtra_ray.importance import layer_importance
@@ -55,14 +55,14 @@ from mamtra_ray.training import validate
 from mamtra_ray.trial import TrialSettings
 from mamtra_ray.trials import run_the_trials, trial_weights
 
-PHASES = ("cache", "align", "probe", "importance", "trials", "finalists", "speech", "export", "report")
-
 
 def search(config: Config, folder: Path, address: str | None) -> None:
     """Run all phases; see the module's docstring."""
-    session = start_session(config, folder, PHASES, address)
+    session = start_session(config, folder, phases(config), address)
     config = session.config
     budgets = ", ".join(config.search.ratios)
+    if config.evaluate.sentences:
+        check_evaluation(config)
     session.screen.say(f"run {folder}: {session.num_layers} layers, budgets {budgets}; dashboard {_dashboard_url()}")
     metrics = SearchMetrics(folder.name)
     train, validation = make_cache(session)
@@ -88,6 +88,23 @@ def search(config: Config, folder: Path, address: str | None) -> None:
     with session.screen.phase("report", "tables, figures, audio"):
         report = write_report([folder], folder)
     closing_words(session, finalists, reference, best, report)
+
+
+def phases(config: Config) -> tuple[str, ...]:
+    """What this search goes through, in order."""
+    aligned = config.student.initialisation == "aligned"
+    wanted = {
+        "cache": True,
+        "align": aligned,
+        "probe": aligned and config.probe.masks > 0,
+        "importance": any(strategy.startswith("importance_") for strategy in config.search.strategies),
+        "trials": True,
+        "finalists": True,
+        "speech": config.evaluate.sentences > 0,
+        "export": True,
+        "report": True,
+    }
+    return tuple(phase for phase, is_wanted in wanted.items() if is_wanted)
 
 
 def probe(session: Session, library: Path | None, validation: SharedCache) -> list[Candidate]:
@@ -234,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run, also with other settings")
     parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
     parser.add_argument("--explain", action="store_true", help="print every key of a search-space file and stop")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.explain:
         print(explain())
         return 0

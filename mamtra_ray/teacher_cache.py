@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", metavar="DIR_OR_URI", help="where the cache lies (default: <run>/cache)")
     parser.add_argument("--repair", action="store_true", help="compute damaged or missing shards again")
     parser.add_argument("--address", help="Ray cluster to join (default: $RAY_ADDRESS, else this machine)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config, run = config_from_arguments(arguments)
     folder = arguments.cache or str(run / "cache")
     if arguments.dry_run:

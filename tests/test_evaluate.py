@@ -15,7 +15,7 @@ from mamtra_ray import evaluate, evaluation_pool
 from mamtra_ray.config import load_config
 from mamtra_ray.corpus import write_corpus
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate import compare, evaluate_systems
+from mamtra_ray.evaluate import check_evaluation, compare, evaluate_systems
 from mamtra_ray.evaluation_results import scored
 from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker, sampling_of
 from mamtra_ray.generate import COSYVOICE2, Sampling, generate
@@ -188,6 +188,18 @@ def test_only_lost_sentences_are_spoken_again(place, evaluated_run, monkeypatch)
 def test_errors_of_an_actor_reach_the_user(place, ray_cluster, tmp_path):
     with pytest.raises(InputError, match=r"nowhere given, which is no folder with Whisper weights$"):
         evaluate_systems(config_of(place, **{"evaluate.recognizer": "whisper:nowhere"}), {}, tmp_path)
+
+
+def test_a_search_checks_its_evaluation_before_it_trains(place, ray_cluster):
+    check_evaluation(config_of(place))
+    for key, value, message in (
+        ("evaluate.recognizer", "whisper:nowhere", "no folder with Whisper weights"),
+        ("evaluate.codec", "nowhere", "nowhere"),
+        ("evaluate.metrics", "speaker", "did you mean 'speaker_similarity'"),
+        ("evaluate.corpus", "nowhere", "nowhere"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_evaluation(config_of(place, **{key: value}))
 
 
 def test_bad_input_is_refused_before_any_work(place, tmp_path, capsys):

@@ -93,9 +93,12 @@ def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path):
 
 def test_dry_run_starts_nothing(tmp_path, capsys):
     space, run = write_search_space(tmp_path), tmp_path / "runs" / "dry"
-    assert search.main(["--space", str(space), "--run", str(run), "--dry-run"]) == 0
+    # Overrides may stand anywhere among the options.
+    arguments = ["distill.tokens=700", "--space", str(space), "--run", str(run), "search.trials=5", "--dry-run"]
+    assert search.main(arguments) == 0
     plan = capsys.readouterr().out
     assert "MMAA  1:1  back" in plan and "TFLOP" in plan
+    assert "5 layouts, rungs" in plan and "2 layouts x 700 tokens" in plan
     assert not run.exists()
 
 
