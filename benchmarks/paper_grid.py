@@ -20,8 +20,8 @@ from pathlib import Path
 from mamtra_ray.layouts import PATTERNS
 from mamtra_ray.report import write_report
 
-GRID = ["search.ratios=1:1,1:3,1:5,1:11", "distill.tokens=40000"]
-ONE_LAYOUT = ["search.ratios=1:1", "search.strategies=block_beginning", "distill.tokens=80000"]
+GRID = ["search.ratios=1:1,1:3,1:5,1:11", "distill.tokens=24000"]
+ONE_LAYOUT = ["search.ratios=1:1", "search.strategies=block_beginning", "distill.tokens=60000"]
 RUNS = {
     "placements": [*GRID, f"search.strategies={','.join([*PATTERNS, 'importance_wer', 'importance_cosine'])}"],
     **{
@@ -36,7 +36,7 @@ RUNS = {
 # The placements are finalists whatever their short score, so the trials are as short as can be.
 COMMON = [
     "search.sampler=grid", "probe.masks=0", "search.rung_tokens=2000", "distill.workers=1",
-    "evaluate.sentences=40", "evaluate.audio_examples=0",
+    "evaluate.sentences=30", "evaluate.audio_examples=0",
 ]  # fmt: skip
 QUICK = ["distill.tokens=4000", "evaluate.sentences=4"]
 

@@ -73,6 +73,10 @@ def test_the_cache_of_figure_5(ratio):
         growth = cache_bytes(COSYVOICE, layout, length, "float32", dummy_key_value=True) - constant
         published = paper_results.FIGURE_5_GROWTH_AT_4096_MB[ratio] * length / 4096
         assert growth / 1e6 == pytest.approx(published, abs=0.01)
+        # To the byte: 1,024 a token and attention layer, 8 a token and Mamba layer (247,808 each at the start).
+        attention = len(layout.attention_layers)
+        assert growth == length * (1024 * attention + 8 * (24 - attention))
+    assert constant == 247_808 * (24 - attention)
 
 
 def test_table_3_flops():
