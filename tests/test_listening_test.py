@@ -176,6 +176,19 @@ def test_the_interval_covers(listeners, utterances, missing, naive_at_most):
     assert naive / 500 < naive_at_most
 
 
+@pytest.mark.parametrize(("listeners", "utterances", "missing"), [(15, 50, 0.0), (4, 30, 0.3), (12, 3, 0.4)])
+def test_the_interval_is_that_of_crowdmos_but_for_the_divisor(listeners, utterances, missing, monkeypatch):
+    """With variances divided by n, which ours are not, it is what the mean-opinion-score package computes."""
+    published = pytest.importorskip("mean_opinion_score", reason="mean-opinion-score needs Python 3.11")
+    ratings = simulated(np.random.default_rng(2), listeners, utterances, (0.35, 0.2, 0.7), missing)
+    nanvar, var = np.nanvar, np.var
+    monkeypatch.setattr(np, "nanvar", lambda *a, ddof=0, **k: nanvar(*a, **k))
+    monkeypatch.setattr(np, "var", lambda *a, ddof=0, **k: var(*a, **k))
+    assert half_width(ratings) == pytest.approx(published.get_ci95(ratings), rel=1e-5)
+    monkeypatch.undo()
+    assert half_width(ratings) < published.get_ci95(ratings)
+
+
 def test_few_ratings_have_no_interval():
     assert half_width(np.array([[3.0, 4.0]])) is None
     assert half_width(np.array([[3.0, np.nan], [np.nan, np.nan]])) is None
