@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 
@@ -21,14 +23,31 @@ def nearest_name(name: str, valid_names: Iterable[str]) -> str:
 
 
 def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a verb's ``main``: an :class:`InputError` becomes one line on stderr and exit code 2."""
+    """Wrap a verb's ``main``: an :class:`InputError` becomes one line on stderr and exit code 2.
+
+    A reader that has seen enough (``... | head``) is no error.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
         try:
-            return main(*args, **kwargs) or 0
+            code = main(*args, **kwargs) or 0
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            if not _nobody_reads(sys.stdout.fileno()):
+                raise  # another pipe broke
+            # Python flushes once more at its exit, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
 
     return wrapped
+
+
+def _nobody_reads(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

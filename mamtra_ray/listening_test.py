@@ -29,7 +29,7 @@ from mamtra_ray.opinion_scores import (
     write_scores,
 )
 from mamtra_ray.progress import table
-from mamtra_ray.run_folder import AUDIO, CODEC, ORIGINAL, TEACHER, Run, read_run
+from mamtra_ray.run_folder import AUDIO, CODEC, ORIGINAL, TEACHER, Run, read_runs
 
 RESPONSES = "responses"
 
@@ -215,7 +215,7 @@ def _make(options: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {value}")
     folders = options.run or [Path("runs") / load_config(options.space, options.overrides).name]
-    stimuli = choose_stimuli([read_run(path) for path in folders], options.system, options.utterances, options.seed)
+    stimuli = choose_stimuli(read_runs(folders), options.system, options.utterances, options.seed)
     systems = dict.fromkeys(stimulus.system for stimulus in stimuli)
     print(f"{len(stimuli)} clips: {len(stimuli) // len(systems)} utterances by {', '.join(systems)}")
     if options.dry_run:

@@ -15,7 +15,7 @@ listeners and 50 utterances). We use the two-way variance of CrowdMOS (Ribeiro, 
     interval             = t(0.975, min(listeners, utterances) - 1) * sqrt(variance of the mean)
 
 with M_s ratings of an utterance, N_w of a listener, T in all. One departure: variances divide by n - 1. Divided by n,
-as in the published code, the intervals cover 97 to 99 % instead of 95 in simulations with known effects.
+as in the published code, the intervals cover 96 to 99 % instead of 95 in simulations with known effects.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mamtra_ray import report_comparisons, report_search, report_sections
+from mamtra_ray import report_comparisons, report_costs, report_search, report_sections
 from mamtra_ray.config import load_config
 from mamtra_ray.efficiency import break_even_length, cache_bytes
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
@@ -20,7 +20,7 @@ from mamtra_ray.opinion_scores import OpinionScore, read_scores
 from mamtra_ray.report_comparisons import naturalness
 from mamtra_ray.report_content import Report
 from mamtra_ray.report_page import write_files, write_page
-from mamtra_ray.run_folder import REPORT, Run, read_run
+from mamtra_ray.run_folder import REPORT, Run, read_runs
 
 SECTIONS = (
     report_sections.systems,
@@ -28,9 +28,9 @@ SECTIONS = (
     report_sections.layouts,
     report_sections.ce_and_wer,
     report_search.search,
-    report_search.complexity,
-    report_search.cache,
-    report_search.memory,
+    report_costs.complexity,
+    report_costs.cache,
+    report_costs.memory,
     report_comparisons.convergence_by_initialisation,
     report_comparisons.loss_ablation,
     report_search.ledger,
@@ -50,10 +50,14 @@ def write_report(run_dirs: Sequence[Path], output: Path, listening_test: Path | 
         The path of the page.
 
     Raises:
-        InputError: a folder that is no run, or a damaged file in one.
+        InputError: a folder that is no run, a damaged file in one, or an ``output`` that cannot be a folder.
     """
     page = output if output.suffix == ".html" else output / REPORT
-    report = build_report([read_run(path) for path in run_dirs], read_scores(listening_test) if listening_test else ())
+    report = build_report(read_runs(run_dirs), read_scores(listening_test) if listening_test else ())
+    try:
+        page.with_suffix("").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"no report can be written to {page}: {error.strerror} ({error.filename})") from None
     write_files(report, page.with_suffix(""))
     write_page(report, page)
     return page
@@ -117,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run_dirs = options.run or [Path("runs") / load_config(options.space, options.overrides).name]
     if options.dry_run:
-        for section in build_report([read_run(path) for path in run_dirs]).sections:
+        for section in build_report(read_runs(run_dirs)).sections:
             tables, figures = len(section.tables), len(section.figures)
             print(f"{section.title}: {section.missing or f'{tables} tables, {figures} figures'}")
         return 0

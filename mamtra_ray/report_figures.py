@@ -94,7 +94,9 @@ def ce_against_wer(
                 axes.plot([row["ce"]] * 2, [100 * low, 100 * high], color=colour, alpha=0.4, linewidth=1, zorder=2)
             marker = MARKERS.get(row["strategy"], "o")
             size = 130 if marker == "*" else 42
-            axes.scatter(row["ce"], wer, s=size, marker=marker, color=colour, edgecolor=theme.background, zorder=3)
+            axes.scatter(
+                row["ce"], wer, s=size, marker=marker, color=colour, edgecolor=theme.background, linewidth=0.4, zorder=3
+            )
         if teacher is not None:
             axes.scatter(teacher[0], 100 * teacher[1], s=60, marker="h", color=theme.ink, zorder=3)
             axes.annotate("teacher", (teacher[0], 100 * teacher[1]), xytext=(6, 4), textcoords="offset points")

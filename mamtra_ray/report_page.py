@@ -65,8 +65,8 @@ def _data_url(kind: str, content: bytes) -> str:
 
 
 def _sort_key(table: Table, row: Row, key: str) -> str:
-    """What a column is sorted by: the value itself, not its rounded text; empty sorts last."""
+    """What a column is sorted by: the value itself, not its rounded text; empty and not-a-number sort last."""
     value = row.get(key)
-    if value is None:
+    if value is None or value != value:
         return ""
     return format(value, ".17g") if isinstance(value, float) else str(value)

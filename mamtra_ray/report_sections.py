@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mamtra_ray import paper_results
 from mamtra_ray.correlations import Correlation, pearson, spearman
-from mamtra_ray.efficiency import cache_bytes, parameters
+from mamtra_ray.efficiency import cache_bytes, parameters, prefill_flops
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
 from mamtra_ray.report_content import (
     AudioRow,
@@ -38,16 +38,20 @@ WER = Column("wer", "WER %", percent_with_interval("wer"))
 def layouts(runs: Sequence[Run]) -> Section:
     """Table 1: the paper's placements at the runs' ratios, and the layouts that were found."""
     rows: list[Row] = []
-    for num_layers in {len(row["layout"]) for run in runs for row in _all_layout_rows(run)}:
-        ratios = list(dict.fromkeys(ratio for run in runs for ratio in run.config.search.ratios))
-        for ratio in ratios:
-            for strategy in PATTERNS:
-                layout = from_strategy(strategy, num_layers, ratio)
-                rows.append({"ratio": ratio, "origin": strategy, "layout": str(layout)})
-            if num_layers == 24 and ratio in ("1:5", "1:11"):
-                kept = paper_results.ATTENTION_LAYERS_KEPT[ratio]
-                letters = "".join("A" if layer in kept else "M" for layer in range(24))
-                rows.append({"ratio": ratio, "origin": "wer (paper)", "layout": letters})
+    depths_and_ratios = [
+        (num_layers, ratio)
+        for run in runs
+        for num_layers in sorted({len(row["layout"]) for row in _all_layout_rows(run)})
+        for ratio in run.config.search.ratios
+    ]
+    for num_layers, ratio in dict.fromkeys(depths_and_ratios):
+        for strategy in PATTERNS:
+            layout = from_strategy(strategy, num_layers, ratio)
+            rows.append({"ratio": ratio, "origin": strategy, "layout": str(layout)})
+        if num_layers == 24 and ratio in ("1:5", "1:11"):
+            kept = paper_results.ATTENTION_LAYERS_KEPT[ratio]
+            letters = "".join("A" if layer in kept else "M" for layer in range(24))
+            rows.append({"ratio": ratio, "origin": "wer (paper)", "layout": letters})
     placed = {row["layout"] for row in rows}
     for run in runs:
         for row in run.finalists:
@@ -71,7 +75,7 @@ def systems(runs: Sequence[Run]) -> Section:
         for run in runs
         for row in [
             *_reference_rows(run),
-            *({"run": run.name, "system": row["origin"], **row} for row in run.finalists),
+            *({"run": run.name, "system": row["origin"], **row, **_prefill_flops(run, row)} for row in run.finalists),
         ]
     ]
     columns = [
@@ -81,6 +85,7 @@ def systems(runs: Sequence[Run]) -> Section:
         Column("speaker_similarity", "similarity", ".3f"), Column("utmos", "UTMOS", ".2f"),
         Column("dnsmos", "DNSMOS", ".2f"),
         Column("parameters", "M parameters", scaled("parameters", 1e6)),
+        Column("prefill_flops", "TFLOP", scaled("prefill_flops", 1e12, 3)),
         Column("cache_bytes", "cache MB", scaled("cache_bytes", 1e6)), Column("tokens", "tokens", ",d"),
     ]  # fmt: skip
     optional = ("wer_difference", "speaker_similarity", "utmos", "dnsmos")
@@ -91,7 +96,8 @@ def systems(runs: Sequence[Run]) -> Section:
     text = (
         f"WER of generated speech on {heard} sentences, with its 95 % interval. What the codec costs is the floor of"
         " every system below it.",
-        "cache: one sequence at the runs' context length, float32.",
+        "TFLOP: a forward pass as the paper counts it (python -m mamtra_ray.efficiency); cache: float32; both for one"
+        " sequence of the runs' context length.",
     )
     return Section(
         "systems",
@@ -120,7 +126,14 @@ def _reference_rows(run: Run) -> list[Row]:
         teacher["ratio"], teacher["layout"] = layout.ratio, str(layout)
         teacher["parameters"] = parameters(run.architecture, layout)
         teacher["cache_bytes"] = cache_bytes(run.architecture, layout, length)
+        teacher |= _prefill_flops(run, teacher)
     return [row for row in rows if len(row) > 2]
+
+
+def _prefill_flops(run: Run, row: Row) -> Row:
+    if run.architecture is None:
+        return {}
+    return {"prefill_flops": prefill_flops(run.architecture, Layout(row["layout"]), run.config.search.context_length)}
 
 
 def ce_and_wer(runs: Sequence[Run]) -> Section:

@@ -21,6 +21,7 @@ Rates (WER, CER) are fractions, cross-entropies nats per speech token, times sec
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ class Run:
     """A run folder, read. Tables are lists of rows; what is not there yet is empty or ``None``."""
 
     path: Path
+    name: str
+    """The folder's; :func:`read_runs` puts parents before it where two would be called the same."""
     config: Config
     architecture: Architecture | None
     trials: list[dict[str, Any]]
@@ -156,10 +159,6 @@ class Run:
     audio: AudioIndex
     best_layout: str | None
     """The finalist that was exported to ``best/``."""
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
 
 
 def read_run(path: Path) -> Run:
@@ -178,6 +177,7 @@ def read_run(path: Path) -> Run:
         raise InputError(f"{path / LEDGER} holds no phases")
     return Run(
         path=path,
+        name=path.resolve().name,
         config=load_config(path / CONFIG),
         architecture=read_architecture(path),
         trials=read_rows(path / TRIALS, TRIAL_COLUMNS),
@@ -190,6 +190,25 @@ def read_run(path: Path) -> Run:
         audio=read_audio_index(path),
         best_layout=_read(path / BEST_LAYOUT, "layout").get("layout") if (path / BEST_LAYOUT).exists() else None,
     )
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read runs that are to be compared, each under a name of its own.
+
+    Raises:
+        InputError: as :func:`read_run`, or a folder that is given twice.
+    """
+    resolved = [Path(path).resolve() for path in paths]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise InputError(f"run folder {path} is given twice; every run to compare is another folder")
+    runs = [read_run(path) for path in paths]
+    # As many parents as it takes: a/demo and b/demo are two runs, and their layouts and clips must not be mixed up.
+    depth = 1
+    while len({path.parts[-depth:] for path in resolved}) < len(resolved):
+        depth += 1
+    names = ["/".join(path.parts[-depth:]) for path in resolved]
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -1,6 +1,9 @@
 """Closed-form efficiency against the paper, transformers' own models and torch's FLOP counter."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,6 +76,10 @@ def test_the_cache_of_figure_5(ratio):
         growth = cache_bytes(COSYVOICE, layout, length, "float32", dummy_key_value=True) - constant
         published = paper_results.FIGURE_5_GROWTH_AT_4096_MB[ratio] * length / 4096
         assert growth / 1e6 == pytest.approx(published, abs=0.01)
+        # To the byte: 1,024 a token and attention layer, 8 a token and Mamba layer (247,808 each at the start).
+        attention = len(layout.attention_layers)
+        assert growth == length * (1024 * attention + 8 * (24 - attention))
+    assert constant == 247_808 * (24 - attention)
 
 
 def test_table_3_flops():
@@ -201,6 +208,20 @@ def test_the_verb(capsys, tmp_path):
     for wrong in (["--config", str(config)], ["--system", "cosyvoice"], ["--dtype", "int3"], ["--length", "0"]):
         assert main(wrong) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough(unbuffered):
+    """Nobody reads the pipe: no traceback, whether Python notices while it prints or when it flushes."""
+    command = [sys.executable, "-m", "mamtra_ray.efficiency"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_layout_of_another_depth_is_refused():

@@ -2,13 +2,13 @@
 
 import csv
 import html.parser
-import re
+import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import needs_chromium, told_by
 from made_run import made_run, quality
 from scipy import stats
 
@@ -22,12 +22,15 @@ from mamtra_ray.report import build_report, main, write_report
 from mamtra_ray.report_search import pareto_front, rank_agreement
 from mamtra_ray.run_folder import (
     AUDIO_INDEX,
+    CURVES,
     FINALISTS,
+    PROBE,
     REFERENCE,
     TRIALS,
     read_architecture,
     read_rows,
     read_run,
+    read_runs,
     write_rows,
 )
 
@@ -103,6 +106,9 @@ def test_every_table_and_figure_is_also_a_file(page):
     assert float(teacher["wer"]) == 0.06 and float(teacher["ce"]) == 1.02
     assert float(teacher["utmos"]) == 4.1
     assert float(teacher["cache_bytes"]) == 12 * 2 * 2 * 32 * 2048 * 4
+    # The paper's accounting: two FLOPs a weight of the projections and the MLP, and the full attention square.
+    weights = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 336
+    assert float(teacher["prefill_flops"]) == 12 * (2 * 2048 * weights + 4 * 2048**2 * 128)
 
 
 def test_correlations_pooled_and_inside_ratios(runs):
@@ -181,6 +187,33 @@ def test_a_run_that_has_only_begun(runs, tmp_path, capsys):
     assert "No trial yet" in capsys.readouterr().out
 
 
+def test_runs_of_one_name_and_of_another_depth(tmp_path, capsys):
+    """Two folders called alike stay apart; a ratio of one teacher's run need not fit the layers of the other's."""
+    folders = [made_run(tmp_path / "a" / "demo"), made_run(tmp_path / "b" / "demo", seed=1)]
+    tables = {table.slug: table for s in build_report(read_runs(folders)).sections for table in s.tables}
+    assert {row["run"] for row in tables["table_3_systems"].rows} == {"a/demo", "b/demo"}
+    sections = {section.slug: section for section in build_report(read_runs(folders)).sections}
+    assert [len(row.clips) for row in sections["audio"].audio] == [4, 4]
+    assert main(["--run", str(folders[0]), "--run", str(folders[0])]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+    shallow = made_run(tmp_path / "shallow", ("search.ratios=1:3",))
+    rows = [{**row, "layout": row["layout"][:8], "ratio": "1:3"} for row in read_rows(shallow / TRIALS, ())]
+    write_rows(shallow / TRIALS, rows, ())
+    for table in (FINALISTS, PROBE, CURVES):
+        (shallow / table).unlink()
+    # 1:11 fits the twelve layers of one and not the eight of the other.
+    deep = made_run(tmp_path / "deep", ("search.ratios=1:11",))
+    table = {t.slug: t for s in build_report(read_runs([deep, shallow])).sections for t in s.tables}["table_1_layouts"]
+    assert {(len(row["layout"]), row["ratio"]) for row in table.rows[:12]} == {(12, "1:11"), (8, "1:3")}
+
+
+def test_an_output_that_is_a_file_gets_one_sentence(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--run", str(runs[0]), "--output", str(tmp_path / "file")]) == 2
+    assert "no report can be written to" in capsys.readouterr().err
+
+
 def test_what_is_no_run_gets_one_sentence(runs, tmp_path, capsys):
     def refused(folder: Path) -> str:
         assert main(["--run", str(folder)]) == 2
@@ -231,22 +264,37 @@ def test_the_architecture_survives_the_file(runs):
         build_report([])
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_in_a_browser_tables_sort_and_nothing_overflows(page, tmp_path):
-    """The page's own script reports: width at phone size, and a column after two clicks on its header."""
-    script = """<script>addEventListener("load", () => {
+@needs_chromium
+@pytest.mark.parametrize(("scheme", "background"), [("1", "rgb(255, 255, 255)"), ("0", "rgb(21, 27, 35)")])
+def test_in_a_browser(page, tmp_path, scheme, background):
+    """Tables sort, sounds play, pictures follow the scheme, and nothing is wider than a phone."""
+    script = """
       const table = document.querySelector("#search table:has(tbody tr td[data-key='40000'])");
       const header = [...table.querySelectorAll("th")].find(th => th.textContent === "CE");
       const values = () => [...table.tBodies[0].rows].map(r => +r.cells[header.cellIndex].dataset.key);
       header.firstChild.click(); const up = values(); header.firstChild.click(); const down = values();
-      const sorted = (v, sign) => v.every((x, i) => !i || sign * (x - v[i - 1]) >= 0);
-      document.title = [sorted(up, 1), sorted(down, -1), up.length,
-        document.documentElement.scrollWidth <= innerWidth].join(" ");
-    })</script></body>"""
-    copy = tmp_path / "page.html"
-    copy.write_text(page.read_text().replace("</body>", script))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    window = ["--window-size=500,900", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000"]
-    command = ["chromium", *flags, *window, "--dump-dom", copy.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert re.search(r"<title>(.*?)</title>", dom)[1] == f"true true {min(100, 3 * 14)} true"
+      const played = [];
+      for (const audio of document.querySelectorAll("audio")) {
+        const ended = new Promise(done => audio.addEventListener("ended", done, {once: true}));
+        await audio.play();
+        await ended;
+        played.push(audio.duration);
+      }
+      const phone = document.createElement("iframe");
+      phone.style.cssText = "width: 360px; height: 700px; border: 0";
+      phone.srcdoc = document.documentElement.outerHTML.replaceAll(/<script>[^]*?<\\/script>/g, "");
+      document.body.append(phone);
+      await new Promise(done => phone.addEventListener("load", done));
+      const inside = phone.contentDocument, shown = inside.documentElement;
+      const pictures = [...document.querySelectorAll("picture")].map(p =>
+        p.querySelector("img").currentSrc === p.querySelector("source").srcset);
+      tell(JSON.stringify({up, down, played, pictures, overflow: shown.scrollWidth - shown.clientWidth,
+        tables: inside.querySelectorAll("table").length, background: getComputedStyle(document.body).backgroundColor}));
+    """
+    told = json.loads(told_by(page, script, tmp_path, f"--blink-settings=preferredColorScheme={scheme}"))
+    assert told["up"] == sorted(told["up"]) and told["down"] == told["up"][::-1] and len(told["up"]) == 3 * 14
+    assert told["played"] == pytest.approx([0.1] * 10)
+    assert told["background"] == background
+    # The dark pictures are the <source> elements.
+    assert set(told["pictures"]) == {scheme == "0"}
+    assert told["overflow"] == 0 and told["tables"] > 5
