@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_cosyvoice import CODES, LAYERS, TEXT, WIDTH, qwen, upstream_state, write_cosyvoice
 from torch.nn.functional import embedding, linear
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mamtra_ray import export
 from mamtra_ray.config import load_config, save_config
@@ -72,7 +73,24 @@ def test_every_tensor_of_the_released_model_is_named():
         Layout("A" * 24), 151936, 896, 4864, 14, 2, 64, 1e-6, {"rope_type": "default", "rope_theta": 1e6}, 32768, True
     )
     shapes = expected_shapes(config, 6564)
-    assert len(shapes) == 295
+    with torch.device("meta"):
+        body = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=151936,
+                hidden_size=896,
+                intermediate_size=4864,
+                num_hidden_layers=24,
+                num_attention_heads=14,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            )
+        ).state_dict()
+    # Upstream's class holds this model as llm.model beside two tables and a head with a bias.
+    own = {name for name in shapes if not name.startswith("llm.model.")}
+    assert own == {"llm_embedding.weight", "speech_embedding.weight", "llm_decoder.weight", "llm_decoder.bias"}
+    expected = {f"llm.model.{name}": tuple(tensor.shape) for name, tensor in body.items()}
+    assert {name: shape for name, shape in shapes.items() if name not in own} == expected
+    assert (len(expected), len(shapes)) == (291, 295)
     # The unique parameters of the released model; its lm_head repeats the text table.
     lm_head = math.prod(shapes.pop("llm.model.lm_head.weight"))
     assert sum(math.prod(shape) for shape in shapes.values()) == 505_803_812
@@ -90,6 +108,7 @@ def test_tiny_checkpoint_has_the_same_names():
     ("change", "message"),
     [
         ({"llm.model.model.layers.2.self_attn.k_proj.bias": None}, "layers.2.self_attn.k_proj.bias is missing$"),
+        ({"llm.model.lm_head.weight": None}, r"llm\.model\.lm_head\.weight is missing$"),
         ({"speaker.weight": torch.zeros(2)}, "speaker.weight is unknown$"),
         ({"llm_decoder.bias": torch.zeros(5)}, r"llm_decoder.bias has shape \(5,\), expected \(33,\)"),
         ({"llm_decoder.bias": None, "x": torch.zeros(1)}, r"llm_decoder.bias is missing \(and 1 more problems\)"),
