@@ -2,6 +2,9 @@
 
 import math
 import random
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from tiny_cosyvoice import CODES, LAYERS, TEXT, WIDTH, qwen, upstream_state, wri
 from torch.nn.functional import embedding, linear
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mamtra_ray import export
+from mamtra_ray import export, teachers
 from mamtra_ray.config import load_config, save_config
 from mamtra_ray.errors import InputError
 from mamtra_ray.finalists import student_folder
@@ -17,7 +20,7 @@ from mamtra_ray.generate import GREEDY, Sampling, generate
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.hybrid import HybridConfig
 from mamtra_ray.run_folder import CONFIG, FINALIST_COLUMNS, FINALISTS, write_rows
-from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers import cosyvoice2_drop_in, load_teacher
 from mamtra_ray.teachers.base import IGNORE, make_student
 from mamtra_ray.teachers.cosyvoice2 import (
     bistream_example,
@@ -28,6 +31,7 @@ from mamtra_ray.teachers.cosyvoice2 import (
 )
 from mamtra_ray.teachers.cosyvoice2_drop_in import HybridLM, repetition_aware
 
+GUIDE = Path(__file__).parent.parent / "docs" / "cosyvoice2.md"
 TEXT_TOKENS, SPEECH_TOKENS = [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8]
 EMPTY = torch.zeros(1, 0, dtype=torch.int32)
 
@@ -232,6 +236,35 @@ def test_hyperpyyaml_builds_the_drop_in(hybrid_folder):
     )
     assert isinstance(loaded["llm"], HybridLM)
     loaded["llm"].load_state_dict(torch.load(hybrid_folder / "llm.pt", weights_only=True), strict=True)
+
+
+def test_the_code_of_the_guide_speaks_through_cosyvoice(hybrid_folder, teacher, monkeypatch):
+    """The guide's blocks, as they stand there, against CosyVoice's own loading and calls."""
+    pytest.importorskip("hyperpyyaml")
+    import upstream_cosyvoice
+
+    saved = upstream_cosyvoice.installed(monkeypatch)
+    # Imported anew, beside a CosyVoice, whose LM class it then inherits; afterwards as before.
+    monkeypatch.setattr(teachers, "cosyvoice2_drop_in", cosyvoice2_drop_in)
+    monkeypatch.delitem(sys.modules, "mamtra_ray.teachers.cosyvoice2_drop_in")
+    monkeypatch.chdir(hybrid_folder.parent)
+    hybrid_folder.rename("CosyVoice2-hybrid")
+    whole, into_a_loaded_one = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(whole, names)
+    prompt = teacher.sequence.prompt([5, 6], [4, 3, 6, 5], [1, 2, 3])  # lengths of the guide's words
+    student = make_student(teacher.model, "AMAM")
+    (expected,) = generate(student, [prompt], [(4, 40)], GREEDY)
+    sound, rate = saved["hello_0.wav"]
+    assert tuple(sound[0].tolist()) == expected.tokens and rate == 24_000 and len(expected.tokens) >= 4
+    first = names["tts"].model.llm
+    exec(into_a_loaded_one, names)
+    second = names["tts"].model.llm
+    assert second is not first and isinstance(second, upstream_cosyvoice.Qwen2LM)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    pieces = (piece for piece in ("a stream of", "words that", "comes"))
+    (chunk,) = names["tts"].inference_zero_shot(pieces, "What the prompt says.", "prompt.wav")
+    assert 0 < chunk["tts_speech"].shape[1] <= 6 * 20
 
 
 def greedy(log_probabilities, decoded, _):
