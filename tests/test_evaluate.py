@@ -1,6 +1,10 @@
 """Evaluation: the Ray pool against the same steps by hand, reuse, failures, and the files it leaves."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import wave
 from dataclasses import replace
 
@@ -56,8 +60,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def config_of(place, **changes):
-    values = {
+def settings_of(place):
+    return {
         "teacher.kind": "huggingface",
         "teacher.path": place / "teacher",
         "corpus.path": place / "corpus.parquet",
@@ -65,9 +69,11 @@ def config_of(place, **changes):
         "evaluate.recognizer": f"whisper:{place / 'whisper'}",
         "evaluate.normalization": "whisper_basic",
         "evaluate.audio_examples": 2,
-        **changes,
     }
-    return load_config(None, [f"{key}={value}" for key, value in values.items()])
+
+
+def config_of(place, **changes):
+    return load_config(None, [f"{key}={value}" for key, value in {**settings_of(place), **changes}.items()])
 
 
 @pytest.fixture(scope="module")
@@ -436,3 +442,48 @@ def test_search_spaces_are_valid():
     # What is sampled is what the teachers' own code does.
     for name, sampling in {"cosyvoice2": COSYVOICE2, "llasa_1b": Sampling(**llasa.SAMPLING)}.items():
         assert sampling_of(spaces[name]) == replace(sampling, repetition_threshold=COSYVOICE2.repetition_threshold)
+
+
+DRIVER = """
+import json
+import sys
+from pathlib import Path
+import ray
+from mamtra_ray import evaluate
+from mamtra_ray.config import load_config
+
+if __name__ == "__main__":
+    overrides, student, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    evaluate.SENTENCES_PER_CHUNK = 1
+    evaluate.evaluate_systems(load_config(None, overrides), {"AMAM": student}, folder,
+                              on_progress=lambda done, total: print(done, total, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_called_again_gives_the_same_scores(place, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    overrides = json.dumps([f"{key}={value}" for key, value in settings_of(place).items()])
+
+    def start(folder):
+        command = [sys.executable, tmp_path / "driver.py", overrides, place / "student", folder]
+        environment = {**os.environ, "PYTHONPATH": str(evaluate.Path(evaluate.__file__).parent.parent)}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    whole = start(tmp_path / "whole")
+    assert whole.communicate(timeout=240)[0].split()[-2:] == ["14", "14"] and whole.returncode == 0
+    process = start(tmp_path / "killed")
+    for line in process.stdout:
+        if int(line.split()[0]) >= 5:
+            break
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "evaluation" / "summary.json").exists()
+    again = start(tmp_path / "killed")
+    printed = again.communicate(timeout=240)[0].splitlines()
+    assert again.returncode == 0 and 5 <= int(printed[0].split()[0]) < 14
+    for name in ("summary.json", "teacher.jsonl", "AMAM.jsonl", "codec.jsonl"):
+        texts = [(tmp_path / run / "evaluation" / name).read_text() for run in ("whole", "killed")]
+        assert texts[0] == texts[1], name
