@@ -195,8 +195,26 @@ def test_an_all_attention_student_is_the_original_file(folder, teacher, tmp_path
     assert (tmp_path / "out" / "campplus.onnx").read_bytes() == b"speaker encoder"
     assert (tmp_path / "out" / "cosyvoice2.yaml").read_text() == (folder / "cosyvoice2.yaml").read_text()
     assert load_teacher("cosyvoice2", tmp_path / "out").fingerprint == teacher.fingerprint
-    with pytest.raises(InputError, match="another one"):
-        write_folder(student, folder, folder)
+    for inside in (folder, folder / "student"):
+        with pytest.raises(InputError, match="another one"):
+            write_folder(student, folder, inside)
+
+
+def test_a_folder_may_be_written_again_with_another_student(folder, teacher, tmp_path):
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for layout in ("AMAM", "AAAA", "MMAA"):
+        student = make_student(teacher.model, layout)
+        write_folder(student, folder, tmp_path / "out")
+        assert load_teacher("cosyvoice2", tmp_path / "out").fingerprint == student.fingerprint()
+        is_hybrid = "HybridLM" in (tmp_path / "out" / "cosyvoice2.yaml").read_text()
+        assert is_hybrid == (layout != "AAAA") == (tmp_path / "out" / "hybrid_llm.json").exists()
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    # Older copies of the released folder have their yaml under the first version's name, which upstream's class for
+    # the second does not read.
+    (folder / "cosyvoice2.yaml").rename(folder / "cosyvoice.yaml")
+    write_folder(student, folder, tmp_path / "old")
+    assert "HybridLM" in (tmp_path / "old" / "cosyvoice2.yaml").read_text()
+    assert not (tmp_path / "old" / "cosyvoice.yaml").exists()
 
 
 def test_half_precision_stays_half_precision(folder, tmp_path):

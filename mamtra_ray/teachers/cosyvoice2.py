@@ -220,11 +220,11 @@ def write_folder(model: SpeechLM, original: Path, folder: Path) -> None:
     CosyVoice, ``CosyVoice2(folder)`` loads and speaks with it unchanged.
 
     Raises:
-        InputError: ``original`` is no CosyVoice 2 folder or of another shape, or is ``folder`` itself.
+        InputError: ``original`` is no CosyVoice 2 folder or of another shape, or ``folder`` is it or lies in it.
     """
     original, folder = Path(original), Path(folder)
-    if folder.resolve() == original.resolve():
-        raise InputError(f"{folder} is the original CosyVoice folder; write the student to another one")
+    if folder.resolve().is_relative_to(original.resolve()):
+        raise InputError(f"{folder} is in the original CosyVoice folder; write the student to another one")
     reference = read_weights(original)
     folder.mkdir(parents=True, exist_ok=True)
     if model.layout.mamba_layers:
@@ -238,6 +238,9 @@ def write_folder(model: SpeechLM, original: Path, folder: Path) -> None:
         weights = dict(_original_tensors(model, reference, original))
         yaml = None
         written = {WEIGHTS, HYBRID_FILE}
+        # Of a hybrid that was written there before.
+        for name in (HYBRID_FILE, *_YAML_NAMES):
+            (folder / name).unlink(missing_ok=True)
     _link_others(original, folder, written)
     with written_atomically(folder / WEIGHTS) as temporary:
         torch.save(weights, temporary)
