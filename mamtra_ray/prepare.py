@@ -62,7 +62,7 @@ def prepare_corpus(
     """
     recordings, repeated = without_repeats(recordings)
     teacher = config.teacher
-    tokenizers = Tokenizers(teacher.kind, Path(teacher.path) if teacher.path else None, speech_tokenizer)
+    tokenizers = Tokenizers(teacher.kind, Path(teacher.path).absolute() if teacher.path else None, speech_tokenizer)
     identity = {
         **made_by,
         "teacher": teacher.kind,
@@ -222,7 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.source not in SOURCES:
         raise InputError(f"unknown source {options.source!r}: {nearest_name(options.source, SOURCES)}")
     config = load_config(options.space, options.overrides)
-    recordings, skipped = SOURCES[options.source](options.path, **_source_arguments(options))
+    # Absolute: workers on other nodes and later evaluations (prompt_audio) stand in other folders.
+    recordings, skipped = SOURCES[options.source](options.path.absolute(), **_source_arguments(options))
     print(f"{options.source} {options.path}: {len(recordings):,} recordings, {len(skipped):,} left out already")
     if options.dry_run:
         parts = -(-len(recordings) // UTTERANCES_PER_PART)
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
             skipped,
             options.output,
             made_by={"source": options.source, "path": str(options.path.resolve())},
-            speech_tokenizer=options.speech_tokenizer,
+            speech_tokenizer=options.speech_tokenizer and options.speech_tokenizer.absolute(),
             actors=options.actors,
             on_progress=lambda done, total: screen.count(done, total, "recordings"),
         )

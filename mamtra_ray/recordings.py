@@ -199,7 +199,7 @@ def cosyvoice_shards(path: Path, split: str = "train") -> Listing:
         raise InputError(f"a corpus has the splits {', '.join(SPLITS)}, not {split!r}")
     if path.suffix == ".list" and path.is_file():
         files = [Path(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        files = [file if file.is_absolute() or file.exists() else path.parent / file for file in files]
+        files = [(file if file.exists() else path.parent / file).absolute() for file in files]
     elif path.is_dir():
         files = sorted([*path.glob("parquet_*.tar"), *path.glob("*.parquet")])
     else:

@@ -357,6 +357,28 @@ def test_command_line(libritts_root, tmp_path, capsys):
     assert "did you mean 'libritts'" in capsys.readouterr().err
 
 
+def test_paths_in_a_corpus_hold_from_anywhere(tmp_path, codec_path, monkeypatch, capsys):
+    """Given relative to where the verb is called; read by workers and evaluations elsewhere."""
+
+    def in_this_process(tokenizers, groups, actors):
+        assert tokenizers.speech_tokenizer.is_absolute()
+        monkeypatch.chdir("/")
+        worker = TokenizationWorker(tokenizers)
+        worker._load()
+        for index, recordings in groups.items():
+            yield index, *worker.tokenized(recordings)
+
+    monkeypatch.setattr(prepare, "_tokenized", in_this_process)
+    monkeypatch.setattr("mamtra_ray.cluster.connect", lambda address: None)
+    monkeypatch.chdir(tmp_path)
+    soundfile.write(tmp_path / "prompt.wav", sound(3), RATE, subtype="FLOAT")
+    (tmp_path / "meta.lst").write_text("a|find the camera|prompt.wav|open the window\n")
+    output = str(tmp_path / "corpus")
+    assert prepare.main(["seed_tts_eval", "meta.lst", "--output", output, "--speech-tokenizer", codec_path.name]) == 0
+    (row,) = read_corpus(output).to_pylist()
+    assert row["prompt_audio"] == str(tmp_path / "prompt.wav") and len(row["prompt_speech_tokens"])
+
+
 def test_nothing_usable_says_where_the_reasons_are(tmp_path, codec_path, monkeypatch):
     def in_this_process(tokenizers, groups, actors):
         worker = TokenizationWorker(tokenizers)
