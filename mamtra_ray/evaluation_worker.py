@@ -266,7 +266,7 @@ def _scores_or_reasons(
         if len(indices) == 1:
             return [reason]
         each = [_scores_or_reasons(score, [index], name)[0] for index in indices]
-        if isinstance(error, InputError) and all(isinstance(one, str) for one in each):
+        if isinstance(error, InputError | ImportError) and all(isinstance(one, str) for one in each):
             raise InputError(f"evaluate.metrics={name}: {reason}") from None
         return each
 
