@@ -29,6 +29,8 @@ from mamtra_ray.errors import InputError
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
+REPORT, PART_REPORTS = "report.json", "part-*.json"
+"""Beside the files of a corpus made from recordings: written when all is done, and with every part."""
 DEMO_CORPUS = Path(__file__).parent / "assets" / "demo" / "corpus.parquet"
 
 _TOKENS = pa.list_(pa.int32())
@@ -204,6 +206,11 @@ def _corpus_files(path: Path | str | None) -> list[Path]:
         files = sorted(location.glob("*.parquet"))
         if not files:
             raise InputError(f"corpus folder {location} holds no *.parquet file")
+        if list(location.glob(PART_REPORTS)) and not (location / REPORT).exists():
+            raise InputError(
+                f"corpus folder {location} is not finished: give its python -m mamtra_ray.corpus command again, "
+                "which goes on where it stopped"
+            )
         return files
     if not location.exists():
         raise InputError(f"corpus {location} does not exist (make one with python -m mamtra_ray.corpus)")

@@ -18,9 +18,20 @@ from mamtra_ray.run_folder import AUDIO, AudioIndex, Clip, read_audio_index, wri
 from mamtra_ray.speech.normalization import MEAN_OVER_UTTERANCES
 from mamtra_ray.speech.wer import PairedDifference, WerResult, bootstrap_interval, paired_difference, word_error_rate
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FOLDER = "evaluation"
-_OWN_COLUMNS = {"audio_seconds", "word_errors", "words", "character_errors", "characters"}
+RATES = ("corpus_wer", "mean_utterance_wer", "corpus_cer", "mean_utterance_cer")
+"""Words or characters; errors of all utterances over their length, or the unweighted mean of the utterances' rates."""
+_OWN_COLUMNS = {"audio_seconds"}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """An error rate (fraction) with its 95 % bootstrap interval over utterances."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -36,8 +47,8 @@ class Evaluation:
     wer_high: float
     cer: float
     """Character errors over reference characters of all utterances."""
-    corpus_wer: float
-    mean_utterance_wer: float
+    rates: Mapping[str, Rate]
+    """All of :data:`RATES`; ``wer`` and ``cer`` are two of them."""
     sentences: int
     rows: tuple[Row, ...]
     """Per utterance: what was said, heard and counted."""
@@ -47,6 +58,8 @@ class Evaluation:
     """WER minus the teacher's on the sentences both said; None for the teacher."""
     metrics: Mapping[str, float]
     """Mean over the utterances that have it, of every further score."""
+    metric_utterances: Mapping[str, int]
+    """How many utterances these means are over."""
 
     def difference_columns(self) -> dict[str, float | None]:
         """Columns of the finalists table for the paired difference to the teacher."""
@@ -61,6 +74,11 @@ class Evaluation:
         content["failures"] = [
             {"utterance_id": row["utterance_id"], "failure": row["failure"]} for row in self.failures
         ]
+        content["unscored"] = [
+            {"utterance_id": row["utterance_id"], "score": score, "reason": reason}
+            for row in self.rows
+            for score, reason in row.get("unscored", {}).items()
+        ]
         return content
 
 
@@ -74,8 +92,11 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
     evaluations = {}
     for system, own in rows.items():
         result = _result(own, normalization)
-        headline = _headline(result, normalization)
-        low, high = bootstrap_interval(headline.errors, headline.words)
+        rates = {}
+        for name in RATES:
+            counts = counts_of_rate(result, name)
+            rates[name] = Rate(counts.wer, *bootstrap_interval(counts.errors, counts.words))
+        headline = rates[headline_rate(normalization)]
         counted = tuple(
             {
                 **row,
@@ -95,20 +116,21 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
                 strict=True,
             )
         )
+        scores = _scores(counted)
         evaluations[system] = Evaluation(
             system=system,
             normalization=normalization,
-            wer=headline.wer,
-            wer_low=low,
-            wer_high=high,
+            wer=headline.value,
+            wer_low=headline.low,
+            wer_high=headline.high,
             cer=result.cer,
-            corpus_wer=result.wer,
-            mean_utterance_wer=result.mean_utterance_wer,
+            rates=rates,
             sentences=len(counted),
             rows=counted,
             failures=tuple(row for row in counted if row["failure"]),
             difference_to_teacher=None,
-            metrics=_means(counted),
+            metrics={name: float(np.mean(values)) for name, values in scores.items()},
+            metric_utterances={name: len(values) for name, values in scores.items()},
         )
     if TEACHER in evaluations:
         for system in set(evaluations) - {TEACHER}:
@@ -117,8 +139,11 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
     return evaluations
 
 
-def compare(a: Evaluation, b: Evaluation) -> PairedDifference:
-    """Headline WER of ``a`` minus that of ``b`` on the sentences both have, both resampled together.
+def compare(a: Evaluation, b: Evaluation, rate: str | None = None) -> PairedDifference:
+    """A rate of ``a`` minus that of ``b`` on the sentences both have, both resampled together.
+
+    Args:
+        rate: one of :data:`RATES`; the headline WER if None.
 
     Raises:
         InputError: no sentence in common, or different normalisations.
@@ -127,11 +152,11 @@ def compare(a: Evaluation, b: Evaluation) -> PairedDifference:
     if not shared or a.normalization != b.normalization:
         raise InputError(f"{a.system} and {b.system} have no sentence and normalisation in common to compare")
 
-    def headline(evaluation: Evaluation) -> WerResult:
+    def counts(evaluation: Evaluation) -> WerResult:
         rows = sorted((row for row in evaluation.rows if row["utterance_id"] in shared), key=_by_id)
-        return _headline(_result(rows, evaluation.normalization), evaluation.normalization)
+        return counts_of_rate(_result(rows, evaluation.normalization), rate or headline_rate(evaluation.normalization))
 
-    return paired_difference(headline(a), headline(b))
+    return paired_difference(counts(a), counts(b))
 
 
 def _by_id(row: Row) -> str:
@@ -142,21 +167,29 @@ def _result(rows: Sequence[Row], normalization: str) -> WerResult:
     return word_error_rate([row["text"] for row in rows], [row["hypothesis"] for row in rows], normalization)
 
 
-def _headline(result: WerResult, normalization: str) -> WerResult:
-    """The result whose corpus rate is the headline: itself, or one in which every utterance weighs the same."""
-    if normalization not in MEAN_OVER_UTTERANCES:
-        return result
-    rates = result.errors / result.words
-    return replace(result, wer=result.mean_utterance_wer, errors=rates, words=np.ones(len(rates)))
+def headline_rate(normalization: str) -> str:
+    """The rate that the normalisation's benchmark reports."""
+    return "mean_utterance_wer" if normalization in MEAN_OVER_UTTERANCES else "corpus_wer"
 
 
-def _means(rows: Iterable[Row]) -> dict[str, float]:
+def counts_of_rate(result: WerResult, rate: str) -> WerResult:
+    """A result whose corpus WER is ``rate`` of :data:`RATES`: characters as its words, or all utterances alike long."""
+    errors, lengths = (result.errors, result.words)
+    if rate.endswith("_cer"):
+        errors, lengths = (result.character_errors, result.characters)
+    if rate.startswith("mean_"):
+        errors, lengths = errors / lengths, np.ones(len(lengths))
+    return replace(result, wer=float(errors.sum() / lengths.sum()), errors=errors, words=lengths)
+
+
+def _scores(rows: Iterable[Row]) -> dict[str, list[float]]:
+    """Values of every further score."""
     values: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
             if isinstance(value, float) and name not in _OWN_COLUMNS:
                 values.setdefault(name, []).append(value)
-    return {name: float(np.mean(numbers)) for name, numbers in values.items()}
+    return values
 
 
 def rows_file(folder: Path, system: str) -> Path:
@@ -196,15 +229,17 @@ def write_summary(
     folder: Path, evaluations: Mapping[str, Evaluation], made_by: Mapping[str, Any], without_words: Sequence[str]
 ) -> None:
     """``evaluation/summary.json``: every system's rates and failures, all pairs compared, sentences left out."""
+    pairs = [
+        {"a": a, "b": b, **{rate: asdict(compare(evaluations[a], evaluations[b], rate)) for rate in RATES}}
+        for a, b in combinations(evaluations, 2)
+    ]
     write_manifest(
         folder / FOLDER / "summary.json",
         "evaluation",
         SCHEMA_VERSION,
         made_by,
         systems={name: evaluation.summary() for name, evaluation in evaluations.items()},
-        paired_differences=[
-            {"a": a, "b": b, **asdict(compare(evaluations[a], evaluations[b]))} for a, b in combinations(evaluations, 2)
-        ],
+        paired_differences=pairs,
         left_out_no_words_after_normalization=list(without_words),
     )
 

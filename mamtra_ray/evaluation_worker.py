@@ -6,7 +6,7 @@ In its own module because Ray workers import it by name; ``python -m mamtra_ray.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,24 @@ class EvaluationWorker:
 
         Returns:
             One row per utterance (``utterance_id, text, hypothesis, speech_tokens, stopped, audio_seconds, failure``
-            and the metrics' values); waveforms of the kept ones, by id; and their sample rate.
+            and the metrics' values; where one is missing, ``unscored`` has its reason); waveforms of the kept ones,
+            by id; and their sample rate.
+
+        Raises:
+            InputError: none of several utterances can be decoded or scored: the set-up is wrong.
         """
         self.prepare()
         spoken = self._speech_tokens(chunk)
         rows: list[Row] = []
         waveforms: list[np.ndarray] = []
+        refused: list[str] = []
         for utterance, said in zip(chunk.utterances, spoken, strict=True):
-            waveform, failure = self._decode(said.tokens, utterance)
+            waveform, failure = np.zeros(0, np.float32), None
+            try:
+                waveform, failure = self._decode(said.tokens, utterance)
+            except InputError as error:
+                failure = f"decoding to sound failed: {error}"
+                refused.append(failure)
             if not said.stopped:
                 failure = said.failure or failure or "the model did not stop within the length limit"
             rows.append(
@@ -119,6 +129,8 @@ class EvaluationWorker:
                 }
             )
             waveforms.append(waveform)
+        if len(refused) == len(rows) > 1:
+            raise InputError(f"no utterance of system {chunk.system!r} can be heard: {refused[0]}")
         heard = [index for index, waveform in enumerate(waveforms) if len(waveform)]
         self._recognize(rows, waveforms, heard)
         self._score(rows, waveforms, heard, chunk.utterances)
@@ -195,7 +207,7 @@ class EvaluationWorker:
             )
         try:
             return self.vocoder.decode(tokens, voice), None
-        except (InputError, RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             # One bad utterance must not end an evaluation of hours; it counts as not spoken, and is listed.
             return silence, f"decoding to sound failed: {error}"
 
@@ -221,13 +233,44 @@ class EvaluationWorker:
     def _score(
         self, rows: list[Row], waveforms: list[np.ndarray], heard: list[int], utterances: Sequence[Utterance]
     ) -> None:
-        for metric in self.metrics:
-            prompts = [utterances[index].prompt_audio for index in heard]
-            scores = metric.score(
-                [waveforms[index] for index in heard],
-                self.vocoder.sample_rate,
-                [rows[index]["text"] for index in heard],
-                [Path(prompt) if prompt else None for prompt in prompts],
-            )
-            for index, values in zip(heard, scores, strict=True):
-                rows[index] |= values
+        for name, metric in zip(self.config.evaluate.metrics, self.metrics, strict=True):
+
+            def score(indices: list[int], metric: Any = metric) -> list[dict[str, float]]:
+                prompts = [utterances[index].prompt_audio for index in indices]
+                return metric.score(
+                    [waveforms[index] for index in indices],
+                    self.vocoder.sample_rate,
+                    [rows[index]["text"] for index in indices],
+                    [Path(prompt) if prompt else None for prompt in prompts],
+                )
+
+            for index, result in zip(heard, _scores_or_reasons(score, heard, name), strict=True):
+                if isinstance(result, str):
+                    rows[index].setdefault("unscored", {})[name] = result
+                else:
+                    rows[index] |= result
+
+
+def _scores_or_reasons(
+    score: Callable[[list[int]], list[dict[str, float]]], indices: list[int], name: str
+) -> list[dict[str, float] | str]:
+    """What ``score`` gives for each utterance, or why it gave nothing; a failing batch is tried one by one.
+
+    Raises:
+        InputError: none of several utterances can be scored, and that is an error of the set-up.
+    """
+    try:
+        return [_finite(result) for result in score(indices)]
+    except Exception as error:  # what is wrong with one utterance must not end an evaluation of hours
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if len(indices) == 1:
+            return [reason]
+        each = [_scores_or_reasons(score, [index], name)[0] for index in indices]
+        if isinstance(error, InputError | ImportError) and all(isinstance(one, str) for one in each):
+            raise InputError(f"evaluate.metrics={name}: {reason}") from None
+        return each
+
+
+def _finite(scores: dict[str, float]) -> dict[str, float] | str:
+    wrong = [f"{name} is {value}" for name, value in scores.items() if not np.isfinite(value)]
+    return ", ".join(wrong) or scores

@@ -61,7 +61,7 @@ def generate(
         prompts: per row, either unified ids (L,) or embeddings (L, D), of any lengths; they are padded left.
             All rows are one batch: split longer lists to bound the memory.
         length_bounds: per row (fewest, most) speech tokens. All stop ids are barred below ``fewest``
-            (CosyVoice bars its eos only; its other two stop ids are never trained).
+            (CosyVoice bars its eos only; of its other two one is never trained, one only in streams of text).
         sampling: how tokens are drawn.
         seeds: per row; its index if None. Only for sampling with a temperature.
 

@@ -20,14 +20,13 @@ from typing import Any
 
 from mamtra_ray.artifacts import check_made_by, content_hash, file_hash, read_manifest, write_manifest
 from mamtra_ray.config import Config, add_common_arguments, load_config
-from mamtra_ray.corpus import write_corpus
+from mamtra_ray.corpus import PART_REPORTS, REPORT, write_corpus
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error, nearest_name
 from mamtra_ray.recordings import SOURCES, Recording, Skipped, without_repeats
 from mamtra_ray.tokenization_worker import TokenizationWorker, Tokenizers
 
 SCHEMA_VERSION = 1
 UTTERANCES_PER_PART = 512
-REPORT = "report.json"
 
 
 def prepare_corpus(
@@ -63,7 +62,7 @@ def prepare_corpus(
     """
     recordings, repeated = without_repeats(recordings)
     teacher = config.teacher
-    tokenizers = Tokenizers(teacher.kind, Path(teacher.path) if teacher.path else None, speech_tokenizer)
+    tokenizers = Tokenizers(teacher.kind, Path(teacher.path).absolute() if teacher.path else None, speech_tokenizer)
     identity = {
         **made_by,
         "teacher": teacher.kind,
@@ -76,6 +75,8 @@ def prepare_corpus(
     ]
     _refuse_other_corpus(output, len(groups), identity)
     missing = [index for index in range(len(groups)) if not _part_report(output, index).exists()]
+    if missing:
+        (output / REPORT).unlink(missing_ok=True)
     done = len(recordings) - sum(len(groups[index]) for index in missing)
     on_progress(done, len(recordings))
     for index, rows, left_out in _tokenized(tokenizers, {index: groups[index] for index in missing}, actors):
@@ -133,7 +134,7 @@ def _refuse_other_corpus(output: Path, num_parts: int, identity: dict[str, Any])
     expected = {_part(output, index) for index in range(num_parts)}
     if foreign := sorted(set(output.glob("*.parquet")) - expected):
         raise InputError(f"{output} holds {foreign[0].name}, which is not of this corpus; give another --output")
-    for path in sorted(output.glob("part-*.json")):
+    for path in sorted(output.glob(PART_REPORTS)):
         manifest = read_manifest(path, "corpus_part", SCHEMA_VERSION)
         check_made_by(path, manifest["made_by"], identity)
 
@@ -213,12 +214,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--actors", type=int, help="Ray Data actors (default: one per free CPU or GPU)")
     parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
     add_common_arguments(parser)
+    given = sys.argv[1:] if arguments is None else arguments
+    # The verb's name may be said: it is the only one of this module.
+    given = given[1:] if given[:1] == ["prepare"] else given
     # Intermixed: overrides may follow the options, behind the two positional arguments.
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(given)
     if options.source not in SOURCES:
         raise InputError(f"unknown source {options.source!r}: {nearest_name(options.source, SOURCES)}")
     config = load_config(options.space, options.overrides)
-    recordings, skipped = SOURCES[options.source](options.path, **_source_arguments(options))
+    # Absolute: workers on other nodes and later evaluations (prompt_audio) stand in other folders.
+    recordings, skipped = SOURCES[options.source](options.path.absolute(), **_source_arguments(options))
     print(f"{options.source} {options.path}: {len(recordings):,} recordings, {len(skipped):,} left out already")
     if options.dry_run:
         parts = -(-len(recordings) // UTTERANCES_PER_PART)
@@ -237,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
             skipped,
             options.output,
             made_by={"source": options.source, "path": str(options.path.resolve())},
-            speech_tokenizer=options.speech_tokenizer,
+            speech_tokenizer=options.speech_tokenizer and options.speech_tokenizer.absolute(),
             actors=options.actors,
             on_progress=lambda done, total: screen.count(done, total, "recordings"),
         )

@@ -13,12 +13,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mamtra_ray.corpus import SPLITS
 from mamtra_ray.errors import InputError
 
 MAX_STRESS_WORDS = 62
 """Longest utterance of the paper's length-stress test (LibriTTS test-clean, 1 to 62 words)."""
 PROMPT_WORDS = 15
 """A length-stress prompt is the speaker's utterance nearest to this many words, about five seconds."""
+
+
+_TRANSCRIPT = ".normalized.txt"
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,13 @@ def libritts(root: Path, subsets: Sequence[str] = ()) -> Listing:
     for folder in folders:
         if subsets and folder.name not in subsets:
             continue
-        for audio in sorted(folder.glob("*/*/*.wav")):
-            text = _read_line(audio.with_suffix(".normalized.txt"))
+        audios = set(folder.glob("*/*/*.wav"))
+        spoken = {
+            path.with_name(path.name.removesuffix(_TRANSCRIPT) + ".wav") for path in folder.glob(f"*/*/*{_TRANSCRIPT}")
+        }
+        skipped += [Skipped(audio.stem, "recording is missing") for audio in sorted(spoken - audios)]
+        for audio in sorted(audios):
+            text = _read_line(audio.with_suffix(_TRANSCRIPT))
             if not text:
                 missing_text = text is None
                 skipped.append(Skipped(audio.stem, "transcript is missing" if missing_text else "text is empty"))
@@ -94,6 +103,8 @@ def length_stress(root: Path, per_length: int = 5, seed: int = 0, max_words: int
     Raises:
         InputError: as :func:`libritts`, or no speaker has two utterances.
     """
+    if per_length < 1:
+        raise InputError(f"length_stress takes one or more utterances per number of words, not {per_length}")
     subset = root if root.name == "test-clean" else root / "test-clean"
     everything, skipped = libritts(subset)
     by_speaker: dict[str | None, list[Recording]] = {}
@@ -105,6 +116,8 @@ def length_stress(root: Path, per_length: int = 5, seed: int = 0, max_words: int
     chosen = []
     for words in range(1, max_words + 1):
         candidates = by_words.get(words, [])
+        if not candidates:
+            skipped.append(Skipped(f"length {words}", "no utterance has this number of words"))
         for recording in draw.sample(candidates, min(per_length, len(candidates))):
             others = [other for other in by_speaker[recording.speaker] if other is not recording]
             if not others:
@@ -129,7 +142,8 @@ def seed_tts_eval(meta: Path) -> Listing:
     if meta.is_dir():
         meta = meta / "meta.lst"
     try:
-        lines = meta.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also breaks at characters that may stand in a text, such as U+2028.
+        lines = meta.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{meta} cannot be read: {error}") from None
     recordings, skipped = [], []
@@ -179,11 +193,13 @@ def cosyvoice_shards(path: Path, split: str = "train") -> Listing:
         split: of all its utterances.
 
     Raises:
-        InputError: no file, or one without the needed columns.
+        InputError: no file, or one without the needed columns; an unknown split.
     """
+    if split not in SPLITS:
+        raise InputError(f"a corpus has the splits {', '.join(SPLITS)}, not {split!r}")
     if path.suffix == ".list" and path.is_file():
         files = [Path(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        files = [file if file.is_absolute() or file.exists() else path.parent / file for file in files]
+        files = [(file if file.exists() else path.parent / file).absolute() for file in files]
     elif path.is_dir():
         files = sorted([*path.glob("parquet_*.tar"), *path.glob("*.parquet")])
     else:
@@ -204,13 +220,12 @@ def cosyvoice_shards(path: Path, split: str = "train") -> Listing:
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{file} is missing, damaged or no Parquet file: {' '.join(str(error).split())}") from None
         for row, values in enumerate(table.to_pylist()):
-            text = (values["text"] or "").strip()
+            text = str(values["text"] or "").strip()
             if not text:
                 skipped.append(Skipped(str(values["utt"]), "text is empty"))
                 continue
-            recordings.append(
-                Recording(str(values["utt"]), text, split, speaker=values.get("spk"), shard=str(file), row=row)
-            )
+            speaker = None if values.get("spk") is None else str(values["spk"])
+            recordings.append(Recording(str(values["utt"]), text, split, speaker=speaker, shard=str(file), row=row))
     return recordings, skipped
 
 

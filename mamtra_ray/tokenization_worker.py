@@ -91,8 +91,11 @@ class TokenizationWorker:
             rows.append(row)
             if sound is not None:
                 waiting.append((row, sound))
-        for first in range(0, len(waiting), SOUNDS_PER_BATCH):
-            skipped += self._encode(waiting[first : first + SOUNDS_PER_BATCH])
+            if len(waiting) == SOUNDS_PER_BATCH:
+                skipped += self._encode(waiting)
+                waiting = []
+        if waiting:
+            skipped += self._encode(waiting)
         left_out = {one.utterance_id for one in skipped}
         return [row for row in rows if row["utterance_id"] not in left_out], skipped
 
@@ -120,6 +123,8 @@ class TokenizationWorker:
             stored = self._from_shard(recording, "speech_token")
             if stored is not None and len(stored):
                 row["speech_tokens"] = [int(token) for token in stored]
+                if min(row["speech_tokens"]) < 0:
+                    raise InputError(f"its speech_token has the negative token {min(row['speech_tokens'])}")
                 return row, None
             return row, self._sound(self._from_shard(recording, "audio_data"))
         return row, None if recording.audio is None else self._sound(recording.audio)

@@ -2,13 +2,17 @@
 
 import math
 import random
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_cosyvoice import CODES, LAYERS, TEXT, WIDTH, qwen, upstream_state, write_cosyvoice
 from torch.nn.functional import embedding, linear
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mamtra_ray import export
+from mamtra_ray import export, teachers
 from mamtra_ray.config import load_config, save_config
 from mamtra_ray.errors import InputError
 from mamtra_ray.finalists import student_folder
@@ -16,7 +20,7 @@ from mamtra_ray.generate import GREEDY, Sampling, generate
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.hybrid import HybridConfig
 from mamtra_ray.run_folder import CONFIG, FINALIST_COLUMNS, FINALISTS, write_rows
-from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers import cosyvoice2_drop_in, load_teacher
 from mamtra_ray.teachers.base import IGNORE, make_student
 from mamtra_ray.teachers.cosyvoice2 import (
     bistream_example,
@@ -27,6 +31,7 @@ from mamtra_ray.teachers.cosyvoice2 import (
 )
 from mamtra_ray.teachers.cosyvoice2_drop_in import HybridLM, repetition_aware
 
+GUIDE = Path(__file__).parent.parent / "docs" / "cosyvoice2.md"
 TEXT_TOKENS, SPEECH_TOKENS = [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8]
 EMPTY = torch.zeros(1, 0, dtype=torch.int32)
 
@@ -72,7 +77,24 @@ def test_every_tensor_of_the_released_model_is_named():
         Layout("A" * 24), 151936, 896, 4864, 14, 2, 64, 1e-6, {"rope_type": "default", "rope_theta": 1e6}, 32768, True
     )
     shapes = expected_shapes(config, 6564)
-    assert len(shapes) == 295
+    with torch.device("meta"):
+        body = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=151936,
+                hidden_size=896,
+                intermediate_size=4864,
+                num_hidden_layers=24,
+                num_attention_heads=14,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            )
+        ).state_dict()
+    # Upstream's class holds this model as llm.model beside two tables and a head with a bias.
+    own = {name for name in shapes if not name.startswith("llm.model.")}
+    assert own == {"llm_embedding.weight", "speech_embedding.weight", "llm_decoder.weight", "llm_decoder.bias"}
+    expected = {f"llm.model.{name}": tuple(tensor.shape) for name, tensor in body.items()}
+    assert {name: shape for name, shape in shapes.items() if name not in own} == expected
+    assert (len(expected), len(shapes)) == (291, 295)
     # The unique parameters of the released model; its lm_head repeats the text table.
     lm_head = math.prod(shapes.pop("llm.model.lm_head.weight"))
     assert sum(math.prod(shape) for shape in shapes.values()) == 505_803_812
@@ -90,6 +112,7 @@ def test_tiny_checkpoint_has_the_same_names():
     ("change", "message"),
     [
         ({"llm.model.model.layers.2.self_attn.k_proj.bias": None}, "layers.2.self_attn.k_proj.bias is missing$"),
+        ({"llm.model.lm_head.weight": None}, r"llm\.model\.lm_head\.weight is missing$"),
         ({"speaker.weight": torch.zeros(2)}, "speaker.weight is unknown$"),
         ({"llm_decoder.bias": torch.zeros(5)}, r"llm_decoder.bias has shape \(5,\), expected \(33,\)"),
         ({"llm_decoder.bias": None, "x": torch.zeros(1)}, r"llm_decoder.bias is missing \(and 1 more problems\)"),
@@ -172,8 +195,26 @@ def test_an_all_attention_student_is_the_original_file(folder, teacher, tmp_path
     assert (tmp_path / "out" / "campplus.onnx").read_bytes() == b"speaker encoder"
     assert (tmp_path / "out" / "cosyvoice2.yaml").read_text() == (folder / "cosyvoice2.yaml").read_text()
     assert load_teacher("cosyvoice2", tmp_path / "out").fingerprint == teacher.fingerprint
-    with pytest.raises(InputError, match="another one"):
-        write_folder(student, folder, folder)
+    for inside in (folder, folder / "student"):
+        with pytest.raises(InputError, match="another one"):
+            write_folder(student, folder, inside)
+
+
+def test_a_folder_may_be_written_again_with_another_student(folder, teacher, tmp_path):
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for layout in ("AMAM", "AAAA", "MMAA"):
+        student = make_student(teacher.model, layout)
+        write_folder(student, folder, tmp_path / "out")
+        assert load_teacher("cosyvoice2", tmp_path / "out").fingerprint == student.fingerprint()
+        is_hybrid = "HybridLM" in (tmp_path / "out" / "cosyvoice2.yaml").read_text()
+        assert is_hybrid == (layout != "AAAA") == (tmp_path / "out" / "hybrid_llm.json").exists()
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    # Older copies of the released folder have their yaml under the first version's name, which upstream's class for
+    # the second does not read.
+    (folder / "cosyvoice2.yaml").rename(folder / "cosyvoice.yaml")
+    write_folder(student, folder, tmp_path / "old")
+    assert "HybridLM" in (tmp_path / "old" / "cosyvoice2.yaml").read_text()
+    assert not (tmp_path / "old" / "cosyvoice.yaml").exists()
 
 
 def test_half_precision_stays_half_precision(folder, tmp_path):
@@ -213,6 +254,35 @@ def test_hyperpyyaml_builds_the_drop_in(hybrid_folder):
     )
     assert isinstance(loaded["llm"], HybridLM)
     loaded["llm"].load_state_dict(torch.load(hybrid_folder / "llm.pt", weights_only=True), strict=True)
+
+
+def test_the_code_of_the_guide_speaks_through_cosyvoice(hybrid_folder, teacher, monkeypatch):
+    """The guide's blocks, as they stand there, against CosyVoice's own loading and calls."""
+    pytest.importorskip("hyperpyyaml")
+    import upstream_cosyvoice
+
+    saved = upstream_cosyvoice.installed(monkeypatch)
+    # Imported anew, beside a CosyVoice, whose LM class it then inherits; afterwards as before.
+    monkeypatch.setattr(teachers, "cosyvoice2_drop_in", cosyvoice2_drop_in)
+    monkeypatch.delitem(sys.modules, "mamtra_ray.teachers.cosyvoice2_drop_in")
+    monkeypatch.chdir(hybrid_folder.parent)
+    hybrid_folder.rename("CosyVoice2-hybrid")
+    whole, into_a_loaded_one = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(whole, names)
+    prompt = teacher.sequence.prompt([5, 6], [4, 3, 6, 5], [1, 2, 3])  # lengths of the guide's words
+    student = make_student(teacher.model, "AMAM")
+    (expected,) = generate(student, [prompt], [(4, 40)], GREEDY)
+    sound, rate = saved["hello_0.wav"]
+    assert tuple(sound[0].tolist()) == expected.tokens and rate == 24_000 and len(expected.tokens) >= 4
+    first = names["tts"].model.llm
+    exec(into_a_loaded_one, names)
+    second = names["tts"].model.llm
+    assert second is not first and isinstance(second, upstream_cosyvoice.Qwen2LM)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    pieces = (piece for piece in ("a stream of", "words that", "comes"))
+    (chunk,) = names["tts"].inference_zero_shot(pieces, "What the prompt says.", "prompt.wav")
+    assert 0 < chunk["tts_speech"].shape[1] <= 6 * 20
 
 
 def greedy(log_probabilities, decoded, _):

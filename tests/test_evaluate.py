@@ -1,6 +1,10 @@
 """Evaluation: the Ray pool against the same steps by hand, reuse, failures, and the files it leaves."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import wave
 from dataclasses import replace
 
@@ -16,7 +20,7 @@ from mamtra_ray.config import load_config
 from mamtra_ray.corpus import write_corpus
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate import check_evaluation, compare, evaluate_systems
-from mamtra_ray.evaluation_results import scored
+from mamtra_ray.evaluation_results import RATES, scored, write_summary
 from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker, sampling_of
 from mamtra_ray.generate import COSYVOICE2, Sampling, generate
 from mamtra_ray.run_folder import read_audio_index
@@ -56,8 +60,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def config_of(place, **changes):
-    values = {
+def settings_of(place):
+    return {
         "teacher.kind": "huggingface",
         "teacher.path": place / "teacher",
         "corpus.path": place / "corpus.parquet",
@@ -65,9 +69,11 @@ def config_of(place, **changes):
         "evaluate.recognizer": f"whisper:{place / 'whisper'}",
         "evaluate.normalization": "whisper_basic",
         "evaluate.audio_examples": 2,
-        **changes,
     }
-    return load_config(None, [f"{key}={value}" for key, value in values.items()])
+
+
+def config_of(place, **changes):
+    return load_config(None, [f"{key}={value}" for key, value in {**settings_of(place), **changes}.items()])
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +133,9 @@ def test_files_of_an_evaluation(evaluated_run):
     assert [(pair["a"], pair["b"]) for pair in summary["paired_differences"]] == [
         ("codec", "teacher"), ("codec", "AMAM"), ("teacher", "AMAM")
     ]  # fmt: skip
+    for pair in summary["paired_differences"]:
+        for rate in ("corpus_wer", "mean_utterance_wer", "corpus_cer", "mean_utterance_cer"):
+            assert pair[rate]["low"] <= pair[rate]["difference"] <= pair[rate]["high"]
     assert summary["left_out_no_words_after_normalization"] == ["test/5"]
     lines = (folder / "evaluation" / "teacher.jsonl").read_text().splitlines()
     assert [json.loads(line)["utterance_id"] for line in lines] == [f"test/{index}" for index in range(5)]
@@ -153,7 +162,7 @@ def test_finished_sentences_are_not_spoken_again(place, evaluated_run, monkeypat
     again = evaluate_systems(config_of(place), systems, folder)
     assert again["AMAM"].summary() == before["AMAM"].summary()
     seed = evaluate_systems(config_of(place, **{"evaluate.normalization": "seed"}), systems, folder)
-    assert seed["AMAM"].wer == seed["AMAM"].mean_utterance_wer
+    assert seed["AMAM"].wer == seed["AMAM"].rates["mean_utterance_wer"].value
     fewer = evaluate_systems(config_of(place, **{"evaluate.sentences": 2}), systems, folder)
     assert fewer["AMAM"].sentences == 2
     with pytest.raises(AssertionError, match="an actor was started"):
@@ -321,7 +330,7 @@ def test_seed_headline_is_the_mean_over_utterances():
     result = scored({"student": student, "teacher": teacher}, "seed")
     rates = np.array([jiwer.wer(r["text"].strip(), r["hypothesis"]) for r in teacher])
     assert result["teacher"].wer == pytest.approx(rates.mean())
-    assert result["teacher"].corpus_wer != pytest.approx(result["teacher"].wer)
+    assert result["teacher"].rates["corpus_wer"].value != pytest.approx(result["teacher"].wer)
     means = [random.choice(rates, len(rates)).mean() for _ in range(4000)]
     assert (result["teacher"].wer_low, result["teacher"].wer_high) == pytest.approx(
         np.quantile(means, [0.025, 0.975]), abs=0.03
@@ -345,6 +354,92 @@ def test_seed_headline_is_the_mean_over_utterances():
         compare(result["student"], elsewhere)
 
 
+def test_words_and_characters_over_the_corpus_and_as_means():
+    """All four rates and their intervals against jiwer and a bootstrap by hand."""
+    random = np.random.default_rng(2)
+    words = ["open", "the", "window", "a", "guitar"]
+    texts = [" ".join(random.choice(words, random.integers(1, 12))) for _ in range(60)]
+    systems = {}
+    for name, damage in {"a": 0.1, "b": 0.3}.items():
+        heard = [" ".join(w[1:] if random.random() < damage else w for w in text.split()) for text in texts]
+        systems[name] = [
+            {"utterance_id": str(index), "text": text, "hypothesis": hypothesis, "failure": None}
+            for index, (text, hypothesis) in enumerate(zip(texts, heard, strict=True))
+        ]
+    result = scored(systems, "whisper_basic")
+    counts = {}
+    for name, rows in systems.items():
+        for unit, process in {"wer": jiwer.process_words, "cer": jiwer.process_characters}.items():
+            outputs = [process(row["text"], " ".join(row["hypothesis"].split())) for row in rows]
+            errors = np.array([one.substitutions + one.deletions + one.insertions for one in outputs], float)
+            lengths = np.array([one.hits + one.substitutions + one.deletions for one in outputs], float)
+            counts[name, f"corpus_{unit}"] = errors, lengths
+            counts[name, f"mean_utterance_{unit}"] = errors / lengths, np.ones(len(rows))
+    draws = random.integers(len(texts), size=(4000, len(texts)))
+    for rate in RATES:
+        drawn = {}
+        for name in systems:
+            errors, lengths = counts[name, rate]
+            found = result[name].rates[rate]
+            assert found.value == pytest.approx(errors.sum() / lengths.sum())
+            drawn[name] = errors[draws].sum(1) / lengths[draws].sum(1)
+            assert (found.low, found.high) == pytest.approx(np.quantile(drawn[name], [0.025, 0.975]), abs=0.01)
+        paired = compare(result["b"], result["a"], rate)
+        values = {name: result[name].rates[rate].value for name in systems}
+        assert paired.difference == pytest.approx(values["b"] - values["a"]) and paired.low > 0
+        expected = np.quantile(drawn["b"] - drawn["a"], [0.025, 0.975])
+        assert (paired.low, paired.high) == pytest.approx(expected, abs=0.015)
+    assert result["a"].wer == result["a"].rates["corpus_wer"].value
+    assert result["a"].cer == result["a"].rates["corpus_cer"].value
+
+
+class _Opinion:
+    """Cannot score sound that begins with 0.3, gives no number for 0.2."""
+
+    def score(self, waveforms, sample_rate, texts, prompts):
+        if any(waveform[0] == np.float32(0.3) for waveform in waveforms):
+            raise RuntimeError("kernel is larger\nthan the sound")
+        return [{"opinion": float("nan") if waveform[0] == np.float32(0.2) else 4.0} for waveform in waveforms]
+
+
+class _NoPrompt:
+    def score(self, waveforms, sample_rate, texts, prompts):
+        raise InputError("needs a prompt")
+
+
+def test_an_utterance_without_a_score_is_listed_and_ends_nothing(place, tmp_path):
+    worker = EvaluationWorker(config_of(place, **{"evaluate.metrics": "dnsmos"}))
+    worker.prepared, worker.recognizer, worker.vocoder, worker.metrics = True, _Recognizer(), _Vocoder(), [_Opinion()]
+    sentences = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[1:5]
+    for sentence, first in zip(sentences, (1, 2, 3, 4), strict=True):
+        object.__setattr__(sentence, "speech_tokens", np.array([first, 1], np.int32))
+    chunk = Chunk("codec", None, tuple(sentences), frozenset())
+    rows, _, _ = worker.run(chunk)
+    assert [row.get("opinion") for row in rows] == [4.0, None, None, 4.0] and not any(row["failure"] for row in rows)
+    evaluations = scored({"codec": rows}, "whisper_basic")
+    assert evaluations["codec"].metrics == {"opinion": 4.0} and evaluations["codec"].metric_utterances == {"opinion": 2}
+    write_summary(tmp_path, evaluations, {}, [])
+    summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())["systems"]["codec"]
+    assert [(one["utterance_id"], one["score"], one["reason"]) for one in summary["unscored"]] == [
+        ("test/2", "dnsmos", "opinion is nan"), ("test/3", "dnsmos", "kernel is larger than the sound")
+    ]  # fmt: skip
+    worker.metrics = [_NoPrompt()]
+    with pytest.raises(InputError, match=r"evaluate\.metrics=dnsmos: needs a prompt"):
+        worker.run(chunk)
+
+
+def test_a_codec_that_takes_no_utterance_ends_the_evaluation(place):
+    worker = EvaluationWorker(config_of(place))
+    worker.prepared, worker.recognizer, worker.vocoder, worker.metrics = True, _Recognizer(), _Vocoder(), []
+    sentences = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[1:4]
+    for sentence in sentences:
+        object.__setattr__(sentence, "speech_tokens", np.array([0], np.int32))
+    with pytest.raises(InputError, match=r"no utterance of system 'codec' can be heard: .*token 0 is silence"):
+        worker.run(Chunk("codec", None, tuple(sentences), frozenset()))
+    rows, _, _ = worker.run(Chunk("codec", None, tuple(sentences[:1]), frozenset()))
+    assert "token 0 is silence" in rows[0]["failure"]
+
+
 def test_sampling_settings(place):
     config = config_of(place, **{"evaluate.temperature": 0.7, "evaluate.repetition_aware": "true"})
     sampling = sampling_of(config)
@@ -359,3 +454,48 @@ def test_search_spaces_are_valid():
     # What is sampled is what the teachers' own code does.
     for name, sampling in {"cosyvoice2": COSYVOICE2, "llasa_1b": Sampling(**llasa.SAMPLING)}.items():
         assert sampling_of(spaces[name]) == replace(sampling, repetition_threshold=COSYVOICE2.repetition_threshold)
+
+
+DRIVER = """
+import json
+import sys
+from pathlib import Path
+import ray
+from mamtra_ray import evaluate
+from mamtra_ray.config import load_config
+
+if __name__ == "__main__":
+    overrides, student, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    evaluate.SENTENCES_PER_CHUNK = 1
+    evaluate.evaluate_systems(load_config(None, overrides), {"AMAM": student}, folder,
+                              on_progress=lambda done, total: print(done, total, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_called_again_gives_the_same_scores(place, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    overrides = json.dumps([f"{key}={value}" for key, value in settings_of(place).items()])
+
+    def start(folder):
+        command = [sys.executable, tmp_path / "driver.py", overrides, place / "student", folder]
+        environment = {**os.environ, "PYTHONPATH": str(evaluate.Path(evaluate.__file__).parent.parent)}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    whole = start(tmp_path / "whole")
+    assert whole.communicate(timeout=240)[0].split()[-2:] == ["14", "14"] and whole.returncode == 0
+    process = start(tmp_path / "killed")
+    for line in process.stdout:
+        if int(line.split()[0]) >= 5:
+            break
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "evaluation" / "summary.json").exists()
+    again = start(tmp_path / "killed")
+    printed = again.communicate(timeout=240)[0].splitlines()
+    assert again.returncode == 0 and 5 <= int(printed[0].split()[0]) < 14
+    for name in ("summary.json", "teacher.jsonl", "AMAM.jsonl", "codec.jsonl"):
+        texts = [(tmp_path / run / "evaluation" / name).read_text() for run in ("whole", "killed")]
+        assert texts[0] == texts[1], name

@@ -1,10 +1,14 @@
 """Llasa: its vocabulary and chat prompt, against transformers' own Llama; its codec through transformers."""
 
+import importlib
+import json
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
+from kaldi_features import fbank
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Xcodec2Config, Xcodec2Model
 
@@ -12,6 +16,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.generate import GREEDY, generate
 from mamtra_ray.models.hybrid import HybridConfig
 from mamtra_ray.speech.codecs import vocoder_of_teacher
+from mamtra_ray.speech.speech_tokenizers import speech_tokenizer_of_teacher
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import IGNORE, make_student
 from mamtra_ray.teachers.llasa import load_tokenizer
@@ -164,7 +169,8 @@ def test_foreign_models_are_refused(tmp_path):
         load_teacher("llasa", other)
 
 
-def test_xcodec2_decodes_through_transformers(tmp_path):
+def write_xcodec2(folder):
+    """A random Xcodec2 of 64 codes, with the preprocessor_config.json that the published folder has."""
     config = Xcodec2Config(
         hidden_size=32,
         intermediate_size=32,
@@ -186,7 +192,14 @@ def test_xcodec2_decodes_through_transformers(tmp_path):
     )
     torch.manual_seed(0)
     model = Xcodec2Model(config).eval()
-    model.save_pretrained(tmp_path / "xcodec2")
+    model.save_pretrained(folder)
+    settings = {"feature_extractor_type": "Xcodec2FeatureExtractor", "sampling_rate": 16_000, "hop_length": 320}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return model
+
+
+def test_xcodec2_decodes_through_transformers(tmp_path):
+    model = write_xcodec2(tmp_path / "xcodec2")
     vocoder = vocoder_of_teacher("llasa", None, tmp_path / "xcodec2")
     tokens = [0, 63, 5, 17, 42]
     sound = vocoder.decode(tokens)
@@ -202,3 +215,27 @@ def test_xcodec2_decodes_through_transformers(tmp_path):
     with pytest.raises(InputError, match=r"evaluate\.codec"):
         vocoder_of_teacher("llasa", None)
     assert math.prod([4] * 8) == 65_536
+
+
+@pytest.mark.parametrize("num_samples", [320, 3199, 3200, 5000])
+def test_xcodec2_encodes_what_transformers_extractor_gives(tmp_path, monkeypatch, num_samples):
+    """transformers' extractor needs torchaudio for one function; here it is written out."""
+    model = write_xcodec2(tmp_path / "xcodec2")
+    tokenizer = speech_tokenizer_of_teacher("llasa", None, tmp_path / "xcodec2")
+    kaldi = types.SimpleNamespace(fbank=lambda wave, **_: torch.from_numpy(fbank(wave[0].numpy())).float())
+    stand_in = types.SimpleNamespace(compliance=types.SimpleNamespace(kaldi=kaldi))
+    module = importlib.import_module("transformers.models.xcodec2.feature_extraction_xcodec2")
+    monkeypatch.setattr(module, "torchaudio", stand_in, raising=False)
+    sound = 0.1 * np.random.default_rng(num_samples).normal(size=num_samples).astype(np.float32)
+    extractor = module.Xcodec2FeatureExtractor()
+    expected = extractor(sound, sampling_rate=16_000, return_tensors="pt")
+    given = {}
+    encode = tokenizer.codec.model.encode
+    monkeypatch.setattr(tokenizer.codec.model, "encode", lambda **inputs: given.update(inputs) or encode(**inputs))
+    (found,) = tokenizer.encode([sound])
+    assert torch.equal(given["input_values"], expected["input_values"])
+    torch.testing.assert_close(given["input_features"], expected["input_features"], atol=2e-3, rtol=0)
+    with torch.no_grad():
+        encoded = model.encode(**expected)
+    assert found.tolist() == encoded.audio_codes[0, 0][encoded.audio_codes_mask[0].bool()].tolist()
+    assert len(found) == (num_samples + 1) // 320 and found.dtype == np.int32

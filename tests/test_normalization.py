@@ -1,8 +1,12 @@
 """Text normalisations against their upstream definitions, and the rates facts of the field rest on."""
 
 import json
+import random
+import string
 from pathlib import Path
 
+import jiwer
+import numpy as np
 import pytest
 
 from mamtra_ray.errors import InputError
@@ -20,9 +24,7 @@ SENTENCES = [
 
 
 def seed_tts_eval(text: str) -> str:
-    """Seed-TTS-eval's steps, one character at a time as upstream does it, on upstream's own table."""
-    import string
-
+    """Seed-TTS-eval's steps (run_wer.py, `process_one`), one character at a time, on upstream's own table."""
     from zhon.hanzi import punctuation
 
     for character in punctuation + string.punctuation:
@@ -31,26 +33,52 @@ def seed_tts_eval(text: str) -> str:
     return text.replace("  ", " ").lower()
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
-def test_seed_equals_upstream(sentence):
+def random_sentences(count: int) -> list[str]:
+    """Strings of letters, blanks, all kinds of punctuation, digits and characters of other scripts."""
+    draw = random.Random(0)
+    odd = "'’`´-–—_…·。，！？「」《》（）“”«»¿¡\u3000\u00a0\u2028\t\x0bäÉßİıﬁ½²€₤今日あ한ж"
+    return ["".join(draw.choices("abCD  " + odd + string.punctuation + "0123", k=60)) for _ in range(count)]
+
+
+def test_seed_equals_upstream():
     pytest.importorskip("zhon")
-    assert normalize_seed(sentence) == seed_tts_eval(sentence)
+    for sentence in SENTENCES + random_sentences(500):
+        assert normalize_seed(sentence) == seed_tts_eval(sentence)
+
+
+def test_seed_rates_are_those_of_its_scripts():
+    """run_wer.py writes an utterance's rate, average_wer.py takes their mean (jiwer 4 renamed `compute_measures`)."""
+    pytest.importorskip("zhon")
+    draw = random.Random(1)
+    truths = [text for text in random_sentences(200) if seed_tts_eval(text).split()]
+    heard = ["".join(c for c in text if draw.random() > 0.1) for text in truths]
+    rates = [
+        jiwer.process_words(seed_tts_eval(truth), seed_tts_eval(hypothesis)).wer
+        for truth, hypothesis in zip(truths, heard, strict=True)
+    ]
+    result = word_error_rate(truths, heard, "seed")
+    assert (result.errors / result.words).tolist() == rates
+    assert result.mean_utterance_wer == np.mean(rates) and len(set(rates)) > 10
+    for wordless in ("- -", "?", " "):
+        with pytest.raises(InputError, match="no words"):
+            word_error_rate([wordless], ["a"], "seed")
 
 
 def test_seed_keeps_ascii_apostrophe_only_and_joins_hyphenated_words():
     assert normalize_seed("He's twenty-one, isn’t he?") == "he's twentyone isnt he"
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
-def test_whisper_normalizers_equal_transformers(sentence):
+def test_whisper_normalizers_equal_transformers():
     """Two independent copies of OpenAI's normalisers (transformers', whisper-normalizer's) agree."""
     package = pytest.importorskip("whisper_normalizer")
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
     from whisper_normalizer.basic import BasicTextNormalizer
 
     table = json.loads((Path(package.__file__).parent / "normalizers" / "english.json").read_text())
-    assert normalize_whisper_en(sentence) == EnglishTextNormalizer(table)(sentence).strip()
-    assert normalize_whisper_basic(sentence) == BasicTextNormalizer()(sentence).strip()
+    english, basic = EnglishTextNormalizer(table), BasicTextNormalizer()
+    for sentence in SENTENCES + random_sentences(200):
+        assert normalize_whisper_en(sentence) == english(sentence).strip()
+        assert normalize_whisper_basic(sentence) == basic(sentence).strip()
 
 
 @pytest.mark.parametrize(("name", "rate"), [("seed", 0.75), ("whisper_basic", 3 / 7), ("whisper_en", 0.0)])

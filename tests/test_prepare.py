@@ -2,7 +2,12 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -69,6 +74,7 @@ def libritts_root(tmp_path):
     write_utterance(root, "4_1_0_6", "open the window").write_bytes(b"RIFF and then nothing")
     write_utterance(root, "4_1_0_7", "open the window", waveform=np.full(RATE, np.nan))
     write_utterance(root, "4_1_0_8", "open the window", waveform=np.zeros(0))
+    write_utterance(root, "4_1_0_9", "open the window").unlink()
     return root
 
 
@@ -92,10 +98,10 @@ def test_libritts_with_bad_recordings(libritts_root, codec_path, tmp_path, ray_c
         libritts_root, output, codec_path, utterances_per_part=5, on_progress=lambda *counts: progress.append(counts)
     )
     assert progress[0] == (0, 11) and progress[-1] == (11, 11)
-    assert report["utterances"] == 4 and report["splits"] == {"train": 3, "validation": 1} and report["skipped"] == 9
+    assert report["utterances"] == 4 and report["splits"] == {"train": 3, "validation": 1} and report["skipped"] == 10
     reasons = {one["utterance_id"]: one["reason"] for one in read_json(output / "report.json")["skipped_utterances"]}
     expected = ["transcript is missing", "text is empty", "does not know the word", "silence", "0.1 s of audio"]
-    expected += ["31.0 s of audio", "damaged or no audio", "no numbers", "is empty"]
+    expected += ["31.0 s of audio", "damaged or no audio", "no numbers", "is empty", "recording is missing"]
     for number, reason in enumerate(expected):
         assert reason in reasons[f"4_1_0_{number}"], number
 
@@ -115,6 +121,9 @@ def test_libritts_with_bad_recordings(libritts_root, codec_path, tmp_path, ray_c
     kept = [part.stat().st_mtime_ns for part in parts]
     before = read_corpus(output)
     (output / "part-00000.json").unlink()
+    (output / "report.json").unlink()
+    with pytest.raises(InputError, match=r"is not finished: give its python -m mamtra_ray\.corpus command again"):
+        read_corpus(output)
     progress.clear()
     again = run(
         libritts_root, output, codec_path, utterances_per_part=5, on_progress=lambda *counts: progress.append(counts)
@@ -162,7 +171,8 @@ def test_length_stress_pairs_lengths_with_prompts_of_the_speaker(tmp_path):
         assert one.prompt_audio != one.audio and one.split == "test"
         assert f"/{one.speaker}/1/{one.speaker}_1_0_" in one.prompt_audio
         assert len(one.prompt_text.split()) == (15 if len(one.text.split()) != 15 else 2)
-    assert [one.utterance_id for one in skipped] == ["9_1_0_0"]
+    lacking = [f"length {words}" for words in range(1, 63) if words not in (1, 2, 3, 15, 62)]
+    assert sorted(one.utterance_id for one in skipped) == sorted([*lacking, "9_1_0_0"])
     assert length_stress(tmp_path, per_length=2) == (recordings, skipped)
     with pytest.raises(InputError, match="no folder"):
         length_stress(tmp_path / "nowhere")
@@ -172,11 +182,11 @@ def test_seed_tts_eval_lines(tmp_path):
     (tmp_path / "wavs").mkdir()
     (tmp_path / "wavs" / "there.wav").write_bytes(b"")
     (tmp_path / "meta.lst").write_text(
-        "there|What it says.|prompt-wavs/a.wav|Say this.\n"
+        "\ufeffthere|What it says.|prompt-wavs/a.wav|Say this.\n"
         "gone|What it says.|prompt-wavs/a.wav|Say that.\n"
         "five|What it says.|prompt-wavs/a.wav|Say more.|other/five.wav\n"
         "three.wav|Say three.|/abs/b.wav\n"
-        "two|Say two.\n"
+        "two|Say\u2028two.\r\n"
         "\n"
         "just one field\n"
         "empty|What it says.|prompt-wavs/a.wav|\n"
@@ -191,7 +201,7 @@ def test_seed_tts_eval_lines(tmp_path):
         "gone": ("Say that.", *prompt, None),
         "five": ("Say more.", *prompt, str(tmp_path / "other/five.wav")),
         "three": ("Say three.", None, "/abs/b.wav", None),
-        "two": ("Say two.", None, None, None),
+        "two": ("Say\u2028two.", None, None, None),
     }
     assert {one.split for one in recordings} == {"test"}
     assert [one.utterance_id for one in skipped] == ["line 7", "empty", "line 9"]
@@ -256,6 +266,13 @@ def test_cosyvoice_shards(worker, tmp_path):
     assert [row["speech_tokens"].tolist() for row in rows[:2]] == [codec.encode(one).tolist() for one in sounds[:2]]
     assert rows[2]["speech_tokens"] == [5, 6, 7] and {row["split"] for row in rows} == {"validation"}
     assert [one.utterance_id for one in bad] == ["e"] and "no audio" in bad[0].reason
+    write_shard(tmp_path / "foreign.parquet", ["f", "g"], speech_token=[[5, -1], [7, 8]], spk=[7, 8])
+    rows, bad = worker.tokenized(cosyvoice_shards(tmp_path / "foreign.parquet")[0])
+    assert [(row["utterance_id"], row["speaker"]) for row in rows] == [("g", "8")]
+    assert [(one.utterance_id, one.reason) for one in bad] == [("f", "its speech_token has the negative token -1")]
+    (tmp_path / "foreign.parquet").unlink()
+    with pytest.raises(InputError, match="splits train, validation, test, not 'dev'"):
+        cosyvoice_shards(tmp_path, split="dev")
     pq.write_table(pa.table({"utt": ["a"], "text": ["b"]}), tmp_path / "parquet_000000002.tar")
     with pytest.raises(InputError, match="lacks the column audio_data"):
         cosyvoice_shards(tmp_path)
@@ -330,10 +347,36 @@ def test_command_line(libritts_root, tmp_path, capsys):
     arguments = ["libritts", str(libritts_root), "--output", str(tmp_path / "out")]
     assert prepare.main([*arguments, "--dry-run", "name=other", "teacher.kind=llasa"]) == 0
     printed = capsys.readouterr().out
-    assert "11 recordings, 2 left out already" in printed and "llasa's tokenizers" in printed
+    assert "11 recordings, 3 left out already" in printed and "llasa's tokenizers" in printed
     assert not (tmp_path / "out").exists()
+    assert prepare.main(["prepare", *arguments, "--dry-run"]) == 0
+    assert "11 recordings" in capsys.readouterr().out
+    assert prepare.main(["length_stress", str(libritts_root), "--output", "x", "--per-length", "-1"]) == 2
+    assert "one or more utterances per number of words, not -1" in capsys.readouterr().err
     assert prepare.main(["libri", *arguments[1:]]) == 2
     assert "did you mean 'libritts'" in capsys.readouterr().err
+
+
+def test_paths_in_a_corpus_hold_from_anywhere(tmp_path, codec_path, monkeypatch, capsys):
+    """Given relative to where the verb is called; read by workers and evaluations elsewhere."""
+
+    def in_this_process(tokenizers, groups, actors):
+        assert tokenizers.speech_tokenizer.is_absolute()
+        monkeypatch.chdir("/")
+        worker = TokenizationWorker(tokenizers)
+        worker._load()
+        for index, recordings in groups.items():
+            yield index, *worker.tokenized(recordings)
+
+    monkeypatch.setattr(prepare, "_tokenized", in_this_process)
+    monkeypatch.setattr("mamtra_ray.cluster.connect", lambda address: None)
+    monkeypatch.chdir(tmp_path)
+    soundfile.write(tmp_path / "prompt.wav", sound(3), RATE, subtype="FLOAT")
+    (tmp_path / "meta.lst").write_text("a|find the camera|prompt.wav|open the window\n")
+    output = str(tmp_path / "corpus")
+    assert prepare.main(["seed_tts_eval", "meta.lst", "--output", output, "--speech-tokenizer", codec_path.name]) == 0
+    (row,) = read_corpus(output).to_pylist()
+    assert row["prompt_audio"] == str(tmp_path / "prompt.wav") and len(row["prompt_speech_tokens"])
 
 
 def test_nothing_usable_says_where_the_reasons_are(tmp_path, codec_path, monkeypatch):
@@ -350,3 +393,49 @@ def test_nothing_usable_says_where_the_reasons_are(tmp_path, codec_path, monkeyp
         run(root, tmp_path / "corpus", codec_path)
     report = json.loads((tmp_path / "corpus" / "report.json").read_text())
     assert report["reasons"] and report["utterances"] == 0
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import ray
+from mamtra_ray.config import load_config
+from mamtra_ray.prepare import prepare_corpus
+from mamtra_ray.recordings import libritts
+
+if __name__ == "__main__":
+    root, output, codec = map(Path, sys.argv[1:])
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    prepare_corpus(load_config(), *libritts(root), output, made_by={"source": "libritts"}, speech_tokenizer=codec,
+                   utterances_per_part=2, on_progress=lambda done, total: print(done, total, flush=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts_before_kill", [0, 2])
+def test_killed_and_called_again_makes_the_same_corpus(libritts_root, codec_path, tmp_path, parts_before_kill):
+    (tmp_path / "driver.py").write_text(DRIVER)
+
+    def start(output):
+        command = [sys.executable, tmp_path / "driver.py", libritts_root, output, codec_path]
+        environment = {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parent.parent)}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    whole = start(tmp_path / "whole")
+    assert whole.communicate(timeout=240)[0].split()[-2:] == ["11", "11"] and whole.returncode == 0
+    process = start(tmp_path / "killed")
+    for line in process.stdout:
+        if int(line.split()[0]) >= 2 * parts_before_kill:
+            break
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "report.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("part-*.json")}
+    assert len(finished) >= parts_before_kill
+    again = start(tmp_path / "killed")
+    printed = again.communicate(timeout=240)[0].splitlines()
+    assert again.returncode == 0 and int(printed[0].split()[0]) >= 2 * parts_before_kill
+    assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
+    assert read_corpus(tmp_path / "killed").equals(read_corpus(tmp_path / "whole"))
+    reports = [(tmp_path / name / "report.json").read_text() for name in ("killed", "whole")]
+    assert reports[0] == reports[1]

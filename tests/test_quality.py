@@ -146,7 +146,6 @@ def test_versa_may_not_leave_anything_out(versa, monkeypatch):
     for yaml in ("name: speaker", "- speaker", "{"):
         with pytest.raises(InputError, match=r"must be a list|cannot be read"):
             versa(yaml)
-    metric = versa("- {name: whisper_wer}\n")
     arguments = ([sound(1), sound(2)], 24_000, ["text 0", "text 1"], [None, None])
     for returns, message in {
         (lambda results: results[:1]): "left out 1 of 2",
@@ -154,8 +153,16 @@ def test_versa_may_not_leave_anything_out(versa, monkeypatch):
         (lambda results: [{"key": result["key"]} for result in results]): "no number for any",
     }.items():
         monkeypatch.setattr(_Versa, "returns", staticmethod(returns))
+        metric = versa("- {name: whisper_wer}\n")
         with pytest.raises(InputError, match=message):
             metric.score(*arguments)
+    # Also alone, an utterance must have what the ones before it had.
+    monkeypatch.setattr(_Versa, "returns", None)
+    metric = versa("- {name: whisper_wer}\n")
+    metric.score(*arguments)
+    monkeypatch.setattr(_Versa, "returns", staticmethod(lambda results: [{"key": results[0]["key"], "utmos": 3.0}]))
+    with pytest.raises(InputError, match="gave no spk_similarity for the sentence 'text 0'"):
+        metric.score([sound(1)], 24_000, ["text 0"], [None])
 
 
 def test_missing_packages_and_names(tmp_path, monkeypatch):

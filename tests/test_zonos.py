@@ -84,6 +84,22 @@ def test_key_layout_of_the_released_model():
     assert in_these_layers == {name for name in expected if name.startswith("backbone.layers.")}
 
 
+def test_prefix_conditioner_has_upstreams_names_and_shapes():
+    """Upstream's `conditioning.py`: all but the phonemes may be missing; Fourier weights are a buffer there."""
+    with torch.device("meta"):
+        module = ZonosHybrid(ZonosConfig()).prefix_conditioner
+    expected = {"project.weight": (2048, 2048), "project.bias": (2048,), "norm.weight": (2048,), "norm.bias": (2048,)}
+    expected["conditioners.0.phoneme_embedder.weight"] = (189, 2048)
+    expected |= {"conditioners.1.project.weight": (2048, 128), "conditioners.1.project.bias": (2048,)}
+    for index, inputs in {2: 8, 3: 1, 4: 1, 5: 1, 7: 8, 8: 1, 9: 1}.items():
+        expected[f"conditioners.{index}.weight"] = (1024, inputs)
+    for index, values in {6: 128, 10: 2}.items():  # -1 to 126, 0 to 1
+        expected[f"conditioners.{index}.int_embedder.weight"] = (values, 2048)
+    expected |= {f"conditioners.{index}.uncond_vector": (2048,) for index in range(1, 11)}
+    assert {name: tuple(value.shape) for name, value in module.state_dict().items()} == expected
+    assert sum(parameter.numel() for parameter in module.parameters()) == 5_138_432
+
+
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class VersaSuite:
     suite: Any
     needs_prompt: bool
     """Some metric compares with a reference recording: the prompt."""
+    known: set[str] = field(default_factory=set)
+    """Names of all values that came so far; every further utterance must have them too."""
 
     def score(
         self,
@@ -63,11 +65,11 @@ class VersaSuite:
         if lost := [name for name in names if name not in by_name]:
             raise InputError(f"VERSA left out {len(lost)} of {len(names)} utterances (too short, or all one value)")
         scores = [_numbers(by_name[name]) for name in names]
-        expected = set().union(*scores)
-        if not expected:
+        self.known.update(*scores)
+        if not self.known:
             raise InputError("VERSA gave no number for any utterance; its log says why")
         for index, score in enumerate(scores):
-            if gone := sorted(expected - set(score)):
+            if gone := sorted(self.known - set(score)):
                 raise InputError(f"VERSA gave no {gone[0]} for the sentence {texts[index]!r}; its log says why")
         return scores
 

@@ -95,7 +95,7 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normal
     normal_hypotheses = [apply(hypothesis) for hypothesis in hypotheses]
     counts = []
     for reference, hypothesis, original in zip(normal_references, normal_hypotheses, references, strict=True):
-        if not reference:
+        if not reference.split():
             raise InputError(f"The reference {original!r} has no words after the {normalize!r} normalisation.")
         words = jiwer.process_words(reference, hypothesis)
         characters = jiwer.process_characters(reference, hypothesis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ class Xcodec2Vocoder:
 
     model: Any
     """A `transformers.Xcodec2Model` in evaluation mode."""
-    feature_extractor: Any = None
-    """Its feature extractor; only encoding needs it."""
 
     @property
     def sample_rate(self) -> int:
@@ -44,22 +43,35 @@ class Xcodec2Vocoder:
         return audio.float().flatten().cpu().numpy()
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
-        """Speech tokens int32 (S,) of a float32 mono waveform.
+        """Speech tokens int32 (S,) of a float32 mono waveform; a last token that is not full is left out.
 
-        Raises:
-            InputError: the folder has no feature extractor.
+        What the codec is given, and how many tokens it gives, is as with transformers' Xcodec2FeatureExtractor.
         """
         import torch
 
-        if self.feature_extractor is None:
-            raise InputError("this Xcodec2 folder has no preprocessor_config.json, which encoding needs")
-        inputs = self.feature_extractor(waveform, sampling_rate=self.sample_rate, return_tensors="pt")
+        hop = self.model.config.hop_length
+        # At least one sample of padding, as upstream.
+        padded = np.pad(np.asarray(waveform, np.float32), (0, hop - len(waveform) % hop))
+        features_1TF = _feature_extractor()(
+            np.pad(padded, hop // 2), sampling_rate=self.sample_rate, return_tensors="pt"
+        ).input_features
         with torch.inference_mode():
-            encoded = self.model.encode(**inputs.to(self.model.device))
-        codes_S = encoded.audio_codes.flatten()
-        if encoded.audio_codes_mask is not None:
-            codes_S = codes_S[encoded.audio_codes_mask.flatten().bool()]
-        return codes_S.cpu().numpy().astype(np.int32)
+            codes_1QS = self.model.encode(
+                input_values=torch.from_numpy(padded)[None, None].to(self.model.device, self.model.dtype),
+                input_features=features_1TF.to(self.model.device, self.model.dtype),
+            ).audio_codes
+        return codes_1QS.flatten()[: (len(waveform) + 1) // hop].cpu().numpy().astype(np.int32)
+
+
+@cache
+def _feature_extractor() -> Any:
+    """Features of w2v-BERT, XCodec2's semantic encoder (its own extractor in upstream's code).
+
+    transformers' Xcodec2FeatureExtractor computes the same through torchaudio, which has no release for every torch.
+    """
+    from transformers import SeamlessM4TFeatureExtractor
+
+    return SeamlessM4TFeatureExtractor()
 
 
 def load_xcodec2_vocoder(path: Path) -> Xcodec2Vocoder:
@@ -69,7 +81,7 @@ def load_xcodec2_vocoder(path: Path) -> Xcodec2Vocoder:
         InputError: no such folder, or its weights are not Xcodec2's.
     """
     import torch
-    from transformers import AutoFeatureExtractor, Xcodec2Model
+    from transformers import Xcodec2Model
 
     try:
         loaded: Any = Xcodec2Model.from_pretrained(path, local_files_only=True, output_loading_info=True)
@@ -79,8 +91,5 @@ def load_xcodec2_vocoder(path: Path) -> Xcodec2Vocoder:
         raise InputError(f"{path} is no Xcodec2 folder of transformers: {reason}") from None
     if report["missing_keys"]:
         raise InputError(f"{path} is no whole Xcodec2 model: {sorted(report['missing_keys'])[0]} is missing")
-    extractor = None
-    if (path / "preprocessor_config.json").is_file():
-        extractor = AutoFeatureExtractor.from_pretrained(path, local_files_only=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Xcodec2Vocoder(model.eval().to(device), extractor)
+    return Xcodec2Vocoder(model.eval().to(device))

@@ -140,7 +140,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def expected_shapes(config: HybridConfig, speech_rows: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of ``llm.pt``, 295 of them for the released model."""
+    """Name and shape of every tensor of ``llm.pt``; upstream's class has 295 of them: 291 of Qwen2 and 4 of its own."""
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer: dict[str, tuple[int, ...]] = {
@@ -177,8 +177,6 @@ def _from_checkpoint(config: HybridConfig, checkpoint: Mapping[str, Tensor], sou
         raise InputError(f"{source} is no CosyVoice 2 LM: it has no table speech_embedding.weight")
     expected = expected_shapes(config, len(speech_table))
     found = {name: tuple(tensor.shape) for name, tensor in checkpoint.items()}
-    # Only upstream's vLLM and some fine-tunes leave out this unused copy of the text table.
-    expected = {name: shape for name, shape in expected.items() if "lm_head" not in name or name in found}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [
@@ -222,11 +220,11 @@ def write_folder(model: SpeechLM, original: Path, folder: Path) -> None:
     CosyVoice, ``CosyVoice2(folder)`` loads and speaks with it unchanged.
 
     Raises:
-        InputError: ``original`` is no CosyVoice 2 folder or of another shape, or is ``folder`` itself.
+        InputError: ``original`` is no CosyVoice 2 folder or of another shape, or ``folder`` is it or lies in it.
     """
     original, folder = Path(original), Path(folder)
-    if folder.resolve() == original.resolve():
-        raise InputError(f"{folder} is the original CosyVoice folder; write the student to another one")
+    if folder.resolve().is_relative_to(original.resolve()):
+        raise InputError(f"{folder} is in the original CosyVoice folder; write the student to another one")
     reference = read_weights(original)
     folder.mkdir(parents=True, exist_ok=True)
     if model.layout.mamba_layers:
@@ -240,6 +238,9 @@ def write_folder(model: SpeechLM, original: Path, folder: Path) -> None:
         weights = dict(_original_tensors(model, reference, original))
         yaml = None
         written = {WEIGHTS, HYBRID_FILE}
+        # Of a hybrid that was written there before.
+        for name in (HYBRID_FILE, *_YAML_NAMES):
+            (folder / name).unlink(missing_ok=True)
     _link_others(original, folder, written)
     with written_atomically(folder / WEIGHTS) as temporary:
         torch.save(weights, temporary)
