@@ -6,11 +6,14 @@
 
 Sources: the materialised blocks in the object store (what every training here uses); Ray Data's read_parquet anew
 in every epoch; pyarrow reading the shards anew in every epoch; and the online teacher, which computes the rows.
-All give the same batches' worth of rows as tensors. Every trial is an actor of its own. "delivered" is what a trial
-gets when it does nothing else, the median of several epochs; "ratio" is to the object store in the same round, with
-its quartiles. "private MB" is what the trial's memory grew by while it read, shared pages not counted. Then a real
-training of the layout 1:1 with each source: the share of its time spent waiting for the batch (with the online
-teacher: computing it), seconds a step, and the peak memory of the process.
+All give the same batches' worth of rows as tensors. Every trial is an actor of its own for every source; sources take
+turns, epoch by epoch, in an order that rotates.
+
+"delivered" is what a trial gets when it does nothing else, the median of several epochs; "x" is relative to the object
+store in the same round, with the quartiles. Then a real training of the layout 1:1 over whole epochs: "waiting" is the
+share of its time spent until the batch is there (with the online teacher: computed), "step x" the time of an epoch,
+waiting included, over the object store's. "private" is by how much the trial's memory exceeds the idle actor's at most,
+pages shared with others not counted, while it reads and while it trains. With two trials the slower one counts.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +29,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's workers start at niceness 15, and a busy machine would starve them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Workers found their modules in benchmarks/ only if it is on their path too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -91,54 +95,48 @@ def epoch_of(
 class Trial:
     """An actor that reads, or trains, from one source."""
 
-    def __init__(self, config: Config, shared: SharedCache, folder: str) -> None:
+    def __init__(self, config: Config, shared: SharedCache, folder: str, source: str) -> None:
         torch.set_num_threads(1)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         self.teacher = load_teacher(config.teacher.kind, config.teacher.path)
-        self.shared, self.folder = shared, folder
+        self.shared, self.folder, self.source = shared, folder, source
+        layers = self.teacher.model.layout.num_layers
+        student = make_student(self.teacher.model, from_strategy("block_beginning", layers, "1:1"))
+        self.training = Distillation(student, DistillConfig(batch_tokens=BATCH_TOKENS), 10**6, torch.device("cpu"))
+        self.idle_megabytes = private_megabytes()
 
-    def read(self, source: str, epoch: int) -> dict[str, float]:
+    def read(self, epoch: int) -> dict[str, float]:
         """Tokens a second of an epoch (of its first 20 batches where each runs the teacher), and memory."""
-        tokens, began, before, largest = 0, time.perf_counter(), private_megabytes(), 0.0
-        for index, batch in enumerate(self._epoch(source, epoch)):
+        tokens, began, largest = 0, time.perf_counter(), 0.0
+        for index, batch in enumerate(self._epoch(epoch)):
             tokens += batch.num_tokens
             # What a training would do at least: touch every value.
             batch.teacher_targets.hidden_ND.sum()
             if index % 20 == 0:
-                largest = max(largest, private_megabytes() - before)
-            if source == "online teacher" and index == 20:
+                largest = max(largest, private_megabytes() - self.idle_megabytes)
+            if self.source == "online teacher" and index == 20:
                 break
         return {"tokens/s": tokens / (time.perf_counter() - began), "private MB": largest}
 
-    def train(self, source: str, steps: int) -> dict[str, float]:
-        """Share of a training's time that waits for data, seconds a step, peak memory of the process so far."""
-        layers = self.teacher.model.layout.num_layers
-        student = make_student(self.teacher.model, from_strategy("block_beginning", layers, "1:1"))
-        training = Distillation(student, DistillConfig(batch_tokens=BATCH_TOKENS), 10**6, torch.device("cpu"))
-        if source != "online teacher":
-            del self.teacher.model.body.layers
-        waited, times, epoch = 0.0, [], 0
-        began = time.perf_counter()
-        while len(times) < steps:
-            source_batches = self._epoch(source, epoch)
-            while len(times) < steps:
-                asked = time.perf_counter()
-                batch = next(source_batches, None)
-                waited += time.perf_counter() - asked
-                if batch is None:
-                    break
-                training.step(batch)
-                times.append(time.perf_counter() - asked)
-            epoch += 1
-        return {
-            "waiting %": 100 * waited / (time.perf_counter() - began),
-            "s/step": float(np.median(times)),
-            "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
+    def train(self, epoch: int, steps: int) -> dict[str, float]:
+        """Seconds of an epoch (or of its first ``steps``), how many of them waited for data, and memory."""
+        waited, seconds, largest = 0.0, 0.0, 0.0
+        source_batches = self._epoch(epoch)
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch = next(source_batches, None)
+            waited += time.perf_counter() - asked
+            if batch is not None:
+                self.training.step(batch)
+            seconds += time.perf_counter() - asked
+            if batch is None:
+                break
+            largest = max(largest, private_megabytes() - self.idle_megabytes)
+        return {"seconds": seconds, "waited": waited, "private MB": largest}
 
-    def _epoch(self, source: str, epoch: int) -> Iterator[DistillBatch]:
-        return iter(epoch_of(source, self.shared, self.folder, self.teacher.sequence, self.teacher, epoch))
+    def _epoch(self, epoch: int) -> Iterator[DistillBatch]:
+        return iter(epoch_of(self.source, self.shared, self.folder, self.teacher.sequence, self.teacher, epoch))
 
 
 def private_megabytes() -> float:
@@ -147,20 +145,46 @@ def private_megabytes() -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
 
 
+def summary(
+    source: str, read: dict[str, list[dict[str, float]]], trained: dict[str, list[dict[str, float]]]
+) -> dict[str, Any]:
+    """One row of the table."""
+
+    def against_store(results: dict[str, list[dict[str, float]]], key: str) -> str:
+        pairs = zip(results[source], results["object store"], strict=True)
+        ratio, low, high = quartiles([own[key] / store[key] for own, store in pairs])
+        return f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+
+    waiting, low, high = quartiles([100 * result["waited"] / result["seconds"] for result in trained[source]])
+    return {
+        "delivered tokens/s": round(quartiles([result["tokens/s"] for result in read[source]])[0]),
+        "delivered x": against_store(read, "tokens/s"),
+        "private MB reading": round(max(result["private MB"] for result in read[source]), 1),
+        "waiting %": f"{waiting:.2f} [{low:.2f}, {high:.2f}]",
+        "step x": against_store(trained, "seconds"),
+        "private MB training": round(max(result["private MB"] for result in trained[source]), 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", help="folder of a teacher of kind huggingface (default: the demo's)")
-    parser.add_argument("--tokens", type=int, default=100_000, help="speech tokens of the cache")
-    parser.add_argument("--steps", type=int, default=20, help="steps of the training")
+    parser.add_argument("--tokens", type=int, default=30_000, help="speech tokens of the cache")
     parser.add_argument("--rounds", type=int, default=5, help="epochs read from each source")
+    parser.add_argument("--train-rounds", type=int, default=3, help="epochs trained from each source")
     parser.add_argument("--quick", action="store_true", help="few tokens and steps, nothing is written")
     options = parser.parse_args()
-    tokens, steps, rounds = (10_000, 3, 2) if options.quick else (options.tokens, options.steps, options.rounds)
+    if options.quick:
+        options.tokens, options.rounds, options.train_rounds = 10_000, 2, 1
+    steps = 3 if options.quick else 10**6
     teacher = {"kind": "huggingface" if options.teacher else "demo", "path": options.teacher}
-    config = Config.model_validate({"teacher": teacher, "corpus": {"train_tokens": tokens, "validation_tokens": 1}})
-    # Two trials, and a CPU for what Ray Data runs beside them.
+    config = Config.model_validate(
+        {"teacher": teacher, "corpus": {"train_tokens": options.tokens, "validation_tokens": 1}}
+    )
+    # For what Ray Data runs; the trials themselves ask for no CPU, so that those waiting for their turn hold none.
     ray.init(
-        num_cpus=3,
+        address="local",
+        num_cpus=2,
         include_dashboard=False,
         object_store_memory=500 << 20,
         logging_level=logging.WARNING,
@@ -173,36 +197,31 @@ def main() -> None:
             folder, teacher_fingerprint=manifest.made_by["teacher"], corpus_hash=manifest.made_by["corpus"]
         )
         for trials in (1, 2):
-            actors = [ray.remote(Trial).options(num_cpus=1).remote(config, shared, folder) for _ in range(trials)]
-            rates: dict[str, list[float]] = {source: [] for source in SOURCES}
-            memory = dict.fromkeys(SOURCES, 0.0)
-            for number in range(rounds + 1):
-                for source in SOURCES:
-                    found = ray.get([actor.read.remote(source, number) for actor in actors])
-                    # The first round opens files and starts Ray Data's workers.
-                    if number:
-                        rates[source].append(min(result["tokens/s"] for result in found))
-                        memory[source] = max(memory[source], *(result["private MB"] for result in found))
-            for actor in actors:
-                ray.kill(actor)
+            actors = {
+                source: [
+                    ray.remote(Trial).options(num_cpus=0).remote(config, shared, folder, source) for _ in range(trials)
+                ]
+                for source in SOURCES
+            }
+            read: dict[str, list[dict[str, float]]] = {source: [] for source in SOURCES}
+            trained: dict[str, list[dict[str, float]]] = {source: [] for source in SOURCES}
+            for results, method, rounds, arguments in (
+                (read, "read", options.rounds, ()),
+                (trained, "train", options.train_rounds, (steps,)),
+            ):
+                # Round 0 opens files and starts Ray Data's workers; it does not count.
+                for number in range(rounds + 1):
+                    turn = number % len(SOURCES)
+                    for source in SOURCES[turn:] + SOURCES[:turn]:
+                        found = ray.get([getattr(a, method).remote(number, *arguments) for a in actors[source]])
+                        if number:
+                            results[source].append(
+                                {key: (min if key == "tokens/s" else max)(f[key] for f in found) for key in found[0]}
+                            )
             for source in SOURCES:
-                ratio, low, high = quartiles(
-                    [own / best for own, best in zip(rates[source], rates["object store"], strict=True)]
-                )
-                actors = [ray.remote(Trial).options(num_cpus=1).remote(config, shared, folder) for _ in range(trials)]
-                trained = ray.get([actor.train.remote(source, steps) for actor in actors])
-                for actor in actors:
+                for actor in actors[source]:
                     ray.kill(actor)
-                table.append(
-                    {
-                        "trials": trials,
-                        "source": source,
-                        "delivered tokens/s": round(quartiles(rates[source])[0]),
-                        "ratio": f"{ratio:.3f} [{low:.3f}, {high:.3f}]",
-                        "private MB": round(memory[source], 1),
-                        **{key: round(max(result[key] for result in trained), 3) for key in trained[0]},
-                    }
-                )
+                table.append({"trials": trials, "source": source, **summary(source, read, trained)})
         print(
             f"{shared.num_utterances} utterances, {shared.labelled_positions:,} positions, "
             f"{shared.num_bytes / 1e6:.0f} MB in the object store, padding "
@@ -211,7 +230,15 @@ def main() -> None:
     ray.shutdown()
     print_table(table)
     if not options.quick:
-        write_result("data_sharing", table, tokens=tokens, steps=steps, rounds=rounds, batch_tokens=BATCH_TOKENS)
+        write_result(
+            "data_sharing",
+            table,
+            tokens=options.tokens,
+            rounds=options.rounds,
+            train_rounds=options.train_rounds,
+            batch_tokens=BATCH_TOKENS,
+            shared_megabytes=round(shared.num_bytes / 1e6),
+        )
 
 
 if __name__ == "__main__":

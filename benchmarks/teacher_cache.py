@@ -8,26 +8,29 @@ Every format encodes the same rows of the teacher, into a real cache folder, who
 counts (tokens, ids and Parquet included, per labelled position). "at 896 dims" scales the rows' part of it to
 CosyVoice 2's width (hidden formats) or adds what its 6,564 ids take more than the demo's (top-k).
 
-The gradient is that of Eq. 5 with respect to the student's hidden states, over the validation split, for a student
-of the layout 1:1 straight from the weight transfer ("far"), and for students 40 % and 10 % of the way (in hidden
-states) from the teacher to that one; their distances are printed. "KL+emb" leaves out the cross-entropy, whose
-gradient needs no teacher and is exact in every format; for formats without hidden states it is the KL alone. The
-printed columns give the cosines for 10 % / 40 % / far; the relative errors stand in the JSON.
+The gradient is that of Eq. 5 with respect to the student's hidden states, over the validation split, for five students
+of the layout 1:1: straight from the weight transfer ("far"); 40 % and 10 % of the way (in hidden states) from the
+teacher to that one; with aligned mixers ("aligned"); and that one after its distillation ("distilled"). Their distances
+from the teacher are printed. "KL+emb" leaves out the cross-entropy, whose gradient needs no teacher and is exact in
+every format; for formats without hidden states it is the KL alone. The printed columns give the cosines in the order of
+the distances; the relative errors stand in the JSON.
 
-The last columns are the held-out CE, in nats, of a student distilled from each format with the same steps, beside an
-online teacher and dense float16 logits. A student this young says no words yet: for its WER distil longer, with
-`python -m mamtra_ray.search cache.format=...`.
+The last columns are of students distilled from each format, beside an online teacher and dense float16 logits: all
+begin with the same aligned mixers and see the same batches, and take turns step by step. Held-out CE and KL to the
+teacher in nats; the time of a step, data included, over hidden fp16's; WER of greedy speech, and its paired
+difference to the student of the online teacher.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,27 +39,35 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import numpy as np
+import pyarrow.parquet as pq
 import ray
 import torch
+from cache_students import (
+    CPU,
+    Listener,
+    Source,
+    aligned_mixers,
+    dense_targets,
+    distil_in_turns,
+    largest_difference,
+    scores,
+    wer_columns,
+)
 from measurement import paired, print_table, write_result
 from torch import Tensor, nn
 
 from mamtra_ray.cache_formats import RowFormat, format_settings, row_format
 from mamtra_ray.cache_manifest import CacheManifest, PlannedShard, encode_shard, finished_shard, write_manifest
 from mamtra_ray.cache_storage import Storage
-from mamtra_ray.config import CacheConfig, DistillConfig
+from mamtra_ray.config import CacheConfig
 from mamtra_ray.corpus import corpus_identity, read_corpus, utterances
 from mamtra_ray.hidden_quantizer import QUANTIZER_FILE, calibrate, quantizer_bytes, token_context
-from mamtra_ray.layouts import from_strategy
 from mamtra_ray.losses import HiddenTargets, LossWeights, TopKTargets, distillation_loss
-from mamtra_ray.shared_batches import DistillBatch, batches
 from mamtra_ray.shared_cache import SharedCache, share_cache
 from mamtra_ray.teacher_pass import labelled_hidden_states, sha256, shard_rows
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
-from mamtra_ray.training import Distillation, validate
 
-CPU = torch.device("cpu")
 COSYVOICE_WIDTH, COSYVOICE_SPEECH = 896, 6564
 FORMATS = {
     "hidden fp16": CacheConfig(format="hidden"),
@@ -131,7 +142,9 @@ def write_cache(
             encoded = stored.encode(torch.cat(hidden[first : first + size]), teacher.model.head, tokens)
             planned = PlannedShard(split.name, first, len(rows), sum(map(len, tokens)))
             name = planned.name(size)
-            shard = encode_shard(shard_rows(rows, encoded, stored.columns), made_by, planned, stored.compression)
+            shard = encode_shard(
+                shard_rows(rows, encoded, stored.columns), made_by | files, planned, stored.compression
+            )
             storage.write(name, shard)
             shards[name] = finished_shard(planned, shard)
     manifest = CacheManifest(made_by, width, size, True, shards, files)
@@ -168,70 +181,24 @@ def compare_gradients(
     return found
 
 
-def distilled(
-    teacher: Teacher,
-    shared: SharedCache,
-    held_out: SharedCache,
-    steps: int,
-    embedding_weight: float,
-    targets: str = "cache",
-) -> tuple[SpeechLM, dict[str, float]]:
-    """A student after some steps on the shared batches, with its held-out CE and the seconds of a step."""
-    config = DistillConfig(batch_tokens=2_000, embedding_weight=embedding_weight)
-    student = make_student(teacher.model, from_strategy("block_beginning", teacher.model.layout.num_layers, "1:1"))
-    training = Distillation(student, config, steps * 1_800, CPU)
-    seconds: list[float] = []
-    for batch in _endless(shared, teacher):
-        began = time.perf_counter()
-        training.step(_retargeted(batch, teacher, targets))
-        seconds.append(time.perf_counter() - began)
-        if len(seconds) == steps:
-            break
-    score = validate(training.student, batches(held_out, teacher.sequence, batch_tokens=4_000, seed=0, epoch=0))
-    return training.student, {"student CE": round(score.ce, 4), "s/step": round(float(np.median(seconds)), 3)}
-
-
-def _endless(shared: SharedCache, teacher: Teacher) -> Iterator[DistillBatch]:
-    epoch = 0
-    while True:
-        yield from batches(shared, teacher.sequence, batch_tokens=2_000, seed=0, epoch=epoch)
-        epoch += 1
-
-
-def _retargeted(batch: DistillBatch, teacher: Teacher, targets: str) -> DistillBatch:
-    """The same batch with rows computed now, or with all logits in float16 (as a top-k row of all classes)."""
-    if targets == "cache":
-        return batch
-    with torch.no_grad():
-        if targets == "online":
-            hidden_ND = teacher.model.hidden_states(batch.input_ids_BL)[batch.labels_BL != -100]
-            return dataclasses.replace(batch, teacher_targets=HiddenTargets(hidden_ND))
-        hidden_ND = batch.teacher_targets.hidden_ND.float()
-        return dataclasses.replace(batch, teacher_targets=dense_targets(teacher.model.head(hidden_ND)))
-
-
-def dense_targets(logits_NV: Tensor) -> TopKTargets:
-    """All classes with their log-probabilities from float16 logits; nothing is left for the tail."""
-    log_probs_NV = logits_NV.half().float().log_softmax(-1)
-    ids_NV = torch.arange(logits_NV.shape[1]).expand_as(logits_NV)
-    return TopKTargets(ids_NV, log_probs_NV, torch.full((len(logits_NV),), -torch.inf))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", help="folder of a teacher of kind huggingface (default: the demo's)")
-    parser.add_argument("--tokens", type=int, default=60_000, help="training speech tokens")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each student")
-    parser.add_argument("--quick", action="store_true", help="few tokens and steps, nothing is written")
+    parser.add_argument("--cache-tokens", type=int, default=60_000, help="training speech tokens in the cache")
+    parser.add_argument("--align-tokens", type=int, default=60_000)
+    parser.add_argument("--tokens", type=int, default=60_000, help="of each student's distillation")
+    parser.add_argument("--sentences", type=int, default=60, help="spoken and recognised")
+    parser.add_argument("--quick", action="store_true", help="few tokens and sentences, nothing is written")
     options = parser.parse_args()
+    if options.quick:
+        options.cache_tokens, options.align_tokens, options.tokens, options.sentences = 10_000, 3_000, 4_000, 2
     torch.set_num_threads(1)
-    tokens, steps, rounds = (10_000, 2, 1) if options.quick else (options.tokens, options.steps, 5)
     teacher = load_teacher("huggingface" if options.teacher else "demo", options.teacher)
     head, speech_size = teacher.model.head, teacher.sequence.vocabulary.speech_size
     width = teacher.model.config.hidden_size
 
     splits = []
-    for name, limit in (("train", tokens), ("validation", tokens // 5)):
+    for name, limit in (("train", options.cache_tokens), ("validation", options.cache_tokens // 5)):
         rows = utterances(read_corpus(None, name, max_speech_tokens=limit))
         splits.append(Split(name, rows, teacher_rows(teacher.model, teacher, rows)))
     held_out = splits[1]
@@ -239,107 +206,127 @@ def main() -> None:
     labels_N = torch.from_numpy(token_context(held_out.speech_tokens, teacher.sequence.vocabulary.eos_id)[1])
 
     ray.init(
+        address="local",
         num_cpus=1, include_dashboard=False, object_store_memory=500 << 20, logging_level=logging.WARNING,
         log_to_driver=False,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        made = {}
+    stored: dict[str, tuple[CacheManifest, RowFormat]] = {}
+    sources, payload = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
         for name, cache in FORMATS.items():
-            manifest, stored = write_cache(Path(folder) / name, cache, teacher, splits)
-            made[name] = (
-                manifest,
-                stored,
-                [
-                    share_cache(
-                        Path(folder) / name,
-                        teacher_fingerprint=teacher.fingerprint,
-                        corpus_hash=manifest.made_by["corpus"],
-                        split=s,
-                    )
-                    for s in ("train", "validation")
-                ],
-            )
-        exact_train, exact_held_out = made["hidden fp16"][2]
-        trained, first_scores = distilled(teacher, exact_train, exact_held_out, steps, 1.0)
-        far = make_student(teacher.model, trained.layout)
-        far_ND = teacher_rows(far, teacher, held_out.rows)
-        away_ND = far_ND - held_out.hidden_ND
-        students = {
-            "10 %": held_out.hidden_ND + 0.1 * away_ND,
-            "40 %": held_out.hidden_ND + 0.4 * away_ND,
-            "far": far_ND,
+            folder = Path(temporary) / name
+            stored[name] = write_cache(folder, cache, teacher, splits)
+            payload[name] = payload_bytes(folder, stored[name][0])
+            embedding = 0.0 if cache.format == "topk" else 1.0
+            sources.append(Source(name, shared(folder, stored[name][0], "train"), "cache", embedding))
+        exact_folder = Path(temporary) / "hidden fp16"
+        exact_held_out = shared(exact_folder, stored["hidden fp16"][0], "validation")
+        exact_train = sources[0].shared
+        sources += [
+            Source("dense logits fp16", exact_train, "dense", 0.0),
+            Source("online teacher", exact_train, "online", 1.0),
+        ]
+        mixers = aligned_mixers(teacher, sources[0], options.align_tokens)
+        lessons = distil_in_turns(teacher, sources, mixers, options.tokens)
+        student_scores = {
+            name: scores(lesson, lessons["hidden fp16"], exact_held_out, teacher) for name, lesson in lessons.items()
         }
-        distances = {
-            name: round(((rows - held_out.hidden_ND).norm() / held_out.hidden_ND.norm()).item(), 3)
-            for name, rows in students.items()
-        }
-        exact = HiddenTargets(held_out.hidden_ND)
-        table = []
-        for name, (manifest, stored, (train, _)) in made.items():
-            encoded = stored.encode(held_out.hidden_ND, head, held_out.speech_tokens)
-            columns = {key: [np.frombuffer(row[key], np.uint8) for row in encoded] for key in stored.columns}
-            timing = paired(
-                {
-                    "encode": lambda stored=stored: stored.encode(held_out.hidden_ND, head, held_out.speech_tokens),
-                    "decode": lambda stored=stored, columns=columns: stored.decode(
-                        columns, held_out.speech_tokens, CPU
-                    ),
-                },
-                rounds,
-                clock=time.thread_time,
-            )
-            wide = manifest.bytes_per_token + _more_at_cosyvoice(
-                FORMATS[name], manifest, folder, name, width, speech_size
-            )
-            targets = stored.decode(columns, held_out.speech_tokens, CPU)
-            embedding = 1.0 if isinstance(targets, HiddenTargets) else 0.0
-            scores = (
-                first_scores
-                if name == "hidden fp16"
-                else distilled(teacher, train, exact_held_out, steps, embedding)[1]
-            )
-            table.append(
-                {
-                    "format": name,
-                    "bytes/token": round(manifest.bytes_per_token, 1),
-                    "at 896 dims": round(wide, 0),
-                    "encode tokens/s": round(num_rows / timing["encode"].median),
-                    "decode tokens/s": round(num_rows / timing["decode"].median),
-                    **compare_gradients(students, labels_N, head, exact, targets),
-                    **scores,
-                }
-            )
-        dense = dense_targets(head(held_out.hidden_ND).detach())
-        for name, targets, size, wide in (
-            ("dense logits fp16", "dense", 2.0 * speech_size, 2.0 * COSYVOICE_SPEECH),
-            ("online teacher", "online", 0.0, 0.0),
-        ):
-            embedding = 1.0 if targets == "online" else 0.0
-            table.append(
-                {
-                    "format": name,
-                    "bytes/token": size,
-                    "at 896 dims": wide,
-                    "encode tokens/s": "",
-                    "decode tokens/s": "",
-                    **compare_gradients(students, labels_N, head, exact, exact if targets == "online" else dense),
-                    **distilled(teacher, exact_train, exact_held_out, steps, embedding, targets)[1],
-                }
-            )
         ray.shutdown()
+    fp16_difference = largest_difference(lessons["hidden fp16"], lessons["online teacher"])
+    teacher_wer = None
+    if not options.teacher:
+        listener = Listener(teacher, utterances(read_corpus(None, "test"))[: options.sentences])
+        heard = {name: listener.word_errors(lesson.student) for name, lesson in lessons.items()}
+        for name, result in heard.items():
+            student_scores[name] |= wer_columns(result, heard["online teacher"])
+        teacher_wer = listener.word_errors(teacher.model).wer
+
+    layout = lessons["hidden fp16"].student.layout
+    rows_of = {
+        "far": make_student(teacher.model, layout),
+        "aligned": make_student(teacher.model, layout, "aligned", mixers),
+        "distilled": lessons["online teacher"].student.eval(),
+    }
+    students = {name: teacher_rows(student, teacher, held_out.rows) for name, student in rows_of.items()}
+    away_ND = students["far"] - held_out.hidden_ND
+    students |= {f"{share:.0%}": held_out.hidden_ND + share * away_ND for share in (0.1, 0.4)}
+    distances = {
+        name: round(((rows - held_out.hidden_ND).norm() / held_out.hidden_ND.norm()).item(), 3)
+        for name, rows in students.items()
+    }
+    distances = dict(sorted(distances.items(), key=lambda item: item[1]))
+    students = {name: students[name] for name in distances}
+
+    exact = HiddenTargets(held_out.hidden_ND)
+    table = []
+    for name, (manifest, row_format_) in stored.items():
+        encoded = row_format_.encode(held_out.hidden_ND, head, held_out.speech_tokens)
+        columns = {key: [np.frombuffer(row[key], np.uint8) for row in encoded] for key in row_format_.columns}
+        timing = paired(
+            {
+                "encode": functools.partial(row_format_.encode, held_out.hidden_ND, head, held_out.speech_tokens),
+                "decode": functools.partial(row_format_.decode, columns, held_out.speech_tokens, CPU),
+            },
+            1 if options.quick else 7,
+            clock=time.thread_time,
+        )
+        wider = payload[name] * (COSYVOICE_WIDTH / width - 1)
+        if FORMATS[name].format == "topk":
+            wider = FORMATS[name].top_k * np.log2(COSYVOICE_SPEECH / speech_size) / 8
+        table.append(
+            {
+                "format": name,
+                "bytes/token": round(manifest.bytes_per_token, 1),
+                "at 896 dims": round(manifest.bytes_per_token + wider),
+                "encode tokens/s": round(num_rows / timing["encode"].median),
+                "decode tokens/s": round(num_rows / timing["decode"].median),
+                **compare_gradients(
+                    students, labels_N, head, exact, row_format_.decode(columns, held_out.speech_tokens, CPU)
+                ),
+                **student_scores[name],
+            }
+        )
+    dense = dense_targets(head(held_out.hidden_ND).detach())
+    for name, targets, size, wide in (
+        ("dense logits fp16", dense, 2 * speech_size, 2 * COSYVOICE_SPEECH),
+        ("online teacher", exact, 0, 0),
+    ):
+        table.append(
+            {
+                "format": name,
+                "bytes/token": size,
+                "at 896 dims": wide,
+                "encode tokens/s": "",
+                "decode tokens/s": "",
+                **compare_gradients(students, labels_N, head, exact, targets),
+                **student_scores[name],
+            }
+        )
     print(f"distance of the students from the teacher (hidden states, relative): {distances}")
+    print(f"hidden fp16 against the online teacher, any term at any step: {fp16_difference:.2e} relative")
     print_table([_printed(row) for row in table])
+    if teacher_wer is not None:
+        print(f"the teacher's own WER: {teacher_wer:.3f}")
     if not options.quick:
         write_result(
             "teacher_cache",
             table,
             distances=distances,
-            train_tokens=tokens,
+            cache_tokens=options.cache_tokens,
+            align_tokens=options.align_tokens,
+            distil_tokens=options.tokens,
+            sentences=options.sentences,
             validation_positions=num_rows,
-            steps=steps,
+            fp16_against_online_largest_relative_difference=fp16_difference,
+            teacher_wer=teacher_wer,
             teacher=teacher.name,
             teacher_fingerprint=teacher.fingerprint,
         )
+
+
+def shared(folder: Path, manifest: CacheManifest, split: str) -> SharedCache:
+    made_by = manifest.made_by
+    return share_cache(folder, teacher_fingerprint=made_by["teacher"], corpus_hash=made_by["corpus"], split=split)
 
 
 def _printed(row: dict[str, Any]) -> dict[str, Any]:
@@ -351,24 +338,17 @@ def _printed(row: dict[str, Any]) -> dict[str, Any]:
     return short
 
 
-def _more_at_cosyvoice(
-    cache: CacheConfig, manifest: CacheManifest, folder: str, name: str, width: int, speech_size: int
-) -> float:
-    """Bytes a position that CosyVoice 2's width or vocabulary adds."""
-    if cache.format == "topk":
-        return cache.top_k * np.log2(COSYVOICE_SPEECH / speech_size) / 8
-    import pyarrow.parquet as pq
-
+def payload_bytes(folder: Path, manifest: CacheManifest) -> float:
+    """Bytes a position of the teacher's rows alone, as Parquet stores them."""
     payload = 0
     for shard in manifest.shards:
-        metadata = pq.read_metadata(Path(folder) / name / shard)
+        metadata = pq.read_metadata(folder / shard)
         for group in range(metadata.num_row_groups):
             for index in range(metadata.num_columns):
                 column = metadata.row_group(group).column(index)
                 if column.path_in_schema.startswith(("hidden", "codes")):
                     payload += column.total_compressed_size
-    positions = sum(shard.speech_tokens + shard.utterances for shard in manifest.shards.values())
-    return payload / positions * (COSYVOICE_WIDTH / width - 1)
+    return payload / sum(shard.speech_tokens + shard.utterances for shard in manifest.shards.values())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from mamtra_ray.cache_manifest import (
     PlannedShard,
     Shard,
     damage_report,
+    is_foreign,
     shard_problem,
     unlisted_shard,
 )
@@ -69,10 +70,26 @@ def take_inventory(storage: Storage, manifest: CacheManifest, wanted: Mapping[st
             obsolete.append(name)
         elif name not in planned:
             obsolete.append(name)
-        elif (unlisted := unlisted_shard(storage, name, manifest.made_by, planned[name])) is not None:
+        elif (unlisted := unlisted_shard(storage, name, manifest.shards_made_by, planned[name])) is not None:
             intact[name] = unlisted
     missing = {name: part for name, part in planned.items() if name not in intact}
     return Inventory(intact, missing, problems, tuple(obsolete))
+
+
+def check_unowned_folder(storage: Storage) -> None:
+    """Before a first manifest is written: nothing here may be overwritten or deleted that no teacher cache wrote.
+
+    Raises:
+        InputError: names Parquet files of somebody else's.
+    """
+    foreign = [
+        name
+        for name in storage.names()
+        if name.endswith(".parquet") and (not _OWN_NAME.fullmatch(name) or is_foreign(storage, name))
+    ]
+    if foreign:
+        named = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise InputError(f"{storage} is no teacher cache but holds Parquet files ({named}): give another folder")
 
 
 def opened(

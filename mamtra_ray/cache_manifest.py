@@ -19,14 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mamtra_ray.artifacts import check_made_by
+from mamtra_ray.artifacts import check_made_by, content_hash
 from mamtra_ray.cache_storage import Storage
 from mamtra_ray.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 COMMAND = "python -m mamtra_ray.teacher_cache"
 _METADATA_KEY = b"mamtra_ray"
+_SHARD_KIND = "teacher_cache_shard"
 ROW_SCHEMA = pa.schema(
     [
         ("utterance_id", pa.string()),
@@ -79,6 +80,11 @@ class CacheManifest:
     shards: Mapping[str, Shard]
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def shards_made_by(self) -> dict[str, Any]:
+        """What a shard's bytes follow from: codes of one quantiser mean nothing to another."""
+        return {**self.made_by, **self.files}
+
     def split_shards(self, split: str) -> list[tuple[str, Shard]]:
         """Names and shards of one split, in corpus order."""
         return sorted(((n, s) for n, s in self.shards.items() if s.split == split), key=lambda item: item[1].first)
@@ -103,8 +109,14 @@ def plan_shards(split: str, speech_token_counts: np.ndarray, utterances_per_shar
     return [PlannedShard(split, first, len(part), int(part.sum())) for first, part in parts]
 
 
+class DamagedManifestError(InputError):
+    """It was a teacher cache's, but cannot be read any more: what a repair may replace."""
+
+
 def write_manifest(storage: Storage, manifest: CacheManifest) -> None:
+    """Write it with a hash of itself."""
     content = {"kind": "teacher_cache", "schema_version": SCHEMA_VERSION, **dataclasses.asdict(manifest)}
+    content["hash"] = content_hash(content)
     storage.write(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -116,23 +128,28 @@ def read_cache_manifest(storage: Storage, expected: Mapping[str, Any] | None = N
         expected: entries that ``made_by`` must have.
 
     Raises:
-        InputError: damaged, of another version, or made from something else (says from what).
+        DamagedManifestError: it is no JSON, incomplete, or its hash differs.
+        InputError: no teacher cache's, of another version, or made from something else (says from what).
     """
     where = storage.child(MANIFEST)
     try:
         content = json.loads(storage.read(MANIFEST).to_pybytes())
-        if content["kind"] != "teacher_cache":
-            raise ValueError(f"its kind is {content['kind']!r}")
-        version = content["schema_version"]
+        kind, version = content["kind"], content["schema_version"]
+        if kind != "teacher_cache":
+            raise InputError(f"{where} is no manifest of a teacher cache: its kind is {kind!r}")
         if version != SCHEMA_VERSION:
             raise InputError(f"{where} has schema version {version!r}, this code reads version {SCHEMA_VERSION}")
+        if content.pop("hash") != content_hash(content):
+            raise ValueError("its hash differs")
         fields = {field.name: content[field.name] for field in dataclasses.fields(CacheManifest)}
         fields["shards"] = {name: Shard(**shard) for name, shard in fields["shards"].items()}
         manifest = CacheManifest(**fields)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{where} is damaged or no manifest of a teacher cache: {error}") from None
+        raise DamagedManifestError(
+            f"{where} is damaged ({error}): with --repair {COMMAND} makes it again from the shards"
+        ) from None
     check_made_by(str(storage), manifest.made_by, expected or {})
     return manifest
 
@@ -160,7 +177,7 @@ def shard_table(rows: Sequence[Mapping[str, Any]], format_columns: Iterable[str]
 def encode_shard(table: pa.Table, made_by: Mapping[str, Any], planned: PlannedShard, compression: str) -> pa.Buffer:
     """The bytes of a shard's file; equal rows give equal bytes."""
     metadata = {
-        "kind": "teacher_cache_shard",
+        "kind": _SHARD_KIND,
         "schema_version": SCHEMA_VERSION,
         "made_by": dict(made_by),
         "planned": dataclasses.asdict(planned),
@@ -204,6 +221,17 @@ def unlisted_shard(storage: Storage, name: str, made_by: Mapping[str, Any], plan
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return None
     return finished_shard(planned, content) if fits else None
+
+
+def is_foreign(storage: Storage, name: str) -> bool:
+    """Whether a file is sound Parquet that no teacher cache wrote: somebody's data, whatever its name."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(storage.read(name))).metadata or {}
+        return json.loads(metadata[_METADATA_KEY])["kind"] != _SHARD_KIND
+    except (pa.ArrowException, OSError):
+        return False
+    except (ValueError, KeyError, TypeError):
+        return True
 
 
 def shard_problem(storage: Storage, name: str, shard: Shard) -> str | None:

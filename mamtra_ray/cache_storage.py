@@ -47,7 +47,7 @@ class Storage:
         """Local paths become absolute, because Ray workers run elsewhere."""
         if isinstance(location, Storage):
             return location
-        text = str(location)
+        text = str(location).removeprefix("file://")
         return cls(text if "://" in text else str(Path(text).expanduser().absolute()))
 
     def __str__(self) -> str:
@@ -124,16 +124,18 @@ class Storage:
             return
         with self._clear_errors("write", LOCK_FILE):
             self.local_folder.mkdir(parents=True, exist_ok=True)
-            file = (self.local_folder / LOCK_FILE).open("a+")
+            file = (self.local_folder / LOCK_FILE).open("ab+", buffering=0)
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise self._taken(file.read()) from None
-            file.truncate(0)
-            file.write(json.dumps(holder))
-            file.flush()
+            with self._clear_errors("lock"):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    raise self._taken(file.read().decode(errors="replace")) from None
+            # Only for the message above: a full disk stops no job that has nothing to write.
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+                file.write(json.dumps(holder).encode())
             yield
 
     @contextlib.contextmanager
@@ -151,10 +153,15 @@ class Storage:
             raise self._taken(json.dumps(lease))
         stopped = threading.Event()
 
+        def is_mine() -> bool:
+            return (lease := self._read_lease()) is not None and lease["token"] == mine["token"]
+
         def renew() -> None:
+            # After a longer sleep another job may hold it; both write equal shards, so this one goes on.
             while not stopped.wait(_RENEW_SECONDS):
                 with contextlib.suppress(InputError):
-                    self._write_lease(mine)
+                    if is_mine():
+                        self._write_lease(mine)
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
@@ -164,7 +171,8 @@ class Storage:
             stopped.set()
             thread.join()
             with contextlib.suppress(InputError, FileNotFoundError):
-                self.delete(LOCK_FILE)
+                if is_mine():
+                    self.delete(LOCK_FILE)
 
     def _read_lease(self) -> dict | None:
         try:

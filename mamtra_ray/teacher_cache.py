@@ -23,9 +23,10 @@ from ray.exceptions import RayTaskError
 
 from mamtra_ray.artifacts import check_made_by
 from mamtra_ray.cache_formats import format_settings
-from mamtra_ray.cache_inventory import opened
+from mamtra_ray.cache_inventory import check_unowned_folder, opened
 from mamtra_ray.cache_manifest import (
     CacheManifest,
+    DamagedManifestError,
     PlannedShard,
     Shard,
     plan_shards,
@@ -100,6 +101,8 @@ def build_cache(
             done += shard.speech_tokens
             if on_progress is not None:
                 on_progress(done, total)
+        # A worker that was killed and replaced has left its temporary file.
+        storage.remove_unfinished()
         manifest = dataclasses.replace(manifest, shards=dict(sorted(shards.items())), complete=True)
         write_manifest(storage, manifest)
     return manifest
@@ -111,13 +114,14 @@ def _opened_manifest(
     """The folder's manifest, checked to be of these inputs; a new one if there is none."""
     try:
         manifest = read_cache_manifest(storage)
-    except InputError:
+    except DamagedManifestError:
         if not repair:
             raise
         manifest = None
     if manifest is not None:
         check_made_by(str(storage), manifest.made_by, made_by)
         return manifest
+    check_unowned_folder(storage)
     return CacheManifest(made_by, teacher.model.config.hidden_size, config.cache.utterances_per_shard, False, {})
 
 

@@ -20,7 +20,7 @@ from mamtra_ray.cache_manifest import PlannedShard, encode_shard, finished_shard
 from mamtra_ray.cache_storage import Storage
 from mamtra_ray.corpus import Utterance, utterances
 from mamtra_ray.errors import InputError
-from mamtra_ray.hidden_quantizer import calibrate, quantizer_bytes, token_context
+from mamtra_ray.hidden_quantizer import QUANTIZER_FILE, calibrate, quantizer_bytes, token_context
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import Teacher
@@ -43,6 +43,11 @@ class CacheJob:
     storage: Storage
     made_by: Mapping[str, Any]
     quantizer: bytes | None = None
+
+    @property
+    def shards_made_by(self) -> dict[str, Any]:
+        """As the finished manifest has it."""
+        return {**self.made_by, **({} if self.quantizer is None else {QUANTIZER_FILE: sha256(self.quantizer)})}
 
 
 @torch.inference_mode()
@@ -106,7 +111,7 @@ class TeacherPass:
             for index, columns in zip(batch, rows_format.encode(hidden_ND, model.head, speech_tokens), strict=True):
                 encoded[index] = columns
         content = shard_rows(rows, encoded, rows_format.columns)
-        return encode_shard(content, self.job.made_by, planned, rows_format.compression)
+        return encode_shard(content, self.job.shards_made_by, planned, rows_format.compression)
 
 
 def shard_rows(rows: Sequence[Utterance], encoded: Sequence[Mapping[str, bytes]], columns: Sequence[str]) -> pa.Table:

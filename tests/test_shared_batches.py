@@ -13,7 +13,8 @@ import torch
 from tiny_cache import cache_without_ray, random_rows, tiny_config
 from tiny_models import SEQUENCE
 
-from mamtra_ray.cache_manifest import CacheManifest
+from mamtra_ray.cache_manifest import CacheManifest, write_manifest
+from mamtra_ray.cache_storage import Storage
 from mamtra_ray.config import Config
 from mamtra_ray.corpus import read_corpus, utterances
 from mamtra_ray.errors import InputError
@@ -250,8 +251,7 @@ def test_foreign_unfinished_and_damaged_caches_are_refused(ray_cluster: None, ma
     (tmp_path / "train-00002.parquet").write_bytes(damaged)
     with pytest.raises(InputError, match=r"^teacher cache .*train-00002.parquet is damaged"):
         share_cache(tmp_path, **good)
-    text = (tmp_path / "manifest.json").read_text()
-    (tmp_path / "manifest.json").write_text(text.replace('"complete": true', '"complete": false'))
+    write_manifest(Storage.of(tmp_path), dataclasses.replace(manifest, complete=False))
     with pytest.raises(InputError, match="is not finished"):
         share_cache(tmp_path, **good)
 

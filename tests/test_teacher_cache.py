@@ -1,6 +1,7 @@
 """The teacher cache: right rows, refused when foreign or damaged, and the same bytes after any interruption."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -19,15 +20,24 @@ import pytest
 import ray
 import torch
 from tiny_cache import cache_without_ray, random_rows, tiny_config
-from tiny_models import SPEECH, transformers_model
+from tiny_models import SEQUENCE, SPEECH, transformers_model
 
 from mamtra_ray import teacher_cache
-from mamtra_ray.cache_manifest import MANIFEST, complete_manifest, read_cache_manifest, write_manifest
+from mamtra_ray.cache_manifest import (
+    MANIFEST,
+    PlannedShard,
+    complete_manifest,
+    read_cache_manifest,
+    unlisted_shard,
+    write_manifest,
+)
 from mamtra_ray.cache_storage import LOCK_FILE, Storage
 from mamtra_ray.config import Config
 from mamtra_ray.corpus import read_corpus
 from mamtra_ray.errors import InputError
 from mamtra_ray.hidden_quantizer import QUANTIZER_FILE
+from mamtra_ray.shared_batches import batches
+from mamtra_ray.shared_cache import share_cache
 from mamtra_ray.teacher_cache import build_cache, main
 from mamtra_ray.teacher_pass import CacheJob, ShardWriter
 
@@ -137,6 +147,12 @@ def test_other_formats_are_built_and_described(ray_cluster: None, tmp_path: Path
     assert (QUANTIZER_FILE in manifest.files) == (kind == "hidden_quantized")
     before = shard_bytes(tmp_path / "cache")
     if kind == "hidden_quantized":
+        # Codes of one quantiser mean nothing to another.
+        storage, (name, shard) = Storage.of(tmp_path / "cache"), next(iter(manifest.shards.items()))
+        plan = PlannedShard(shard.split, shard.first, shard.utterances, shard.speech_tokens)
+        assert unlisted_shard(storage, name, manifest.shards_made_by, plan) == shard
+        other = dataclasses.replace(manifest, files={QUANTIZER_FILE: "0"})
+        assert unlisted_shard(storage, name, other.shards_made_by, plan) is None
         # A stopped job's quantiser is learnt again, and gives the same bytes.
         shutil.copytree(tmp_path / "cache", tmp_path / "again")
         for name in (MANIFEST, QUANTIZER_FILE, "train-00001.parquet"):
@@ -228,6 +244,39 @@ def test_damaged_foreign_and_future_manifests_are_refused(cache: tuple[Config, P
         (folder / MANIFEST).write_text(text)
         with pytest.raises(InputError, match=message):
             build_cache(config, folder)
+        # Somebody else's manifest, or one from the future, is not a damage to repair.
+        if message.startswith(("kind", "schema")):
+            with pytest.raises(InputError, match=message):
+                build_cache(config, folder, repair=True)
+            assert (folder / MANIFEST).read_text() == text
+
+
+def test_no_flipped_bit_of_a_manifest_passes(cache: tuple[Config, Path]) -> None:
+    _, folder = cache
+    storage, good = Storage.of(folder), (folder / MANIFEST).read_bytes()
+    manifest = read_cache_manifest(storage)
+    random = np.random.default_rng(0)
+    for position in random.choice(len(good), 300, replace=False):
+        content = bytearray(good)
+        content[position] ^= 1 << int(random.integers(8))
+        (folder / MANIFEST).write_bytes(content)
+        with contextlib.suppress(InputError):
+            # White space may change.
+            assert read_cache_manifest(storage) == manifest, content[max(0, position - 20) : position + 20]
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("name", ["part-00000.parquet", "train-00000.parquet", "train-00099.parquet"])
+def test_a_folder_of_somebody_elses_parquet_is_left_alone(
+    made: tuple[Config, Path], tmp_path: Path, no_ray: None, name: str, repair: bool
+) -> None:
+    """Such as the corpus itself, given as the cache's folder by mistake."""
+    config, _ = made
+    shutil.copy(config.corpus.path, tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(InputError, match=rf"is no teacher cache but holds Parquet files \({name}\)"):
+        build_cache(config, tmp_path, repair=repair)
+    assert (tmp_path / name).read_bytes() == before and not (tmp_path / MANIFEST).exists()
 
 
 def test_a_lost_manifest_is_made_again_from_the_shards_alone(
@@ -285,6 +334,14 @@ def test_a_worker_without_space_says_so_instead_of_failing(made: tuple[Config, P
     with largest_file(2000):
         out = ShardWriter(job)({key: np.array([value], dtype=object) for key, value in row.items()})
     assert "no space left" in out["error"][0] and not list(storage.local_folder.iterdir())
+
+
+def test_a_finished_cache_is_reused_on_a_full_disk(cache: tuple[Config, Path], no_ray: None) -> None:
+    config, folder = cache
+    with largest_file(0):
+        assert build_cache(config, folder).complete
+        with Storage.of(folder).locked(), pytest.raises(InputError, match="being written by another process"):
+            build_cache(config, folder)
 
 
 KILLED_WHILE_WRITING = """
@@ -440,6 +497,11 @@ def test_s3_holds_the_same_bytes(
     assert manifest == complete_manifest(storage)
     assert {name: storage.read(name).to_pybytes() for name in manifest.shards} == shard_bytes(folder)
     assert LOCK_FILE not in storage.names()
+    made_by = manifest.made_by
+    shared = share_cache(uri, teacher_fingerprint=made_by["teacher"], corpus_hash=made_by["corpus"])
+    assert sum(batch.num_tokens for batch in batches(shared, SEQUENCE, batch_tokens=500, seed=0, epoch=0)) == sum(
+        shard.speech_tokens + shard.utterances for _, shard in manifest.split_shards("train")
+    )
     storage.write("train-00001.parquet", storage.read("train-00001.parquet").to_pybytes()[:-9])
     with pytest.raises(InputError, match=r"s3://bucket/one/cache: shard train-00001.parquet is truncated") as error:
         build_cache(config, uri)
@@ -461,6 +523,24 @@ def test_a_lease_is_waited_for_and_expires(s3: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr("mamtra_ray.cache_storage.time.monotonic", iter([0.0, 1e6]).__next__)
         with pytest.raises(InputError, match=f"process {os.getpid()}"), storage.locked():
             pass
+
+
+def test_a_lost_lease_is_neither_renewed_nor_deleted(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that slept for longer than its lease must not take it back from the one that took over."""
+    monkeypatch.setattr("mamtra_ray.cache_storage._RENEW_SECONDS", 0.05)
+    storage = Storage.of(s3.format("lost"))
+    other = json.dumps({"host": "elsewhere", "pid": 7, "token": "x", "renewed": time.time()}).encode()
+    with storage.locked():
+        storage.write(LOCK_FILE, other)
+        time.sleep(0.5)
+        assert storage.read(LOCK_FILE).to_pybytes() == other
+    assert storage.read(LOCK_FILE).to_pybytes() == other
+
+
+def test_a_file_uri_is_a_local_folder(cache: tuple[Config, Path], no_ray: None) -> None:
+    config, folder = cache
+    assert Storage.of(f"file://{folder}") == Storage.of(folder)
+    assert build_cache(config, f"file://{folder}").complete
 
 
 def test_an_unreachable_store_is_one_sentence(made: tuple[Config, Path]) -> None:
