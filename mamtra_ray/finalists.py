@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def distill_finalist(
             gpus=config.search.gpus_per_worker or 0,
             callbacks=[_CurveToRecords(settings.records, str(layout), len(config.search.rung_tokens))],
         )
+    # The curve is in curves.parquet. A loss term that is switched off is NaN there, which JSON does not know.
+    report = dataclasses.replace(report, curve=[])
     write_manifest(result, "finalist", _RESULT_VERSION, made_by, report=dataclasses.asdict(report))
     return report
 
@@ -140,7 +143,8 @@ def log_to_tensorboard(folder: Path, curve: list[dict[str, float]]) -> None:
     with SummaryWriter(str(folder)) as writer:
         for point in curve:
             for name in ("total", "ce", "logits", "emb"):
-                writer.add_scalar(f"loss/{name}", point[name], int(point["tokens"]))
+                if not math.isnan(point[name]):  # a term that is switched off
+                    writer.add_scalar(f"loss/{name}", point[name], int(point["tokens"]))
 
 
 def student_folder(run_folder: Path, layout: str) -> Path:

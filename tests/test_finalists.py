@@ -1,10 +1,17 @@
 """Who is distilled longer, and who of them is exported."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 
+from mamtra_ray import finalists
 from mamtra_ray.candidates import paper_candidates
-from mamtra_ray.config import SearchConfig
-from mamtra_ray.finalists import choose_best, choose_finalists
+from mamtra_ray.config import Config, SearchConfig
+from mamtra_ray.distill import DistillJob, Report
+from mamtra_ray.errors import InputError
+from mamtra_ray.finalists import choose_best, choose_finalists, distill_finalist, log_to_tensorboard
+from mamtra_ray.layouts import Layout
 
 
 def row(layout: str, rung: int, ce: float, origin: str = "optuna") -> dict:
@@ -47,3 +54,23 @@ def test_papers_layouts_and_the_best_found_of_every_budget_go_on():
 def test_wer_rules_out_and_ce_decides(rows, best):
     table = [{"layout": name, "ce": ce, "wer": wer, "wer_high": high} for name, ce, wer, high in rows]
     assert choose_best(table)["layout"] == best
+
+
+def test_a_loss_term_that_is_switched_off_is_no_obstacle(tmp_path, monkeypatch):
+    """Its values are NaN, which a JSON file cannot hold; the finished result must still be read back."""
+    point = {"step": 1, "tokens": 10, "total": 1.0, "ce": math.nan, "logits": 0.5, "emb": 0.5}
+    trained = Report("AM", 10, 1, 1.0, 10.0, 0.0, 1.5, 0.2, 2.0, [point])
+    calls = []
+    monkeypatch.setattr(finalists, "distill_on_workers", lambda *_, **__: calls.append(1) or trained)
+    monkeypatch.setattr(finalists, "ray", SimpleNamespace(get=lambda value: value, train=finalists.ray.train))
+    records = SimpleNamespace(
+        note_tokens=SimpleNamespace(remote=lambda *_: None), tokens_of=SimpleNamespace(remote=lambda *_: 0)
+    )
+    job = DistillJob("AM", Config(), (10,), train=None, validation=None, library=None, seed=0)
+    settings = SimpleNamespace(config=Config(), records=records, job=lambda *_: job)
+    results = [distill_finalist(settings, Layout("AM"), tmp_path, {"made": "so"}, lambda _: None) for _ in range(2)]
+    assert [result.ce for result in results] == [1.5, 1.5] and calls == [1]
+    with pytest.raises(InputError, match="other settings"):
+        distill_finalist(settings, Layout("AM"), tmp_path, {"made": "otherwise"}, lambda _: None)
+    log_to_tensorboard(tmp_path / "tensorboard", [point])
+    assert list((tmp_path / "tensorboard").iterdir())
