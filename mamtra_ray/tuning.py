@@ -12,7 +12,8 @@ import ray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from mamtra_ray.candidates import Candidate, param_space, params_from_layout, sampler
@@ -75,7 +76,7 @@ def run_trials(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=_optuna_search(settings, candidates, folder),
-            scheduler=_successive_halving(search),
+            scheduler=HalvingInsideBudgets(search),
             num_samples=len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates)),
             max_concurrent_trials=max_concurrent_trials(settings.config),
             reuse_actors=search.workers_per_trial == 1,
@@ -118,6 +119,37 @@ def _optuna_search(settings: TrialSettings, candidates: list[Candidate], folder:
         # A journal that optuna-dashboard opens.
         storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
     )
+
+
+class HalvingInsideBudgets(FIFOScheduler):
+    """Asynchronous successive halving (ASHA) of every budget by itself.
+
+    A layout with more attention nearly always has the lower CE: compared over all budgets, those of the smallest one
+    would never pass a rung.
+    """
+
+    def __init__(self, search: SearchConfig) -> None:
+        super().__init__()
+        self._of_budget = {ratio: _successive_halving(search) for ratio in search.ratios}
+        self._only = search.ratios[0]
+
+    def _halving(self, trial: Trial) -> AsyncHyperBandScheduler:
+        return self._of_budget[trial.config.get("ratio", self._only)]
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._halving(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return self._halving(trial).on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        self._halving(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        self._halving(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        self._halving(trial).on_trial_remove(tune_controller, trial)
 
 
 def _successive_halving(search: SearchConfig) -> AsyncHyperBandScheduler:
