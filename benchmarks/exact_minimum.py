@@ -25,7 +25,8 @@ import numpy as np
 from measurement import print_table, write_result
 
 from mamtra_ray.constraints import Constraints, layouts_to_matrix, sample_layouts
-from mamtra_ray.optimum import Quadratic, best_layouts
+from mamtra_ray.optimum import best_layouts
+from mamtra_ray.quadratic import Quadratic
 from mamtra_ray.surrogate import fit_surrogate
 
 # (layers, fewest and most attention layers); one number of attention layers is one budget.

@@ -13,7 +13,8 @@ import numpy as np
 
 from mamtra_ray.constraints import Constraints
 from mamtra_ray.layouts import Layout
-from mamtra_ray.optimum import Optimum, Quadratic, best_layouts
+from mamtra_ray.optimum import best_layouts, can_enumerate
+from mamtra_ray.quadratic import Optimum, Quadratic
 from mamtra_ray.surrogate import Surrogate, fit_surrogate
 
 # A better layout that gains less than this (in the target's units: 2 % of the KL) is no reason to go on.
@@ -63,9 +64,11 @@ def confidence(
     if len(known) < 2 * constraints.num_layers:
         return 0.0
     to_beat = np.log(max(min(known), 1e-8)) - TOLERANCE
+    # Where every layout is a HiGHS run of its own, the draw's optimum must stand for its contenders.
+    contenders = _CONTENDERS if can_enumerate(constraints) else 1
     unbeaten = 0
     for _ in range(_DRAWS):
-        best = np.array([o.value for o in _best_unscored(surrogate.sample(rng), constraints, set(scored), _CONTENDERS)])
+        best = np.array([o.value for o in _best_unscored(surrogate.sample(rng), constraints, set(scored), contenders)])
         unbeaten += not len(best) or (best + surrogate.misfit * rng.normal(size=len(best))).min() >= to_beat
     return unbeaten / _DRAWS
 
@@ -86,8 +89,14 @@ def ranked_layouts(
     return sorted([*known, *predicted], key=lambda entry: (entry[1], entry[0]))[:count]
 
 
+def best_unscored(
+    surrogate: Surrogate, scored: Mapping[Layout, float], constraints: Constraints, count: int
+) -> list[Layout]:
+    """The layouts predicted best among those that were not scored."""
+    return [optimum.layout for optimum in _best_unscored(surrogate.mean, constraints, set(scored), count)]
+
+
 def _best_unscored(quadratic: Quadratic, constraints: Constraints, scored: set[Layout], count: int) -> list[Optimum]:
-    """The best layouts outside ``scored``. Of models too large to enumerate only the optimum is known, if that."""
-    among = count + sum(constraints.allows(layout) for layout in scored)
-    [optima] = best_layouts(quadratic, constraints, among, _SECONDS_PER_OPTIMUM).values()
-    return [optimum for optimum in optima if optimum.layout not in scored][:count]
+    """The best layouts outside ``scored``; fewer or none when nothing else is left."""
+    found = best_layouts(quadratic, constraints, count, _SECONDS_PER_OPTIMUM, scored)
+    return [optimum for optima in found.values() for optimum in optima]

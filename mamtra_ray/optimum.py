@@ -5,17 +5,18 @@ Dimension letters: L decoder layers, H and W the halves into which the free laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from mamtra_ray.constraints import Constraints, layout_from_row
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
+from mamtra_ray.mixed_integer import solve_with_milp
+from mamtra_ray.quadratic import Optimum, Quadratic, fix_layers
 
 # Enumeration visits about 2e8 layouts a second on one core; beyond this HiGHS takes over.
 ENUMERATION_LIMIT = 2**28
@@ -24,79 +25,58 @@ _HALF_LIMIT = 2**20
 _BLOCK_BYTES = 16 * 2**20
 
 
-@dataclass(frozen=True)
-class Quadratic:
-    """``f(x) = constant + linear_L . x + sum over i < j of pairs_LL[i, j] x_i x_j``, x_i = 1 for Mamba.
-
-    ``pairs_LL`` is strictly upper triangular.
-    """
-
-    constant: float
-    linear_L: np.ndarray
-    pairs_LL: np.ndarray
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.linear_L)
-
-    def __call__(self, mamba_BL: np.ndarray) -> np.ndarray:
-        """Values (B,) of rows (B, L) of zeros and ones."""
-        return self.constant + mamba_BL @ self.linear_L + np.einsum("bi,bi->b", mamba_BL @ self.pairs_LL, mamba_BL)
-
-    def plus(self, change_L: np.ndarray, weight: float) -> Quadratic:
-        """With ``weight * change_L`` added per Mamba layer: a weighted trade-off against an additive cost."""
-        return Quadratic(self.constant, self.linear_L + weight * np.asarray(change_L), self.pairs_LL)
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """A layout, its value, and a proven lower bound of every allowed layout of the same number of attention layers.
-
-    ``bound == value`` means proven optimal (for the second best and later ones of an exact enumeration the bound
-    is their own value too: nothing between them was left out).
-    """
-
-    layout: Layout
-    value: float
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        return self.value - self.bound
-
-
 def best_layouts(
-    quadratic: Quadratic, constraints: Constraints, count: int = 1, time_limit: float = 30.0
+    quadratic: Quadratic,
+    constraints: Constraints,
+    count: int = 1,
+    time_limit: float = 30.0,
+    exclude: Collection[Layout] = (),
 ) -> dict[int, list[Optimum]]:
-    """The ``count`` best layouts of every allowed number of attention layers, best first.
+    """The ``count`` best layouts, outside ``exclude``, of every allowed number of attention layers, best first.
 
     Exact where enumeration is possible (all layouts up to 28 layers, extreme budgets of larger models); otherwise
-    one HiGHS run of at most ``time_limit`` seconds for each budget returns one layout with its proven gap.
+    HiGHS runs for each of them, at most ``time_limit`` seconds a layout, and states its gap.
 
     Returns:
-        number of attention layers -> optima. Budgets that a cost bound empties are left out.
+        number of attention layers -> optima. Budgets that nothing is left of are left out.
     """
-    if _can_enumerate(constraints):
-        return enumerate_layouts(quadratic, constraints, count)
+    if can_enumerate(constraints):
+        return _enumerate_others(quadratic, constraints, count, exclude)
     result: dict[int, list[Optimum]] = {}
     for budget in constraints.attention_counts:
         try:
             single = replace(constraints, min_attention=budget, max_attention=budget)
         except InputError:
             continue  # the cost bound leaves no layout of this budget
-        if _can_enumerate(single):
-            result |= enumerate_layouts(quadratic, single, count)
+        if can_enumerate(single):
+            result |= _enumerate_others(quadratic, single, count, exclude)
         else:
-            optimum = solve_with_milp(quadratic, single, budget, time_limit)
-            result |= {budget: [optimum]} if optimum else {}
+            found: list[Optimum] = []
+            while len(found) < count:
+                known = {*exclude, *(optimum.layout for optimum in found)}
+                optimum = solve_with_milp(quadratic, single, budget, time_limit, known)
+                if optimum is None:
+                    break
+                found.append(optimum)
+            # Within their gaps a later one may turn out better.
+            result |= {budget: sorted(found, key=lambda optimum: optimum.value)} if found else {}
     return result
+
+
+def _enumerate_others(
+    quadratic: Quadratic, constraints: Constraints, count: int, exclude: Collection[Layout]
+) -> dict[int, list[Optimum]]:
+    excluded = {layout for layout in exclude if constraints.allows(layout)}
+    found = enumerate_layouts(quadratic, constraints, count + len(excluded))
+    others = {budget: [o for o in optima if o.layout not in excluded][:count] for budget, optima in found.items()}
+    return {budget: optima for budget, optima in others.items() if optima}
 
 
 def enumerate_layouts(quadratic: Quadratic, constraints: Constraints, count: int = 1) -> dict[int, list[Optimum]]:
     """Every allowed layout, in blocks: the free layers are split into two halves whose rows are sorted by their
     number of Mamba layers, so a block is one matrix product and a budget is a contiguous slice of its columns."""
     free = np.array(constraints.free_layers, dtype=int)
-    constant, linear, pairs = _fix_layers(quadratic, constraints, free)
+    constant, linear, pairs = fix_layers(quadratic, constraints, free)
     always = len(set(constraints.always_mamba))
     mamba_counts = [constraints.num_layers - budget - always for budget in constraints.attention_counts]
     fewest, most = min(mamba_counts), max(mamba_counts)
@@ -154,84 +134,6 @@ def enumerate_layouts(quadratic: Quadratic, constraints: Constraints, count: int
     return result
 
 
-def solve_with_milp(
-    quadratic: Quadratic, constraints: Constraints, attention: int, time_limit: float = 30.0
-) -> Optimum | None:
-    """The best layout with exactly ``attention`` attention layers, by mixed-integer programming (HiGHS).
-
-    Products are linearised (z_ij = x_i x_j) and tied to the budget by ``sum over j of z_ij = (m - 1) x_i``, which
-    makes the relaxation far tighter than the four McCormick inequalities alone. A descent by swaps supplies a
-    layout in any case, so the time limit costs proof, not a result.
-
-    Returns:
-        The layout and the proven bound; None if the cost bound leaves no layout of this budget.
-    """
-    free = np.array(constraints.free_layers, dtype=int)
-    constant, linear, pairs = _fix_layers(quadratic, constraints, free)
-    always = len(set(constraints.always_mamba))
-    size, mamba = len(free), constraints.num_layers - attention - always
-    index = list(combinations(range(size), 2))
-    num_variables = size + len(index)
-    objective = np.concatenate([linear, [pairs[i, j] for i, j in index]])
-    upper = np.array([[i, size + z, j] for z, (i, j) in enumerate(index)], dtype=int).reshape(-1, 3)
-    at = np.arange(len(index))
-    ones = np.ones(len(index))
-
-    def inequality(columns: list[np.ndarray], signs: list[float]) -> sparse.csr_array:
-        rows, values = np.tile(at, len(columns)), np.concatenate([sign * ones for sign in signs])
-        return sparse.csr_array((values, (rows, np.concatenate(columns))), shape=(len(index), num_variables))
-
-    below_i = inequality([upper[:, 1], upper[:, 0]], [1, -1])
-    below_j = inequality([upper[:, 1], upper[:, 2]], [1, -1])
-    above = inequality([upper[:, 1], upper[:, 0], upper[:, 2]], [1, -1, -1])
-    degree = sparse.lil_array((size, num_variables))
-    for z, (i, j) in enumerate(index):
-        degree[i, size + z] = degree[j, size + z] = 1
-    degree.setdiag(-(mamba - 1))
-    total = sparse.csr_array(np.concatenate([np.ones(size), np.zeros(len(index))])[None])
-    conditions = [
-        LinearConstraint(below_i, -np.inf, 0),
-        LinearConstraint(below_j, -np.inf, 0),
-        LinearConstraint(above, -1, np.inf),
-        LinearConstraint(degree.tocsr(), 0, 0),
-        LinearConstraint(total, mamba, mamba),
-    ]
-    cost_L, cost_limit = np.zeros(size), np.inf
-    if constraints.max_cost is not None and constraints.cost is not None:
-        change = np.array(constraints.cost.change_L)
-        cost_L = change[free]
-        cost_limit = (
-            constraints.max_cost - constraints.cost.all_attention - change[list(constraints.always_mamba)].sum()
-        )
-        conditions.append(LinearConstraint(np.concatenate([cost_L, np.zeros(len(index))])[None], -np.inf, cost_limit))
-    solution = milp(
-        objective,
-        integrality=np.concatenate([np.ones(size), np.zeros(len(index))]),
-        bounds=Bounds(0, 1),
-        constraints=conditions,
-        options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
-    )
-    if solution.status == 2:  # infeasible
-        return None
-    starts = [_swap_descent(linear, pairs, mamba, cost_L, cost_limit, seed) for seed in range(20)]
-    if solution.x is not None:
-        starts.append(np.round(solution.x[:size]))
-    found = [start for start in starts if start is not None]
-    if not found:
-        return None
-    reduced = Quadratic(constant, linear, pairs)
-    values = reduced(np.array(found))
-    best = int(np.argmin(values))
-    mamba_L = np.zeros(constraints.num_layers)
-    mamba_L[list(constraints.always_mamba)] = 1
-    mamba_L[free] = found[best]
-    value = float(values[best])
-    bound = solution.mip_dual_bound
-    bound = -np.inf if bound is None else min(float(bound) + constant, value)
-    # HiGHS proves to a tolerance: a difference below it is rounding, not a gap.
-    return Optimum(layout_from_row(mamba_L), value, value if value - bound < 1e-7 * (1 + abs(value)) else bound)
-
-
 class _Best:
     """The K smallest values seen, with the row and column where they stood."""
 
@@ -258,22 +160,12 @@ class _Best:
         return self.items
 
 
-def _fix_layers(
-    quadratic: Quadratic, constraints: Constraints, free: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """The same function of the free layers only."""
-    one = np.array(sorted(set(constraints.always_mamba)), dtype=int)
-    both = quadratic.pairs_LL + quadratic.pairs_LL.T
-    constant = quadratic.constant + quadratic.linear_L[one].sum() + quadratic.pairs_LL[np.ix_(one, one)].sum()
-    linear = quadratic.linear_L[free] + both[np.ix_(free, one)].sum(axis=1)
-    return float(constant), linear, quadratic.pairs_LL[np.ix_(free, free)]
-
-
 def _part(quadratic: Quadratic, layers: slice) -> Quadratic:
     return Quadratic(0.0, quadratic.linear_L[layers], quadratic.pairs_LL[layers, layers])
 
 
-def _can_enumerate(constraints: Constraints) -> bool:
+def can_enumerate(constraints: Constraints) -> bool:
+    """Whether all layouts can be visited, within seconds and far below 1 GiB; else HiGHS must do."""
     free = len(constraints.free_layers)
     most = constraints.num_layers - len(set(constraints.always_mamba)) - constraints.attention_counts[0]
     half_rows = sum(comb(free - free // 2, count) for count in range(min(most, free - free // 2) + 1))
@@ -291,28 +183,3 @@ def _sorted_rows(size: int, most: int) -> tuple[np.ndarray, list[int]]:
         groups.append(group)
     starts = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
     return np.concatenate(groups), [int(start) for start in starts]
-
-
-def _swap_descent(
-    linear: np.ndarray, pairs: np.ndarray, mamba: int, cost_L: np.ndarray, cost_limit: float, seed: int
-) -> np.ndarray | None:
-    """Exchange one Mamba with one attention layer while that improves; None if no allowed start was found."""
-    rng = np.random.default_rng(seed)
-    both = pairs + pairs.T
-    size = len(linear)
-    x = np.zeros(size)
-    # The first start is greedy by cost, so a feasible one is found whenever there is one.
-    x[np.argsort(cost_L, kind="stable")[:mamba] if seed == 0 else rng.permutation(size)[:mamba]] = 1
-    if x @ cost_L > cost_limit:
-        return None
-    while True:
-        gain = linear + both @ x  # of setting a layer that is 0, or of clearing one that is 1 (negated)
-        ones, zeros = np.flatnonzero(x == 1), np.flatnonzero(x == 0)
-        if not len(ones) or not len(zeros):
-            return x
-        change = gain[zeros][:, None] - gain[ones][None, :] - both[np.ix_(zeros, ones)]
-        change[x @ cost_L + cost_L[zeros][:, None] - cost_L[ones][None, :] > cost_limit] = np.inf
-        best = np.unravel_index(np.argmin(change), change.shape)
-        if change[best] > -1e-12:
-            return x
-        x[zeros[best[0]]], x[ones[best[1]]] = 1, 0

@@ -21,7 +21,8 @@ from scipy.stats import spearmanr
 from mamtra_ray.constraints import Constraints, layouts_to_matrix
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.optimum import Optimum, Quadratic, best_layouts
+from mamtra_ray.optimum import best_layouts
+from mamtra_ray.quadratic import Optimum, Quadratic
 
 _NEAR_LAYERS = 2.0  # e-fold distance of the prior of near pairs
 _MIN_NOISE = 1e-6  # of the scores' variance

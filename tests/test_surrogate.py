@@ -5,10 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
+from mamtra_ray import optimum
 from mamtra_ray.constraints import Constraints, LinearCost, layouts_to_matrix, sample_layouts
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.optimum import Quadratic, best_layouts, enumerate_layouts, solve_with_milp
+from mamtra_ray.mixed_integer import solve_with_milp
+from mamtra_ray.optimum import best_layouts, enumerate_layouts
+from mamtra_ray.quadratic import Quadratic
 from mamtra_ray.surrogate import fit_surrogate
 
 
@@ -60,9 +63,9 @@ def test_enumeration_finds_the_best_layouts_of_every_budget(constraints):
     assert set(found) == set(expected)
     for budget, optima in found.items():
         np.testing.assert_allclose([o.value for o in optima], expected[budget][:5], rtol=0, atol=1e-12)
-        for optimum in optima:
-            assert constraints.allows(optimum.layout) and len(optimum.layout.attention_layers) == budget
-            assert plain_value(quadratic, optimum.layout) == pytest.approx(optimum.value, abs=1e-12)
+        for found_one in optima:
+            assert constraints.allows(found_one.layout) and len(found_one.layout.attention_layers) == budget
+            assert plain_value(quadratic, found_one.layout) == pytest.approx(found_one.value, abs=1e-12)
 
 
 @pytest.mark.parametrize("max_cost", [None, 80.0])
@@ -71,30 +74,48 @@ def test_milp_proves_the_same_optimum_as_brute_force(max_cost):
     constraints = Constraints(9, keep_attention=(1,), max_cost=max_cost, cost=COST)
     expected = brute_force(quadratic, constraints)
     for budget in constraints.attention_counts:
-        optimum = solve_with_milp(quadratic, constraints, budget)
+        best = solve_with_milp(quadratic, constraints, budget)
         if budget not in expected:
-            assert optimum is None
+            assert best is None
             continue
-        assert optimum.value == pytest.approx(expected[budget][0], abs=1e-9)
-        assert optimum.gap == 0 and constraints.allows(optimum.layout)
+        assert best.value == pytest.approx(expected[budget][0], abs=1e-9)
+        assert best.gap == 0 and constraints.allows(best.layout)
 
 
 def test_a_model_too_large_to_enumerate_gets_a_proven_bound():
     quadratic = random_quadratic(48, seed=1)
     constraints = Constraints(48, keep_attention=(0,), min_attention=12, max_attention=12)
     assert constraints.num_layouts > 2**31
-    [optimum] = best_layouts(quadratic, constraints, time_limit=20)[12]
-    assert constraints.allows(optimum.layout)
-    assert optimum.gap < 0.01
+    [best] = best_layouts(quadratic, constraints, time_limit=20)[12]
+    assert constraints.allows(best.layout)
+    assert best.gap < 0.01
     rng = np.random.default_rng(0)
     others = sample_layouts(constraints, 500, rng)
-    assert quadratic(layouts_to_matrix(others, 48)).min() >= optimum.bound
+    assert quadratic(layouts_to_matrix(others, 48)).min() >= best.bound
+
+
+@pytest.mark.parametrize("solver", ["enumeration", "milp"])
+def test_the_best_of_what_is_left_equals_brute_force(solver, monkeypatch):
+    """Scored layouts are excluded; a model too large to enumerate must get the next best ones, not none."""
+    if solver == "milp":
+        monkeypatch.setattr(optimum, "ENUMERATION_LIMIT", 0)
+    quadratic = random_quadratic(9, seed=5)
+    constraints = Constraints(9, keep_attention=(0,), always_mamba=(4, 4), min_attention=5, max_attention=5)
+    allowed = [layout for layout in every_layout(9) if constraints.allows(layout)]
+    allowed.sort(key=lambda layout: plain_value(quadratic, layout))
+    excluded = [allowed[0], allowed[2], allowed[3], *[x for x in every_layout(9) if not constraints.allows(x)][:5]]
+    [found] = best_layouts(quadratic, constraints, 4, exclude=excluded).values()
+    assert [o.layout for o in found] == [allowed[place] for place in (1, 4, 5, 6)]
+    assert all(o.gap == 0 for o in found)
+    assert best_layouts(quadratic, constraints, 4, exclude=allowed) == {}
+    [last] = best_layouts(quadratic, constraints, 4, exclude=allowed[:-1]).values()
+    assert [o.layout for o in last] == allowed[-1:]
 
 
 def test_a_weighted_trade_off_is_the_optimum_of_the_weighted_sum():
     quadratic, weight = random_quadratic(9), 0.03
     found = best_layouts(quadratic.plus(np.array(COST.change_L), weight), Constraints(9))
-    best = min((optima[0] for optima in found.values()), key=lambda optimum: optimum.value)
+    best = min((optima[0] for optima in found.values()), key=lambda o: o.value)
     by_hand = min(every_layout(9), key=lambda x: plain_value(quadratic, x) + weight * (COST.of(x) - COST.all_attention))
     assert best.layout == by_hand
 
