@@ -35,7 +35,7 @@ from mamtra_ray.distill import DistillJob, distill
 from mamtra_ray.evaluate import evaluate_systems
 from mamtra_ray.evaluation_results import Evaluation
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
-from mamtra_ray.probe import ProbePool
+from mamtra_ray.probe_pool import ProbePool
 from mamtra_ray.session import Session, make_cache, make_library, start_session
 
 RATIOS = ("1:1", "1:3")

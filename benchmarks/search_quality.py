@@ -36,7 +36,7 @@ from mamtra_ray.importance import layer_importance
 from mamtra_ray.layouts import Layout
 from mamtra_ray.mask_scoring import MaskScorer
 from mamtra_ray.mixer_library import load_library
-from mamtra_ray.probe import ProbePool, first_utterances
+from mamtra_ray.probe_pool import ProbePool, first_utterances
 from mamtra_ray.session import Session, make_cache, make_library, start_session
 from mamtra_ray.shared_batches import batches
 from mamtra_ray.shared_cache import SharedCache

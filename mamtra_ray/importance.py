@@ -15,7 +15,7 @@ from mamtra_ray.config import Config
 from mamtra_ray.evaluate import evaluate_systems
 from mamtra_ray.layouts import Layout
 from mamtra_ray.mixer_library import MANIFEST, load_library
-from mamtra_ray.probe import ProbePool
+from mamtra_ray.probe_pool import ProbePool
 from mamtra_ray.run_folder import TEACHER
 from mamtra_ray.shared_cache import SharedCache
 from mamtra_ray.teachers.base import Teacher, make_student

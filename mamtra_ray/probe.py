@@ -2,42 +2,35 @@
 
 Half of the scores go to budgets and placements drawn uniformly and to the paper's placements; a surrogate with linear
 and pairwise terms is fitted; the rest goes, round by round, to the layouts that it holds for best, until the best one
-is scored and hardly any unscored one can be better. Every score is in ``probe.parquet`` before the next round begins,
-and is not paid for again.
+is scored and hardly any unscored one can be better. The last eighth confirms: it goes to the predicted optima alone, a
+few at a time. Every score is in ``probe.parquet`` before the next round begins, and is not paid for again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import ray
-import torch
 
-from mamtra_ray.acquisition import CONFIDENT, confidence, fit_log, next_layouts, ranked_layouts
-from mamtra_ray.artifacts import content_hash, file_hash
+from mamtra_ray.acquisition import CONFIDENT, best_unscored, confidence, fit_log, next_layouts, ranked_layouts
 from mamtra_ray.candidates import paper_candidates
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments
 from mamtra_ray.constraints import Constraints, sample_layouts
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.layouts import Layout
-from mamtra_ray.mask_scoring import MaskScorer, ProbeRow, cosine_importance
-from mamtra_ray.mixer_library import MANIFEST, load_library
+from mamtra_ray.mask_scoring import ProbeRow
+from mamtra_ray.probe_pool import ProbePool
 from mamtra_ray.progress import table
-from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, read_rows, write_rows
-from mamtra_ray.shared_batches import DistillBatch, batches
+from mamtra_ray.run_folder import PROBE
 from mamtra_ray.shared_cache import SharedCache
-from mamtra_ray.teachers.base import Teacher, make_student
+from mamtra_ray.teachers.base import Teacher
 
-# Layouts a task scores: many share more prefixes, few lose less on a kill and spread better.
-_LAYOUTS_PER_TASK = 8
-_BATCH_TOKENS = 4_096
 # Part of the scores that does not depend on the surrogate, and of the rest that a round takes.
 _FIRST_SHARE, _ROUND_SHARE = 0.5, 0.25
+# The last part of all, that confirms optima, and how many of a budget are scored before the next fit.
+_LAST_SHARE, _CONFIRMED_AT_ONCE = 0.125, 2
 _FEWEST_TO_FIT = 3
 
 Progress = Callable[[int, int], None]
@@ -79,26 +72,38 @@ def probe_masks(
         wanted = first_layouts(list(budgets.values()), papers, round(total * _FIRST_SHARE), rng)
         while True:
             new = [layout for layout in wanted if layout not in pool.rows]
-            base = len(pool.rows)
+            base = _inside(budgets, pool.rows)
             for done in pool.score(new[: max(total - base, 0)]):
                 report(min(base + done, total), total)
-            if len(pool.rows) >= total or len(pool.rows) < _FEWEST_TO_FIT:
+            spent = _inside(budgets, pool.rows)
+            if spent >= total or len(pool.rows) < _FEWEST_TO_FIT:
                 break
             # Equal scores must lead to equal proposals, so that a resumed run does what an uninterrupted one does.
             rng = np.random.default_rng([config.search.seed, len(pool.rows)])
             scores = {layout: row.kl for layout, row in sorted(pool.rows.items())}
             surrogate = fit_log(scores)
             open_budgets = [c for c in budgets.values() if confidence(surrogate, scores, c, rng) < CONFIDENT]
+            confirms = total - spent <= total * _LAST_SHARE
             share = round(total * (1 - _FIRST_SHARE) * _ROUND_SHARE / max(len(open_budgets), 1))
             wanted = [
                 layout
                 for constraints in open_budgets
-                for layout in next_layouts(surrogate, scores, constraints, max(share, 2), rng)
+                for layout in (
+                    best_unscored(surrogate, scores, constraints, _CONFIRMED_AT_ONCE)
+                    if confirms
+                    else next_layouts(surrogate, scores, constraints, max(share, 2), rng)
+                )
             ]
             if not wanted:
                 break
         report(total, total)
         return list(pool.rows.values())
+
+
+def _inside(budgets: Mapping[str, Constraints], layouts: Iterable[Layout]) -> int:
+    """How many of ``layouts`` belong to one of the budgets: those of an earlier search's budgets are no part of the
+    scores that this one may spend."""
+    return sum(any(constraints.allows(layout) for constraints in budgets.values()) for layout in layouts)
 
 
 def propose(config: Config, rows: Sequence[ProbeRow], ratio: str, count: int) -> list[Layout]:
@@ -137,139 +142,28 @@ def first_layouts(
     return chosen
 
 
-@dataclass(frozen=True)
-class _Job:
-    config: Config
-    teacher: Any
-    library: str
-    validation: SharedCache
-
-
-class ProbePool:
-    """Ray actors that hold teacher and library once, and the table of what they found.
-
-    ``rows`` are the scores made under these settings; rows of others stay in the file and are left alone.
-    """
-
-    def __init__(self, config: Config, folder: Path, teacher: Teacher, library: Path, validation: SharedCache) -> None:
-        # Checked here, so that a wrong library is one sentence and no actor's traceback.
-        mixers = load_library(library, teacher_fingerprint=teacher.fingerprint)
-        pure_mamba = "M" * teacher.model.config.num_layers
-        make_student(teacher.model, pure_mamba, "aligned", mixers, config.student.state_sharing, share_weights=True)
-        self.config, self.path = config, folder / PROBE
-        held_out = first_utterances(validation, config.probe.validation_tokens)
-        self.made_by = content_hash(
-            {
-                "teacher": teacher.fingerprint,
-                "library": file_hash(library / MANIFEST),
-                "corpus": validation.manifest.made_by,
-                "speech_tokens": held_out.speech_tokens,
-            }
-        )
-        self._table = read_rows(self.path, (*PROBE_COLUMNS, "made_by"))
-        self.rows = {
-            Layout(row["layout"]): ProbeRow(Layout(row["layout"]), row["ce"], row["kl"], row["tokens"], row["seconds"])
-            for row in self._table
-            if row["made_by"] == self.made_by
-        }
-        self._job = _Job(config, [ray.put(teacher)], str(library.resolve()), held_out)
-        self._actors: list[Any] = []
-
-    def __enter__(self) -> ProbePool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-
-    def score(self, layouts: Sequence[Layout], layouts_per_task: int = _LAYOUTS_PER_TASK) -> Iterator[int]:
-        """Score new layouts; yields how many are done whenever some are in the file."""
-        # Sorted, so that the layouts of a task share long prefixes.
-        ordered = sorted(set(layouts))
-        tasks = [ordered[first : first + layouts_per_task] for first in range(0, len(ordered), layouts_per_task)]
-        self._start_actors(len(tasks))
-        done = 0
-        running = {}
-        for actor in self._actors:
-            if tasks:
-                running[actor.score.remote(tasks.pop(0))] = actor
-        while running:
-            [finished], _ = ray.wait(list(running), num_returns=1)
-            actor = running.pop(finished)
-            rows: list[ProbeRow] = ray.get(finished)
-            if tasks:
-                running[actor.score.remote(tasks.pop(0))] = actor
-            self._append(rows)
-            done += len(rows)
-            yield done
-
-    def cosine_importance(self) -> list[float]:
-        """See :func:`~mamtra_ray.mask_scoring.cosine_importance`."""
-        self._start_actors(1)
-        return ray.get(self._actors[0].cosine_importance.remote())
-
-    def _start_actors(self, useful: int) -> None:
-        cpus, gpus = self.config.search.cpus_per_worker, self.config.search.gpus_per_worker or 0
-        resources = ray.cluster_resources()
-        possible = int(resources.get("CPU", 1) // cpus)
-        if gpus:
-            possible = min(possible, int(resources.get("GPU", 0) // gpus))
-        for _ in range(len(self._actors), min(max(possible, 1), useful)):
-            options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
-            self._actors.append(_ProbeActor.options(**options).remote(self._job))  # type: ignore[attr-defined]
-
-    def _append(self, rows: Sequence[ProbeRow]) -> None:
-        for row in rows:
-            self.rows[row.layout] = row
-            content = {**vars(row), "layout": str(row.layout), "ratio": row.layout.ratio, "made_by": self.made_by}
-            self._table.append(content)
-        write_rows(self.path, self._table, (*PROBE_COLUMNS, "made_by"))
-
-
-@ray.remote
-class _ProbeActor:
-    """Holds the scorer and the held-out batches."""
-
-    def __init__(self, job: _Job) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher: Teacher = ray.get(job.teacher[0])
-        library = load_library(Path(job.library), teacher_fingerprint=teacher.fingerprint)
-        self.scorer = MaskScorer(teacher.model, library, job.config.student.state_sharing, device)
-        self.batches: list[DistillBatch] = list(
-            batches(job.validation, teacher.sequence, batch_tokens=_BATCH_TOKENS, seed=0, epoch=0, device=device)
-        )
-
-    def score(self, layouts: Sequence[Layout]) -> list[ProbeRow]:
-        return self.scorer.score(layouts, self.batches)
-
-    def cosine_importance(self) -> list[float]:
-        return cosine_importance(self.scorer.teacher, self.batches)
-
-
-def first_utterances(shared: SharedCache, speech_tokens: int) -> SharedCache:
-    """The first utterances of a split that together hold at most so many speech tokens, one at least."""
-    count = max(1, int(np.searchsorted(np.cumsum(shared.num_speech), speech_tokens, side="right")))
-    columns = ("block_of_row", "row_in_block", "num_text", "num_speech")
-    return replace(shared, **{name: getattr(shared, name)[:count] for name in columns})
-
-
-def fit_table(rows: Sequence[ProbeRow]) -> str:
-    """How well the surrogate predicts left-out scores inside each budget."""
-    fits = fit_log({row.layout: row.kl for row in rows}).held_out_fit()
-    return table(
-        ["attention layers", "layouts", "held-out Spearman", "RMSE of log KL", "in 90 % interval"],
-        [
-            [
-                fit.attention_layers,
-                fit.layouts,
-                "" if fit.spearman is None else f"{fit.spearman:.2f}",
-                f"{fit.rmse:.3f}",
-                f"{fit.coverage:.0%}",
-            ]
-            for fit in fits.values()
-        ],
-    )
+def outcome_table(config: Config, rows: Sequence[ProbeRow]) -> str:
+    """The best scored layout of every budget, whether anything else may be better, and how well the surrogate
+    predicts left-out scores there; empty with too few scores for a surrogate."""
+    if len(rows) < _FEWEST_TO_FIT:
+        return ""
+    scores = {row.layout: row.kl for row in sorted(rows, key=lambda row: row.layout)}
+    surrogate = fit_log(scores)
+    fits = surrogate.held_out_fit()
+    cells: list[list[object]] = []
+    for ratio, constraints in budget_constraints(config, rows[0].layout.num_layers).items():
+        known = {layout: kl for layout, kl in scores.items() if constraints.allows(layout)}
+        if not known:
+            cells.append([ratio, 0, "", "", "", "", "", ""])
+            continue
+        best = min(known, key=known.__getitem__)
+        settled = confidence(surrogate, scores, constraints, np.random.default_rng(config.search.seed))
+        fit = fits[constraints.attention_counts[0]]
+        spearman = "" if fit.spearman is None else f"{fit.spearman:.2f}"
+        accuracy = [spearman, f"{fit.rmse:.3f}", f"{fit.coverage:.0%}"]
+        cells.append([ratio, len(known), best, f"{known[best]:.4f}", f"{settled:.0%}", *accuracy])
+    header = ["ratio", "scored", "best", "KL", "nothing 2 % better", "held-out Spearman", "RMSE of log KL"]
+    return table([*header, "in 90 % interval"], cells)
 
 
 @exit_code_2_on_input_error
@@ -304,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
             validation=validation,
             on_progress=lambda done, total: session.screen.count(done, total, "layouts"),
         )
-    print(fit_table(rows))
+    print(outcome_table(config, rows))
     found = {row.layout: row for row in rows}
     best = []
     for ratio in config.search.ratios:

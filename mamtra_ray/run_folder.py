@@ -181,7 +181,7 @@ def read_run(path: Path) -> Run:
         config=load_config(path / CONFIG),
         architecture=read_architecture(path),
         trials=read_rows(path / TRIALS, TRIAL_COLUMNS),
-        probe=read_rows(path / PROBE, PROBE_COLUMNS),
+        probe=latest_scores(path),
         curves=read_rows(path / CURVES, CURVE_COLUMNS),
         finalists=read_rows(path / FINALISTS, FINALIST_COLUMNS),
         reference=read_reference(path),
@@ -209,6 +209,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         depth += 1
     names = ["/".join(path.parts[-depth:]) for path in resolved]
     return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def latest_scores(folder: Path) -> list[dict[str, Any]]:
+    """Rows of ``probe.parquet`` made under the settings of its last row: scores on other tokens, or with another
+    mixer library, do not compare."""
+    rows = read_rows(folder / PROBE, PROBE_COLUMNS)
+    return [row for row in rows if row.get("made_by") == rows[-1].get("made_by")]
 
 
 def read_rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:

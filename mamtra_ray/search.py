@@ -33,7 +33,7 @@ from mamtra_ray.importance import layer_importance
 from mamtra_ray.layouts import num_attention_layers
 from mamtra_ray.metrics import SearchMetrics
 from mamtra_ray.plan import print_plan
-from mamtra_ray.probe import probe_masks, propose
+from mamtra_ray.probe import outcome_table, probe_masks, propose
 from mamtra_ray.progress import table
 from mamtra_ray.report import write_report
 from mamtra_ray.run_folder import (
@@ -120,6 +120,7 @@ def probe(session: Session, library: Path | None, validation: SharedCache) -> li
             validation=validation,
             on_progress=lambda done, total: session.screen.count(done, total, "layouts"),
         )
+        session.screen.say(outcome_table(session.config, rows))
         return [
             Candidate(layout, "probe")
             for ratio in session.config.search.ratios

@@ -19,8 +19,9 @@ from mamtra_ray.losses import HiddenTargets
 from mamtra_ray.mask_scoring import MaskScorer, ProbeRow
 from mamtra_ray.mixer_library import LibraryManifest, save_library
 from mamtra_ray.models.transfer import mixer_from_attention
-from mamtra_ray.optimum import Quadratic
-from mamtra_ray.probe import first_utterances, probe_masks, propose
+from mamtra_ray.probe import probe_masks, propose
+from mamtra_ray.probe_pool import first_utterances
+from mamtra_ray.quadratic import Quadratic
 from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, read_rows
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import make_student
