@@ -69,11 +69,12 @@ def probe_masks(
     papers = [candidate.layout for candidate in paper_candidates(config.search, num_layers)]
     with ProbePool(config, folder, teacher, library, validation) as pool:
         total = config.probe.masks
+        before_last, confirms = total - int(total * _LAST_SHARE), False
         wanted = first_layouts(list(budgets.values()), papers, round(total * _FIRST_SHARE), rng)
         while True:
             new = [layout for layout in wanted if layout not in pool.rows]
             base = _inside(budgets, pool.rows)
-            for done in pool.score(new[: max(total - base, 0)]):
+            for done in pool.score(new[: max((total if confirms else before_last) - base, 0)]):
                 report(min(base + done, total), total)
             spent = _inside(budgets, pool.rows)
             if spent >= total or len(pool.rows) < _FEWEST_TO_FIT:
@@ -83,7 +84,7 @@ def probe_masks(
             scores = {layout: row.kl for layout, row in sorted(pool.rows.items())}
             surrogate = fit_log(scores)
             open_budgets = [c for c in budgets.values() if confidence(surrogate, scores, c, rng) < CONFIDENT]
-            confirms = total - spent <= total * _LAST_SHARE
+            confirms = spent >= before_last
             share = round(total * (1 - _FIRST_SHARE) * _ROUND_SHARE / max(len(open_budgets), 1))
             wanted = [
                 layout

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny_cache import cache_without_ray, random_rows, tiny_config
 
-from mamtra_ray import shared_batches, shared_cache
+from mamtra_ray import probe, shared_batches, shared_cache
 from mamtra_ray.acquisition import CONFIDENT, confidence, fit_log, next_layouts, ranked_layouts
 from mamtra_ray.config import Config
 from mamtra_ray.constraints import Constraints, layouts_to_matrix, sample_layouts
@@ -19,10 +19,10 @@ from mamtra_ray.losses import HiddenTargets
 from mamtra_ray.mask_scoring import MaskScorer, ProbeRow
 from mamtra_ray.mixer_library import LibraryManifest, save_library
 from mamtra_ray.models.transfer import mixer_from_attention
-from mamtra_ray.probe import probe_masks, propose
+from mamtra_ray.probe import outcome_table, probe_masks, propose
 from mamtra_ray.probe_pool import first_utterances
 from mamtra_ray.quadratic import Quadratic
-from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, read_rows
+from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, latest_scores, read_rows
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import make_student
 
@@ -158,6 +158,44 @@ def test_probing_stops_and_goes_on_without_paying_twice(setup, validation, tmp_p
     for ratio, kept in (("1:1", 2), ("1:3", 1)):
         best = min((truth[layout], layout) for layout in allowed if len(layout.attention_layers) == kept)
         assert propose(setup.config, rows, ratio, 3)[0] == best[1]
+
+
+def test_scores_of_other_budgets_and_settings_stay_apart(setup, validation, tmp_path):
+    """Going on with another budget spends scores on it; scores on other tokens answer no later question."""
+
+    def probed(masks, ratios, tokens):
+        config = Config.model_validate(
+            setup.config.model_dump()
+            | {"probe": {"masks": masks, "validation_tokens": tokens}, "search": {"ratios": ratios}}
+        )
+        rows = probe_masks(
+            config, tmp_path, teacher=setup.teacher, library=setup.folder / "library", validation=validation
+        )
+        return config, rows
+
+    probed(6, ["1:1"], 120)
+    config, rows = probed(4, ["1:3"], 120)
+    assert sorted(row.layout.ratio for row in rows) == ["1:1"] * 6 + ["1:3"] * 4
+    [line] = [line for line in outcome_table(config, rows).splitlines() if line.split()[0] == "1:3"]
+    best = min((row for row in rows if row.layout.ratio == "1:3"), key=lambda row: row.kl)
+    assert str(best.layout) in line and "100%" in line, "every layout of this budget is scored"
+    for tokens, count in ((60, 6), (120, 10), (60, 6)):
+        probed(6, ["1:1"], tokens)
+        latest = latest_scores(tmp_path)
+        assert len(latest) == count and len({row["tokens"] for row in latest}) == 1
+    assert len(read_rows(tmp_path / PROBE, PROBE_COLUMNS)) == 16, "nothing was scored twice or lost"
+
+
+def test_the_last_scores_confirm_predicted_optima(setup, validation, tmp_path, monkeypatch):
+    asked = []
+    confirming = probe.best_unscored
+    monkeypatch.setattr(probe, "best_unscored", lambda *a: asked.append(confirming(*a)) or asked[-1])
+    config = Config.model_validate(
+        setup.config.model_dump()
+        | {"probe": {"masks": 8, "validation_tokens": 120}, "search": {"ratios": ["1:1", "1:3"]}}
+    )
+    rows = probe_masks(config, tmp_path, teacher=setup.teacher, library=setup.folder / "library", validation=validation)
+    assert len(rows) == 8 and asked and rows[-1].layout in {layout for found in asked for layout in found}
 
 
 def test_a_library_of_another_teacher_is_one_sentence(setup, validation, tmp_path):
