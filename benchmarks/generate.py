@@ -4,7 +4,7 @@ CosyVoice 2's shape (24 layers, width 896, 14 query and 2 key-value heads) with 
 nor memory depends on their values. Decoding starts from a cache already filled to the context length with
 random keys, values and states, and draws greedily; stop ids are barred, so every row runs to the end.
 
-    python benchmarks/generate.py            24 layers, contexts 512, 2048 and 8192, batches 1 and 8 (6 GB)
+    python benchmarks/generate.py            24 layers, contexts 512, 2048 and 8192, batches 1 and 8 (20 minutes, 8 GB)
     python benchmarks/generate.py --quick    4 layers, short contexts, about a minute; nothing is written
 
 "peak MB" is by how much decoding raises the process's resident memory above the weights, cache included.
@@ -87,7 +87,8 @@ def ours(model: SpeechLM) -> Contestant:
     def run(cache: Cache, batch: int, _context: int, tokens: int) -> Tensor:
         logits_BS = torch.zeros(batch, model.vocabulary.speech_size, dtype=model.dtype)
         logits_BS[:, 1] = 1
-        results = decode(model, Prefilled(cache, None, logits_BS), [(tokens, tokens)] * batch)
+        # The first of these comes from the given scores, so there are as many forward passes as tokens.
+        results = decode(model, Prefilled(cache, None, logits_BS), [(tokens + 1, tokens + 1)] * batch)
         return torch.tensor([result.tokens for result in results])
 
     return Contestant(model, model.new_cache, run, lambda ids_BL: prefill(model, list(ids_BL)))
@@ -105,7 +106,7 @@ def transformers_generate(model: torch.nn.Module, vocabulary: Vocabulary) -> Con
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),
             past_key_values=cache,
-            max_new_tokens=tokens - 1,
+            max_new_tokens=tokens,
             do_sample=False,
             suppress_tokens=[*not_speech, *stop_ids],
         )
@@ -220,8 +221,8 @@ def _status_bytes(key: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 layers, contexts 256 and 1024, batches 1 and 2")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds; every model runs once in each")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens decoded per row and round")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; every model runs once in each")
+    parser.add_argument("--tokens", type=int, default=8, help="decoding steps per round")
     parser.add_argument("--contexts", type=int, nargs="+", help="context lengths")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes")
     parser.add_argument("--prefill-up-to", type=int, help="also time reading prompts of at most this length")
@@ -232,7 +233,7 @@ def main() -> None:
     num_layers = QUICK_LAYERS if options.quick else SHAPE.num_layers
     contexts = options.contexts or ([256, 1024] if options.quick else [512, 2048, 8192])
     batches = options.batches or ([1, 2] if options.quick else [1, 8])
-    prefill_up_to = options.prefill_up_to or (256 if options.quick else 2048)
+    prefill_up_to = options.prefill_up_to or (256 if options.quick else 512)
 
     models = contestants(num_layers, dtype)
     rows, agreement = [], {}

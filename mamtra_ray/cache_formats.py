@@ -53,9 +53,13 @@ class RowFormat(Protocol):
 
 @dataclass(frozen=True)
 class HiddenFormat:
-    """Final hidden states in float16: 2 D bytes a position."""
+    """Final hidden states in float16, 2 D bytes a position, and after them the outputs of ``layers``, as much each.
+
+    What is encoded is of that width too, :func:`mamtra_ray.teacher_pass.labelled_hidden_states` with these layers.
+    """
 
     hidden_size: int
+    layers: tuple[int, ...] = ()
     columns: ClassVar[tuple[str, ...]] = ("hidden",)
     compression: ClassVar[str] = "none"
 
@@ -67,7 +71,8 @@ class HiddenFormat:
         self, columns: Mapping[str, Sequence[np.ndarray]], speech_tokens: Sequence[np.ndarray], device: torch.device
     ) -> HiddenTargets:
         joined = np.concatenate(columns["hidden"]).view(np.float16)
-        return HiddenTargets(to_device(joined.reshape(-1, self.hidden_size), device))
+        parts_ND = to_device(joined.reshape(-1, 1 + len(self.layers), self.hidden_size), device).unbind(1)
+        return HiddenTargets(parts_ND[0], dict(zip(self.layers, parts_ND[1:], strict=True)))
 
 
 class QuantizedHiddenFormat:
@@ -168,6 +173,8 @@ class TopKFormat:
 def format_settings(cache: CacheConfig) -> dict[str, Any]:
     """What of the configuration determines the bytes of a cache, for its manifest."""
     settings: dict[str, Any] = {"kind": cache.format}
+    if cache.layers:
+        settings["layers"] = list(cache.layers)
     if cache.format == "topk":
         settings["top_k"] = cache.top_k
     if cache.format == "hidden_quantized":
@@ -184,7 +191,7 @@ def row_format(
         InputError: more classes than the head has, or a damaged quantiser.
     """
     if settings["kind"] == "hidden":
-        return HiddenFormat(hidden_size)
+        return HiddenFormat(hidden_size, tuple(settings.get("layers", ())))
     if settings["kind"] == "topk":
         if not settings["top_k"] < speech_size <= 1 << 16:
             raise InputError(

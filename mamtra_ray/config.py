@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mamtra_ray.artifacts import content_hash, write_text
 from mamtra_ray.errors import InputError, nearest_name
@@ -45,6 +45,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _as_list(value: Any) -> Any:
+    """On a command line ``search.ratios=1:1,1:3`` and ``search.keep_attention=0`` are lists too."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int) else value
+
+
+_Several = BeforeValidator(_as_list)
+
+
 class TeacherConfig(_Section):
     kind: str = "demo"
     """Which loader: demo, cosyvoice2, llasa, huggingface."""
@@ -68,6 +78,8 @@ class CacheConfig(_Section):
     """Entries a row with format topk."""
     bits: float = Field(3.0, gt=0, le=8)
     """Entropy of the codes, bits a dimension, with format hidden_quantized; stored they take about 0.3 more."""
+    layers: Annotated[tuple[int, ...], _Several] = ()
+    """Decoder layers (0-based) whose outputs are kept too, for `distill.embedding_levels`; with format hidden."""
     utterances_per_shard: int = Field(512, gt=0)
     """Rows of one Parquet shard: what a killed run recomputes at most, per actor."""
     actors: int | None = Field(None, gt=0)
@@ -104,9 +116,9 @@ class ProbeConfig(_Section):
 
 
 class SearchConfig(_Section):
-    ratios: tuple[str, ...] = ("1:1",)
+    ratios: Annotated[tuple[str, ...], _Several] = ("1:1",)
     """Budgets, attention to Mamba: a layout of each is found, compared and exported."""
-    strategies: tuple[str, ...] = ("block_beginning", "back")
+    strategies: Annotated[tuple[str, ...], _Several] = ("block_beginning", "back")
     """The paper's placements that are always among the candidates, at every budget: patterns, and importance_wer,
     importance_cosine, importance_kl, which keep the layers that lose most words when replaced, turn their input most,
     or have the highest KL divergence when replaced."""
@@ -114,13 +126,13 @@ class SearchConfig(_Section):
     """Layouts that Tune starts in all, the paper's placements among them."""
     sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
     """Optuna's sampler; grid tries exactly the strategies at the ratios."""
-    rung_tokens: tuple[int, ...] = (10_000, 20_000)
+    rung_tokens: Annotated[tuple[int, ...], _Several] = (10_000, 20_000)
     """Training tokens at which successive halving compares trials, ascending; the last one ends a trial."""
     reduction_factor: int = Field(2, ge=2)
     """One of this many trials passes a rung."""
-    keep_attention: tuple[int, ...] = ()
+    keep_attention: Annotated[tuple[int, ...], _Several] = ()
     """Layers (0-based) that must keep attention."""
-    always_mamba: tuple[int, ...] = ()
+    always_mamba: Annotated[tuple[int, ...], _Several] = ()
     """Layers (0-based) that must be replaced."""
     finalists: int = Field(1, gt=0)
     """Found layouts of each budget that are distilled longer and heard, beside the paper's placements."""
@@ -136,14 +148,6 @@ class SearchConfig(_Section):
     """GPUs a trial or worker asks Ray for; none: 1 where the cluster has GPUs, else 0."""
     seed: int = 0
     """Seed of the sampler, the shuffling and the new weights."""
-
-    @field_validator("ratios", "strategies", "rung_tokens", "keep_attention", "always_mamba", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        """On a command line ``search.ratios=1:1,1:3`` and ``search.keep_attention=0`` are lists too."""
-        if isinstance(value, str):
-            return [part.strip() for part in value.split(",") if part.strip()]
-        return [value] if isinstance(value, int) else value
 
 
 class DistillConfig(_Section):
@@ -167,6 +171,9 @@ class DistillConfig(_Section):
     """Weight of the skewed KL in Eq. 5."""
     embedding_weight: float = Field(1.0, ge=0)
     """Weight of the mean squared error of the hidden states in Eq. 5."""
+    embedding_levels: Annotated[tuple[int | Literal["final"], ...], _Several] = Field(("final",), min_length=1)
+    """Where these are compared: final (after the last norm), or a layer (0-based) of `cache.layers`; several: the mean.
+    The paper does not say which of its "token embeddings" it means."""
     skew: float = Field(0.1, ge=0, lt=1)
     """The a of KL(p || a p + (1 - a) q)."""
     workers: int = Field(2, gt=0)
@@ -186,7 +193,7 @@ class EvaluateConfig(_Section):
     """demo (offline Whisper tiny.en), or whisper:PATH, faster-whisper:PATH with the user's weights."""
     codec: str | None = None
     """Folder or file of the codec that makes sound of speech tokens; none: the teacher's own (demo, cosyvoice2)."""
-    metrics: tuple[str, ...] = ()
+    metrics: Annotated[tuple[str, ...], _Several] = ()
     """Further scores: speaker_similarity, speaker_similarity:PATH, utmos:PATH, dnsmos, versa:FILE."""
     normalization: str = "demo"
     """Text normalisation before the WER: demo, seed, whisper_basic, whisper_en."""
@@ -200,11 +207,6 @@ class EvaluateConfig(_Section):
     """CosyVoice 2's repetition-aware sampling."""
     audio_examples: int = Field(4, ge=0)
     """Utterances whose audio goes into the report, for every system."""
-
-    @field_validator("metrics", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class Config(_Section):
@@ -251,6 +253,7 @@ def load_config(space: Path | None = None, overrides: list[str] | None = None) -
     except ValidationError as error:
         raise InputError(_first_problem(error, path)) from None
     _check_search(config.search)
+    _check_levels(config)
     return config
 
 
@@ -328,3 +331,13 @@ def _check_search(search: SearchConfig) -> None:
     both = sorted(set(search.keep_attention) & set(search.always_mamba))
     if both:
         raise InputError(f"layer {both[0]} stands in both search.keep_attention and search.always_mamba")
+
+
+def _check_levels(config: Config) -> None:
+    if config.cache.layers and config.cache.format != "hidden":
+        raise InputError(f"cache.layers needs cache.format hidden, not {config.cache.format}")
+    if any(layer < 0 for layer in config.cache.layers) or len(set(config.cache.layers)) < len(config.cache.layers):
+        raise InputError(f"cache.layers must be different layers, counted from 0, not {list(config.cache.layers)}")
+    for level in config.distill.embedding_levels:
+        if level != "final" and level not in config.cache.layers:
+            raise InputError(f"distill.embedding_levels has layer {level}, which cache.layers does not keep")

@@ -25,6 +25,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.progress import Ledger, Screen
 from mamtra_ray.run_folder import write_architecture
+from mamtra_ray.shared_batches import padding_waste
 from mamtra_ray.shared_cache import SharedCache, share_cache
 from mamtra_ray.teacher_cache import build_cache
 from mamtra_ray.teachers import load_teacher
@@ -90,6 +91,8 @@ def start_session(config: Config, folder: Path, phases: tuple[str, ...], address
     Raises:
         InputError: budgets or constraints that the teacher cannot meet, or a cluster that is too small or absent.
     """
+    if config.cache.format == "topk" and config.distill.embedding_weight:
+        raise InputError("cache.format topk keeps no hidden states for the embedding loss: distill.embedding_weight=0")
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
     check_budgets(config.search, teacher.model.layout.num_layers)
     identity = corpus_identity(read_corpus(config.corpus.path))
@@ -147,6 +150,10 @@ def make_cache(session: Session) -> tuple[SharedCache, SharedCache]:
                 ("validation", session.config.corpus.validation_tokens),
             )
         )
+        size = session.config.distill.batch_tokens
+        waste = padding_waste(train, session.teacher.sequence, batch_tokens=size)
+        session.screen.say(f"    {train.num_utterances:,} utterances, {waste:.1%} padding in {size:,}-token batches")
+        session.screen.ledger.add("cache", padding=f"{waste:.2%}")
     return train, validation
 
 

@@ -64,11 +64,14 @@ def build_cache(
 
     Raises:
         InputError: the folder holds a cache of another teacher, tokenizer, corpus or format; shards are
-            damaged; another job writes there; or the disk is full.
+            damaged; another job writes there; the disk is full; or the teacher lacks a layer of ``cache.layers``.
     """
     storage = Storage.of(folder)
     teacher = load_teacher(config.teacher.kind, config.teacher.path)
     corpora = {split: read_corpus(config.corpus.path, split) for split in ("train", "validation")}
+    num_layers = teacher.model.layout.num_layers
+    if any(layer >= num_layers for layer in config.cache.layers):
+        raise InputError(f"cache.layers has layer {max(config.cache.layers)}, the teacher only 0 to {num_layers - 1}")
     identity = corpus_identity(corpora["train"])
     for table in corpora.values():
         check_vocabulary(table, teacher.sequence.vocabulary.text_size, teacher.sequence.vocabulary.speech_size)
@@ -232,7 +235,7 @@ def _plan(config: Config, folder: str) -> str:
     width = teacher.model.config.hidden_size
     settings = format_settings(config.cache)
     bytes_per_token = {
-        "hidden": 2 * width,
+        "hidden": 2 * width * (1 + len(config.cache.layers)),
         "topk": 3 * config.cache.top_k,
         "hidden_quantized": config.cache.bits / 8 * width,
     }

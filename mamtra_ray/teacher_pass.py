@@ -51,14 +51,17 @@ class CacheJob:
 
 
 @torch.inference_mode()
-def labelled_hidden_states(teacher: Teacher, rows: list[Utterance]) -> Iterator[tuple[list[int], Tensor]]:
+def labelled_hidden_states(
+    teacher: Teacher, rows: list[Utterance], layers: Sequence[int] = ()
+) -> Iterator[tuple[list[int], Tensor]]:
     """Final hidden states of the labelled positions, batch by batch.
 
     Utterances of about equal length share a batch. The batches depend on ``rows`` only, so that a repeated
     pass gives the same bits.
 
     Yields:
-        indices into ``rows`` of a batch, and their positions' hidden states (N, D), in that order.
+        indices into ``rows`` of a batch, and their positions' hidden states (N, D), in that order; with ``layers``
+        (N, (1 + layers) D), the outputs of these decoder layers beside them.
     """
     sequence = teacher.sequence
     examples = [sequence.training_example(row.text_tokens.tolist(), row.speech_tokens.tolist()) for row in rows]
@@ -74,8 +77,12 @@ def labelled_hidden_states(teacher: Teacher, rows: list[Utterance]) -> Iterator[
             input_ids_BL[row, : len(input_ids)] = input_ids
             labels_BL[row, : len(labels)] = labels
         # Padded right, so no position sees padding and no mask is needed.
-        hidden_BLD = teacher.model.hidden_states(input_ids_BL.to(teacher.model.device))
-        yield batch, hidden_BLD[(labels_BL != IGNORE).to(teacher.model.device)]
+        device = teacher.model.device
+        hidden_BLD = teacher.model.hidden_states(input_ids_BL.to(device), return_layers=bool(layers))
+        if layers:
+            final_BLD, outputs = hidden_BLD
+            hidden_BLD = torch.cat([final_BLD, *(outputs[layer] for layer in layers)], -1)
+        yield batch, hidden_BLD[(labels_BL != IGNORE).to(device)]
 
 
 class TeacherPass:
@@ -106,7 +113,8 @@ class TeacherPass:
             self.job.made_by["format"], model.config.hidden_size, model.vocabulary.speech_size, self.job.quantizer
         )
         encoded: list[dict[str, Any]] = [{} for _ in rows]
-        for batch, hidden_ND in labelled_hidden_states(self.teacher, rows):
+        layers = self.job.made_by["format"].get("layers", ())
+        for batch, hidden_ND in labelled_hidden_states(self.teacher, rows, layers):
             speech_tokens = [rows[index].speech_tokens for index in batch]
             for index, columns in zip(batch, rows_format.encode(hidden_ND, model.head, speech_tokens), strict=True):
                 encoded[index] = columns

@@ -79,12 +79,18 @@ class _Objective(nn.Module):
         self.student = student
         self.weights = LossWeights(ce=config.ce_weight, logits=config.logits_weight, emb=config.embedding_weight)
         self.skew = config.skew
+        self.levels = config.embedding_levels
 
     def forward(self, batch: Batch, num_tokens: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The terms of Eq. 5 as sums over this batch divided by ``num_tokens``; a tuple, as DDP wants it."""
         # Padded right, so no position sees padding: without a mask attention takes its faster causal path.
-        hidden_BLD = self.student.hidden_states(batch.input_ids_BL)
         labelled_BL = batch.labels_BL != IGNORE
+        layers = [level for level in self.levels if level != "final"] if self.weights.emb else []
+        hidden_BLD = self.student.hidden_states(batch.input_ids_BL, return_layers=bool(layers))
+        layers_ND: dict[int, Tensor] = {}
+        if layers:
+            hidden_BLD, outputs = hidden_BLD
+            layers_ND = {layer: outputs[layer][labelled_BL] for layer in layers}
         terms = distillation_loss(
             hidden_BLD[labelled_BL],
             self.student.head,
@@ -93,6 +99,8 @@ class _Objective(nn.Module):
             self.weights,
             alpha=self.skew,
             num_tokens=num_tokens,
+            levels=self.levels,
+            student_layers_ND=layers_ND,
         )
         return terms.total, terms.ce, terms.logits, terms.emb
 

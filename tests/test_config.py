@@ -76,6 +76,24 @@ def test_bad_file(tmp_path, content):
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["distill.embedding_levels=3"], "layer 3, which cache.layers does not keep"),
+        (["distill.embedding_levels=[]"], "at least 1"),
+        (["distill.embedding_levels=first"], "embedding_levels"),
+        (["cache.layers=-1"], "counted from 0"),
+        (["cache.layers=2,2"], "different layers"),
+        (["cache.layers=2", "cache.format=topk"], "cache.format hidden"),
+    ],
+)
+def test_levels_of_the_embedding_loss_must_be_in_the_cache(overrides, problem):
+    with pytest.raises(InputError, match=problem):
+        load_config(None, overrides)
+    config = load_config(None, ["cache.layers=3,5", "distill.embedding_levels=final,5"])
+    assert config.cache.layers == (3, 5) and config.distill.embedding_levels == ("final", 5)
+
+
 def test_every_key_is_explained():
     text = explain()
     assert "search.trials" not in text and "trials = " in text

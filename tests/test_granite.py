@@ -142,6 +142,40 @@ def test_unusable_folders_get_one_sentence(exported, tmp_path):
         SpeechLM.load_granite(tmp_path / "nowhere")
 
 
+def test_foreign_and_swapped_files_get_one_sentence(exported, tmp_path):
+    student = exported["qwen2 per_kv_head, head with bias"][0]
+    student.save_granite(tmp_path / "one")
+    other = make_exportable(*CASES["qwen2 per_kv_head, head with bias"], tmp_path / "teacher")
+    with torch.no_grad():
+        other.head.bias += 0.25
+    other.save_granite(tmp_path / "other")
+    other.save(tmp_path / "native")
+    for name, problem in (("generation_config.json", "has not the head's bias"), ("model.safetensors", "hash differs")):
+        mine = (tmp_path / "one" / name).read_bytes()
+        (tmp_path / "one" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        if name == "model.safetensors":
+            (tmp_path / "one" / name).write_bytes((tmp_path / "native" / name).read_bytes())
+        with pytest.raises(InputError, match=problem):
+            SpeechLM.load_granite(tmp_path / "one")
+        (tmp_path / "one" / name).write_bytes(mine)
+    SpeechLM.load_granite(tmp_path / "one")
+    with pytest.raises(InputError, match="no export of this project"):
+        SpeechLM.load_granite(write_folder(tmp_path / "foreign", transformers_model("llama")))
+    torch.save({"a": torch.zeros(2)}, tmp_path / "one" / "model.safetensors")
+    with pytest.raises(InputError, match="no safetensors file"):
+        SpeechLM.load_granite(tmp_path / "one")
+    with pytest.raises(InputError, match="is no speech_lm manifest"):
+        SpeechLM.load(tmp_path / "one")
+
+
+def test_settings_of_the_generation_config_may_be_changed(exported, tmp_path):
+    student = exported["qwen2 per_kv_head, head with bias"][0]
+    student.save_granite(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.7}))
+    assert SpeechLM.load_granite(tmp_path).fingerprint() == student.fingerprint()
+
+
 def test_a_mixer_trained_in_the_expanded_form_is_not_compacted(exported, tmp_path):
     from mamtra_ray.artifacts import file_hash
     from mamtra_ray.models.checkpoint import read_tensors, write_tensors

@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from mamtra_ray.models import mamba, ssd_cuda
 
 PROGRAM = Path(__file__).with_name("mamba_ssm_interpreted.py")
 ROOT = PROGRAM.parents[1]
@@ -48,6 +51,24 @@ def test_mamba_ssm_agrees_with_the_cpu_path(report: dict) -> None:
     assert len(errors) == 10 + 10 + 4 + 4 + 4
     too_large = {name: e for name, e in errors.items() if not e < 5e-6}
     assert not too_large
+
+
+@pytest.mark.parametrize("sharing", ["per_query_head", "per_kv_head"])
+def test_without_mamba_ssm_cuda_tensors_take_the_cpu_path(monkeypatch: pytest.MonkeyPatch, sharing: str) -> None:
+    """No kernels, no error: one warning that names the package, and the numbers of the CPU."""
+    mixer = mamba.MambaMixer(mamba.MixerConfig(16, 4, 2, 8, state_sharing=sharing))
+    hidden_BLD = torch.randn(2, 9, 16)
+    expected = mixer(hidden_BLD)
+    monkeypatch.setattr(ssd_cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    ssd_cuda._installed.cache_clear()
+    with pytest.warns(UserWarning, match=r"mamtra-ray\[cuda\]") as warned:
+        prefix, state = mixer(hidden_BLD[:, :8], return_state=True)
+        last = mixer(hidden_BLD[:, 8:], state=state)
+    ssd_cuda._installed.cache_clear()
+    assert len(warned) == 1
+    torch.testing.assert_close(torch.cat([prefix, last], 1), expected, atol=1e-6, rtol=1e-5)
+    last.sum().backward()
 
 
 def test_no_module_imports_mamba_ssm_on_the_cpu() -> None:

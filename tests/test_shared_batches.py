@@ -219,6 +219,22 @@ def test_distilling_from_the_cache_is_distilling_with_the_teacher(ray_cluster: N
     np.testing.assert_allclose(cached, online, rtol=2e-3)
 
 
+def test_layers_that_the_cache_keeps(ray_cluster: None, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, layers=[3, 1])
+    manifest = cache_without_ray(config, tmp_path / "cache")
+    teacher = load_teacher(config.teacher.kind, config.teacher.path).model
+    shared = shared_of({"layers": (config, tmp_path / "cache", manifest)}, "layers")
+    for batch in batches(shared, SEQUENCE, batch_tokens=150, seed=0, epoch=0):
+        labelled_BL = batch.labels_BL != IGNORE
+        with torch.no_grad():
+            hidden_BLD, outputs = teacher.hidden_states(batch.input_ids_BL, return_layers=True)
+        assert set(batch.teacher_targets.layers_ND) == {1, 3}
+        expected = {"final": hidden_BLD, 1: outputs[1], 3: outputs[3]}
+        found = {"final": batch.teacher_targets.hidden_ND, **batch.teacher_targets.layers_ND}
+        for level, values_BLD in expected.items():
+            torch.testing.assert_close(found[level].float(), values_BLD[labelled_BL], atol=1e-3, rtol=1e-3)
+
+
 def test_top_k_batches_hold_the_teachers_probabilities(ray_cluster: None, made: dict) -> None:
     config = made["topk"][0]
     teacher = load_teacher(config.teacher.kind, config.teacher.path).model

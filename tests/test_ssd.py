@@ -20,6 +20,7 @@ HEADS = {
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
 # A gradient in bfloat16 (x, B, C) is rounded once more than a float32 one (dt, A, D, bias, state).
 NARROW = ("x_BLHP", "B_BLGN", "C_BLHN")
+OPTIONAL = ("D_H", "dt_bias_H", "initial_state_BHPN")
 
 
 def make_inputs(heads: str, length: int, *, batch: int = 2, P: int = 8, N: int = 4, seed: int = 0) -> dict[str, Tensor]:
@@ -61,10 +62,11 @@ def values_and_gradients(
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Largest difference over the largest value, for each tensor."""
+    """Largest difference over the largest value, for each tensor; what must be 0 everywhere is compared as it is."""
     assert got.keys() == expected.keys()
     errors = {
-        name: float((got[name].double() - expected[name]).abs().max() / expected[name].abs().max()) for name in expected
+        name: float((got[name].double() - expected[name]).abs().max() / (expected[name].abs().max() or 1.0))
+        for name in expected
     }
     assert all(error <= tolerance for error in errors.values()), errors
 
@@ -121,9 +123,10 @@ def test_the_sizes_of_cosyvoice_2() -> None:
     assert_close(values_and_gradients(ssd_scan, inputs, torch.float32), expected, 5e-6)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads", ["per_query_head", "per_kv_head", "mamba2"])
 @pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 6), (4, 3)])
-def test_padding_does_not_leak(heads: str, left: int, right: int) -> None:
+def test_padding_does_not_leak(heads: str, left: int, right: int, dtype: torch.dtype) -> None:
     """The padded row equals the short one in values, state and gradients; what lies under the padding is NaN."""
     length = 30
     short = make_inputs(heads, length)
@@ -141,12 +144,13 @@ def test_padding_does_not_leak(heads: str, left: int, right: int) -> None:
         return ssd_scan_reference(**arguments)
 
     expected = values_and_gradients(scan_on_real_rows, short, torch.float64)
-    leaves = {name: t.clone().requires_grad_() for name, t in padded.items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = {name: t.to(dtype if name in NARROW else wide, copy=True).requires_grad_() for name, t in padded.items()}
     y, state = ssd_scan(**leaves, mask_BL=mask_BL, chunk_size=16, return_final_state=True)
     generator = torch.Generator().manual_seed(1)
     inner = y[:, left : left + length]
-    y_weight = torch.randn(inner.shape, generator=generator).bfloat16().double()
-    state_weight = torch.randn(state.shape, generator=generator).bfloat16().double()
+    y_weight = torch.randn(inner.shape, generator=generator).bfloat16().to(inner.dtype)
+    state_weight = torch.randn(state.shape, generator=generator).bfloat16().to(state.dtype)
     ((inner * y_weight).sum() + (state * state_weight).sum()).backward()
     got = {"y": inner.detach(), "state": state.detach()}
     for name, leaf in leaves.items():
@@ -156,7 +160,7 @@ def test_padding_does_not_leak(heads: str, left: int, right: int) -> None:
             assert not outside.any(), f"{name} takes a gradient under the padding"
             gradient = gradient[:, left : left + length]
         got[f"gradient of {name}"] = gradient
-    assert_close(got, expected, 1e-12)
+    assert_close(got, expected, TOLERANCE[dtype])
 
 
 def test_a_row_of_padding_alone_keeps_its_state() -> None:
@@ -197,10 +201,18 @@ def test_a_sequence_may_be_cut_anywhere() -> None:
     torch.testing.assert_close(state, whole_state, rtol=1e-10, atol=1e-12)
 
 
-def test_types_and_optional_arguments() -> None:
+@pytest.mark.parametrize("absent", [("initial_state_BHPN",), ("D_H", "dt_bias_H"), OPTIONAL], ids=" ".join)
+@pytest.mark.parametrize("length", [1, 16, 37])
+@pytest.mark.parametrize("heads", HEADS)
+def test_optional_arguments(heads: str, length: int, absent: tuple[str, ...]) -> None:
+    inputs = {name: t for name, t in make_inputs(heads, length).items() if name not in absent}
+    expected = values_and_gradients(ssd_scan_reference, inputs, torch.float64)
+    assert_close(values_and_gradients(ssd_scan, inputs, torch.float32, chunk_size=16), expected, 5e-6)
+
+
+def test_types() -> None:
     inputs = make_inputs("per_query_head", 20)
-    needed = {name: inputs[name] for name in ("x_BLHP", "dt_BLH", "A_H", "B_BLGN", "C_BLHN")}
-    torch.testing.assert_close(ssd_scan(**needed), ssd_scan_reference(**needed), rtol=1e-10, atol=1e-12)
+    needed = {name: t for name, t in inputs.items() if name not in OPTIONAL}
     narrow = {name: t.bfloat16() if name in NARROW else t.float() for name, t in needed.items()}
     y, state = ssd_scan(**narrow, return_final_state=True)
     assert y.dtype == torch.bfloat16

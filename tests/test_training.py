@@ -74,6 +74,32 @@ def test_steps_lower_the_held_out_loss_and_leave_table_and_head_alone(teacher):
     assert torch.equal(training.student.head.weight, teacher.model.head.weight)
 
 
+@pytest.mark.parametrize("levels", [("final",), (1,), ("final", 0, 3)])
+def test_the_embedding_loss_is_taken_where_the_configuration_says(teacher, levels):
+    batch = make_batch(teacher, (9, 4), 0)
+    student = student_of(teacher)
+    theirs, ours = states_of(teacher.model, batch), states_of(student, batch)
+    expected = torch.stack([(theirs[level] - ours[level]).square().mean() for level in levels]).mean()
+    layers = {layer: theirs[layer] for layer in range(4)}
+    batch = dataclasses.replace(batch, teacher_targets=HiddenTargets(batch.teacher_targets.hidden_ND, layers))
+    config = CONFIG.model_copy(update={"embedding_levels": levels, "ce_weight": 0.0, "logits_weight": 0.0})
+    before = [layer.shared_mlp.output_linear.weight.clone() for layer in student.body.layers]
+    terms = Distillation(student, config, 100, CPU).step(batch)
+    assert terms["emb"] == pytest.approx(expected.item(), rel=1e-5)
+    assert terms["total"] == pytest.approx(terms["emb"])
+    after = [layer.shared_mlp.output_linear.weight for layer in student.body.layers]
+    learnt = [index for index in range(4) if not torch.equal(before[index], after[index])]
+    assert learnt == list(range(4 if "final" in levels else max(levels) + 1))
+
+
+@torch.no_grad()
+def states_of(model: SpeechLM, batch: Batch) -> dict[Any, Tensor]:
+    """Hidden states at the labelled positions, by level."""
+    final_BLD, layers = model.hidden_states(batch.input_ids_BL, return_layers=True)
+    labelled_BL = batch.labels_BL != IGNORE
+    return {level: t[labelled_BL] for level, t in (("final", final_BLD), *enumerate(layers))}
+
+
 def test_held_out_scores_count_every_token_once(teacher):
     batches = [make_batch(teacher, (9, 4), 0), make_batch(teacher, (2,), 1)]
     student = student_of(teacher)

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from mamtra_ray.artifacts import file_hash, read_json, write_json, write_text
+from mamtra_ray.artifacts import content_hash, file_hash, read_json, write_json, write_text
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_tensors
 from mamtra_ray.models.hybrid import HybridConfig, granite_config
 from mamtra_ray.models.mamba import MixerConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GENERATION_FILE = "generation_config.json"
 SECTION = "mamtra_ray"
 """Key of ``config.json`` under which the compact model is described, for :func:`read_granite`."""
@@ -72,17 +72,19 @@ def write_granite(
     section = {
         "schema_version": SCHEMA_VERSION,
         "weights_sha256": file_hash(folder / WEIGHTS_FILE),
-        "head_bias": bias_S is not None,
+        # Not of the whole generation config, whose other settings are the user's to change.
+        "head_bias": None if bias_S is None else content_hash(bias_S.tolist()),
         "model": config.to_dict(),
         "vocabulary": dict(vocabulary),
     }
-    token_bias = [NEVER] * config.vocab_size
-    token_bias[speech] = [0.0] * (speech.stop - speech.start) if bias_S is None else bias_S.tolist()
+    token_bias = dict.fromkeys([*range(speech.start), *range(speech.stop, config.vocab_size)], NEVER)
+    if bias_S is not None:
+        token_bias |= dict(enumerate(bias_S.tolist(), speech.start))
     generation = GenerationConfig(
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
         use_cache=use_cache,
-        sequence_bias=[[[token], bias] for token, bias in enumerate(token_bias) if bias != 0],
+        sequence_bias=[[[token], bias] for token, bias in sorted(token_bias.items())],
     )
     # Compact, because it is thousands of short lists.
     write_text(folder / GENERATION_FILE, json.dumps(generation.to_diff_dict(), allow_nan=False))
@@ -99,8 +101,8 @@ def read_granite(
         The hybrid's config, the vocabulary's fields and the SpeechLM's tensors.
 
     Raises:
-        InputError: files missing, truncated or damaged, not made by :func:`write_granite`, or with mixers
-            trained in the expanded form, whose repeated rows have become different.
+        InputError: files missing, truncated or damaged, not made by :func:`write_granite`, of two different exports,
+            or with mixers trained in the expanded form, whose repeated rows have become different.
     """
     folder = Path(folder)
     content = read_json(folder / CONFIG_FILE)
@@ -112,17 +114,31 @@ def read_granite(
     granite = read_tensors(folder / WEIGHTS_FILE, device)
     if file_hash(folder / WEIGHTS_FILE) != section.get("weights_sha256"):
         raise InputError(f"{folder / WEIGHTS_FILE} is not the file {CONFIG_FILE} was written with (its hash differs)")
-    config, vocabulary = HybridConfig.from_dict(section["model"]), section["vocabulary"]
-    speech = slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
-    lm_head_VD = granite.pop("lm_head.weight")
+    try:
+        config, vocabulary = HybridConfig.from_dict(section["model"]), dict(section["vocabulary"])
+        speech = slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
+        lm_head_VD, bias_hash = granite.pop("lm_head.weight"), section["head_bias"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG_FILE} is incomplete or altered: {error}") from None
     body = {name.removeprefix("model."): tensor for name, tensor in granite.items()}
     tensors = {f"body.{name}": tensor for name, tensor in _compact_body(config, body, folder).items()}
     tensors["head.weight"] = lm_head_VD[speech].clone()
-    if section["head_bias"]:
-        bias_by_token = {token: bias for (token,), bias in read_json(folder / GENERATION_FILE)["sequence_bias"]}
-        bias = [bias_by_token.get(token, 0.0) for token in range(speech.start, speech.stop)]
+    if bias_hash is not None:
+        bias = _head_bias(folder, speech)
+        if content_hash(bias) != bias_hash:
+            raise InputError(f"{folder / GENERATION_FILE} has not the head's bias {CONFIG_FILE} was written with")
         tensors["head.bias"] = torch.tensor(bias, dtype=lm_head_VD.dtype, device=device)
     return config, vocabulary, tensors
+
+
+def _head_bias(folder: Path, speech: slice) -> list[float]:
+    """The bias of every speech id, from ``sequence_bias``."""
+    content = read_json(folder / GENERATION_FILE)
+    try:
+        bias_by_token = {token: float(bias) for (token,), bias in content["sequence_bias"]}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{folder / GENERATION_FILE} has no sequence_bias of single tokens") from None
+    return [bias_by_token.get(token, 0.0) for token in range(speech.start, speech.stop)]
 
 
 def _expanded_body(config: HybridConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -89,13 +89,24 @@ class HybridConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> HybridConfig:
-        """Inverse of :meth:`to_dict`; raises :class:`InputError` naming missing or unknown keys."""
+        """Inverse of :meth:`to_dict`; raises :class:`InputError` for keys missing, unknown or not valid."""
         known = {field.name for field in dataclasses.fields(cls)}
         required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         for problem, keys in (("lacks", required - set(content)), ("has the unknown key", set(content) - known)):
             if keys:
                 raise InputError(f"the model config {problem} {', '.join(sorted(keys))}")
-        return cls(**{**content, "layout": Layout.from_string(content["layout"])})
+        for key, value in content.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+                raise InputError(f"the model config is not valid: {key} = {value} must be positive")
+        try:
+            config = cls(**{**content, "layout": Layout.from_string(content["layout"])})
+            granite_config(config)
+            config.mixer  # noqa: B018 (checks its sizes)
+        except InputError:
+            raise
+        except Exception as error:  # transformers' validation raises types of its own
+            raise InputError(f"the model config is not valid: {' '.join(str(error).split())[-200:]}") from None
+        return config
 
     @classmethod
     def from_transformers(cls, config: PretrainedConfig) -> HybridConfig:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamtra_ray.models import ssd_cuda
 from mamtra_ray.models.ssd import ssd_scan, ssd_step
 
 StateSharing = Literal["per_query_head", "per_kv_head"]
@@ -170,9 +171,7 @@ def gated_rms_norm(y_BLHP: Tensor, z_BLHP: Tensor, weight_HP: Tensor, eps: float
 
     mamba-ssm's RMSNormGated with norm_before_gate=False and group_size=P.
     """
-    if y_BLHP.is_cuda:
-        from mamtra_ray.models import ssd_cuda
-
+    if ssd_cuda.takes(y_BLHP):
         return ssd_cuda.gated_rms_norm(y_BLHP, z_BLHP, weight_HP, eps)
     gated_BLHP = y_BLHP.float() * F.silu(z_BLHP.float())
     scale_BLH1 = torch.rsqrt(gated_BLHP.square().mean(-1, keepdim=True) + eps)

@@ -11,7 +11,7 @@ consecutive heads of y, as in grouped-query attention. There are as many states 
 x, dt and B. So in grouped-query form x and B have G key-value heads and C has H query heads; with H values of dt every
 query head has a state of its own, with G values the query heads of a group share one.
 
-On CUDA tensors the same functions call mamba-ssm (``ssd_cuda``).
+On CUDA tensors the same functions call mamba-ssm (``ssd_cuda``) where it is installed.
 
 Letters: B batch, L length, H heads, G groups, S states, P head dim, N state size. A letter of a head axis names what
 the usual case has there.
@@ -20,52 +20,18 @@ the usual case has there.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mamtra_ray.models.ssd_chunked import ChunkedScan
+from mamtra_ray.models import ssd_cuda
+from mamtra_ray.models.ssd_chunked import ChunkedScan, without_autocast
+from mamtra_ray.models.ssd_inputs import repeat_heads, softplus_dt, state_and_output_heads, without_padding
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def repeat_heads(t: Tensor, heads: int, dim: int) -> Tensor:
-    """Every head repeated for the consecutive heads that share it."""
-    return t if t.shape[dim] == heads else t.repeat_interleave(heads // t.shape[dim], dim)
-
-
-def state_and_output_heads(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, head_dim: int) -> tuple[int, int]:
-    """(states, heads of y), after checking that the head counts fit."""
-    counts = {"x": x.shape[head_dim], "dt": dt.shape[head_dim], "B": B.shape[head_dim], "C": C.shape[head_dim]}
-    states = max(counts["x"], counts["dt"], counts["B"])
-    heads = max(states, counts["C"])
-    if any(heads % n for n in counts.values()) or any(states % counts[name] for name in ("x", "dt", "B")):
-        raise ValueError(f"each head count must divide the larger ones, got {counts}")
-    if heads % states:
-        raise ValueError(f"the {states} states cannot be shared evenly by {heads} heads ({counts})")
-    return states, heads
-
-
-def softplus_dt(
-    dt_BLH: Tensor, dt_bias_H: Tensor | None, mask_BL: Tensor | None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """softplus(dt + dt_bias), zero where the mask is 0: such a position leaves the state untouched."""
-    dt_BLH = dt_BLH.to(dtype)
-    if mask_BL is not None:  # softplus(-inf) = 0, and its gradient is 0 whatever was there
-        dt_BLH = dt_BLH.masked_fill(~mask_BL.bool()[..., None], -torch.inf)
-    if dt_bias_H is not None:
-        dt_BLH = dt_BLH + dt_bias_H.to(dtype)
-    # threshold 40: torch's default of 20 would return its argument 2e-9 too small, visible in float64.
-    return F.softplus(dt_BLH, threshold=40.0)
-
-
-def without_padding(t_BLHX: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """Zeros at padded positions: their values may be anything, and dt = 0 does not silence a NaN."""
-    return t_BLHX if mask_BL is None else t_BLHX.masked_fill(~mask_BL.bool()[..., None, None], 0)
-
-
-@torch.autocast("cpu", enabled=False)
+@without_autocast
 def ssd_scan_reference(
     x_BLHP: Tensor,
     dt_BLH: Tensor,
@@ -138,7 +104,7 @@ def ssd_scan(
         mask_BL: 1 (True) at real positions. A padded position, on either side, leaves the state as it is and takes
             no gradient; y there is finite but means nothing.
         chunk_size: positions worked on as one matrix product; any length is allowed. Changes only speed, memory and
-            rounding: the backward keeps one state for each chunk. On CUDA mamba-ssm's own chunk size is used.
+            rounding: the backward keeps one state for each chunk. mamba-ssm's kernels use their own.
         return_final_state: also return the state after the last position, [B, states, P, N].
 
     Returns:
@@ -147,9 +113,7 @@ def ssd_scan(
     dt, A, D and the state are kept in float32 (float64 for a float64 x). Gradients reach every tensor argument.
     """
     states, heads = state_and_output_heads(x_BLHP, dt_BLH, B_BLGN, C_BLHN, 2)
-    if x_BLHP.is_cuda:
-        from mamtra_ray.models import ssd_cuda
-
+    if ssd_cuda.takes(x_BLHP):
         return ssd_cuda.scan(
             x_BLHP, dt_BLH, A_H, B_BLGN, C_BLHN, D_H=D_H, dt_bias_H=dt_bias_H,
             initial_state_BHPN=initial_state_BHPN, mask_BL=mask_BL, return_final_state=return_final_state,
@@ -178,7 +142,7 @@ def ssd_scan(
     return (y_BLHP, final_BGEPN.flatten(1, 2)) if return_final_state else y_BLHP
 
 
-@torch.autocast("cpu", enabled=False)
+@without_autocast
 def ssd_step(
     state_BHPN: Tensor,
     x_BHP: Tensor,
@@ -194,9 +158,7 @@ def ssd_step(
     Head counts as in :func:`ssd_scan`. The old state is not changed.
     """
     states, heads = state_and_output_heads(x_BHP, dt_BH, B_BGN, C_BHN, 1)
-    if x_BHP.is_cuda:
-        from mamtra_ray.models import ssd_cuda
-
+    if ssd_cuda.takes(x_BHP):
         return ssd_cuda.step(state_BHPN, x_BHP, dt_BH, A_H, B_BGN, C_BHN, D_H, dt_bias_H)
     dtype = state_BHPN.dtype
     dt_BS = repeat_heads(softplus_dt(dt_BH, dt_bias_H, None, dtype), states, 1)

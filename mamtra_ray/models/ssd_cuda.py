@@ -2,15 +2,39 @@
 
 ``pip install mamtra-ray[cuda]`` brings mamba-ssm. Its kernels want x and dt for every head, so shared heads are
 repeated first, as MambaInLlama does; a state shared by query heads is then computed for each of them and read off once.
+Without mamba-ssm CUDA tensors take the same PyTorch operations as the CPU's.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
+
 import torch
 from torch import Tensor
 
+from mamtra_ray.models.ssd_inputs import repeat_heads, softplus_dt, state_and_output_heads, without_padding
+
 # mamba-ssm's own default, right for its kernels; ssd_scan's chunk_size is tuned for a CPU cache.
 CHUNK_SIZE = 256
+
+
+def takes(x: Tensor) -> bool:
+    """Whether this module's functions are the ones for ``x``: on CUDA, of a type the kernels know, mamba-ssm there."""
+    return x.is_cuda and x.dtype != torch.float64 and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    if importlib.util.find_spec("mamba_ssm") is not None:
+        return True
+    warnings.warn(
+        "mamba-ssm is not installed, so Mamba layers run on the GPU without its kernels, which is slower:"
+        " pip install 'mamtra-ray[cuda]'",
+        stacklevel=2,
+    )
+    return False
 
 
 def scan(
@@ -28,8 +52,6 @@ def scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`mamtra_ray.models.ssd.ssd_scan`."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    from mamtra_ray.models.ssd import repeat_heads, softplus_dt, state_and_output_heads, without_padding
 
     states, heads = state_and_output_heads(x_BLHP, dt_BLH, B_BLGN, C_BLHN, 2)
     groups = max(B_BLGN.shape[2], C_BLHN.shape[2])
@@ -61,8 +83,6 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mamtra_ray.models.ssd.ssd_step`."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-
-    from mamtra_ray.models.ssd import repeat_heads, softplus_dt, state_and_output_heads
 
     states, heads = state_and_output_heads(x_BHP, dt_BH, B_BGN, C_BHN, 1)
     groups = max(B_BGN.shape[1], C_BHN.shape[1])
