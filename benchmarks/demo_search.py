@@ -22,7 +22,7 @@ from mamtra_ray.run_folder import Score, read_run
 
 FULL = [
     "search.ratios=1:1,1:3",
-    "search.strategies=block_beginning,block_end,front,middle,back,sandwich,importance_wer,importance_cosine",
+    "search.strategies=block_beginning,block_end,front,middle,back,sandwich",
     "search.trials=24",
     "probe.masks=128",
     "evaluate.sentences=200",
