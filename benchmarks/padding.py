@@ -81,7 +81,8 @@ def main() -> None:
             shared_of(token_counts(demo, "text_tokens"), token_counts(demo, "speech_tokens"), 256),
             (1_000, 2_000),
         ),
-        "LibriTTS-like": (shared_of(*libritts_like(), 1_792), (2_000, 10_000, 40_000)),
+        "LibriTTS-like, fp16": (shared_of(*libritts_like(), 1_792), (2_000, 10_000, 40_000)),
+        "LibriTTS-like, 4 bits": (shared_of(*libritts_like(), 480), (2_000, 10_000, 40_000)),
     }
     rows = []
     for name, (shared, sizes) in corpora.items():

@@ -19,8 +19,9 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.hidden_quantizer import QUANTIZER_FILE
 
 # A split up to this size is shuffled as a whole. A larger one is shuffled in windows of this size, made of
-# random blocks, so that blocks that had to be spilled to disk are restored once an epoch.
-WINDOW_BYTES = 1 << 30
+# random blocks, so that blocks that had to be spilled to disk are restored once an epoch. It must hold dozens of
+# batches for their lengths to be alike (benchmarks/padding.py); all trials and workers of a node share its memory.
+WINDOW_BYTES = 4 << 30
 _BLOCK_BYTES = 64 << 20
 
 

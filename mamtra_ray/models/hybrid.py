@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ class ExactRotaryEmbedding(GraniteMoeHybridRotaryEmbedding):
 class ContiguousSiLU(nn.SiLU):
     """SiLU of a contiguous copy, so that the MLP equals the teacher's bit for bit.
 
-    Granite's gate is one half of a wider product, a strided view. PyTorch's CPU kernel computes the end of a strided row
+    Granite's gate is one half of a wider product, a strided view. PyTorch's CPU kernel computes the end of a row
     with other instructions, which round otherwise (seen with AVX-512, widths that 64 does not divide). A GPU computes
     every element alike and needs no copy.
     """
