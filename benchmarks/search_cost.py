@@ -1,0 +1,105 @@
+"""What a search costs, against one final distillation and against distilling every candidate.
+
+    python benchmarks/search_cost.py                    runs the demo search first (10 minutes on 2 cores)
+    python benchmarks/search_cost.py --run runs/demo    of a finished run
+
+From the ledger and the tables of one run: seconds of one worker and FLOPs of every rung, over those of the mean finalist
+(in the JSON with those of the fastest and the slowest). The second table does the same sum for CosyVoice 2 from the
+token budgets of ``search_spaces/cosyvoice2.yaml``, which nobody has run yet: FLOPs only, 2 a parameter and token of a
+forward pass, 6 of a training step, 8 of the alignment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from measurement import print_table, write_result
+
+from mamtra_ray.artifacts import read_json
+from mamtra_ray.config import load_config
+from mamtra_ray.run_folder import FINALIST_COLUMNS, FINALISTS, read_rows
+
+RUN = Path("runs") / "search_cost"
+LIBRITTS_TOKENS = 52_650_000
+"""585 hours at 25 speech tokens a second."""
+PAPER_EPOCHS = 15
+
+
+def seconds_of_finalists(run: Path) -> list[float]:
+    """Of every final distillation, fastest first."""
+    return sorted(row["seconds"] for row in read_rows(run / FINALISTS, FINALIST_COLUMNS))
+
+
+def measured(run: Path) -> list[dict[str, Any]]:
+    """One row per rung of a finished run."""
+    ledger = read_json(run / "ledger.json")
+    finalists = read_rows(run / FINALISTS, FINALIST_COLUMNS)
+    rungs = {row["rung"]: row for row in ledger["rungs"]}
+    one = {name: rungs["finalists"][name] / len(finalists) for name in ("seconds", "tflop")}
+    rows = []
+    before = {"seconds": 0.0, "tflop": 0.0}
+    for name, rung in rungs.items():
+        if name in ("finalists", "all"):
+            continue
+        before = {key: before[key] + rung[key] for key in before}
+        rows.append(_row(name, rung["layouts"], rung, one))
+    rows.append(_row("search before the finalists", None, before, one))
+    return [*rows, _row("one final distillation", 1, one, one)]
+
+
+def _row(rung: str, layouts: int | None, amounts: dict[str, float], one: dict[str, float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"rung": rung, "layouts": layouts or ""}
+    for name in ("seconds", "tflop"):
+        row[name] = round(amounts[name], 2)
+        row[f"{name}, of a final one"] = round(amounts[name] / one[name], 3)
+        row[f"{name}, a layout, of a final one"] = round(amounts[name] / layouts / one[name], 4) if layouts else ""
+    return row
+
+
+def planned() -> list[dict[str, Any]]:
+    """CosyVoice 2's ladder in tokens times FLOPs a parameter; parameters cancel in the ratios."""
+    config = load_config(Path(__file__).parents[1] / "search_spaces" / "cosyvoice2.yaml")
+    search, kept, tokens_before, trained = config.search, float(config.search.trials), 0, 0.0
+    for rung_tokens in search.rung_tokens:
+        trained += kept * (rung_tokens - tokens_before)
+        kept, tokens_before = kept / search.reduction_factor, rung_tokens
+    work = {
+        "cache": 2 * LIBRITTS_TOKENS,
+        "align": 8 * config.align.tokens,
+        "probe": 2 * config.probe.masks * config.probe.validation_tokens,
+        "trials": 6 * trained,
+    }
+    final, paper = 6 * config.distill.tokens, 6 * PAPER_EPOCHS * LIBRITTS_TOKENS
+    work["search before the finalists"] = sum(work.values())
+    work[f"distilling all {config.probe.masks} probed layouts"] = config.probe.masks * final
+    return [
+        {
+            "step": step,
+            "of a final distillation (26 M tokens)": round(amount / final, 3),
+            "of the paper's (15 epochs)": round(amount / paper, 4),
+        }
+        for step, amount in work.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder of a finished search (default: run the demo search)")
+    options = parser.parse_args()
+    if options.run is None:
+        subprocess.run([sys.executable, "-m", "mamtra_ray.search", "--run", str(RUN)], check=True)
+    rows, plan = measured(options.run or RUN), planned()
+    print_table(rows)
+    print()
+    print_table(plan)
+    seconds = seconds_of_finalists(options.run or RUN)
+    print(f"\na final distillation took {seconds[0]:.1f} to {seconds[-1]:.1f} s")
+    write_result("search_cost", rows, settings={"final_seconds": seconds, "cosyvoice2": plan})
+
+
+if __name__ == "__main__":
+    main()
