@@ -3,8 +3,8 @@
     python benchmarks/search_cost.py                    runs the demo search first (10 minutes on 2 cores)
     python benchmarks/search_cost.py --run runs/demo    of a finished run
 
-From the ledger and the tables of one run: seconds of one worker and FLOPs of every rung, over those of the mean finalist
-(in the JSON with those of the fastest and the slowest). The second table does the same sum for CosyVoice 2 from the
+From the ledger and the tables of one run: worker-seconds and FLOPs of every rung, over those of the mean finalist (the
+seconds of each are in the JSON). The second table does the same sum for CosyVoice 2 from the
 token budgets of ``search_spaces/cosyvoice2.yaml``, which nobody has run yet: FLOPs only, 2 a parameter and token of a
 forward pass, 6 of a training step, 8 of the alignment.
 """
@@ -30,16 +30,17 @@ PAPER_EPOCHS = 15
 
 
 def seconds_of_finalists(run: Path) -> list[float]:
-    """Of every final distillation, fastest first."""
-    return sorted(row["seconds"] for row in read_rows(run / FINALISTS, FINALIST_COLUMNS))
+    """Worker-seconds of every final distillation, fastest first."""
+    workers = load_config(run / "config.yaml").distill.workers
+    return sorted(workers * row["seconds"] for row in read_rows(run / FINALISTS, FINALIST_COLUMNS))
 
 
 def measured(run: Path) -> list[dict[str, Any]]:
     """One row per rung of a finished run."""
     ledger = read_json(run / "ledger.json")
-    finalists = read_rows(run / FINALISTS, FINALIST_COLUMNS)
     rungs = {row["rung"]: row for row in ledger["rungs"]}
-    one = {name: rungs["finalists"][name] / len(finalists) for name in ("seconds", "tflop")}
+    seconds = seconds_of_finalists(run)
+    one = {"seconds": sum(seconds) / len(seconds), "tflop": rungs["finalists"]["tflop"] / len(seconds)}
     rows = []
     before = {"seconds": 0.0, "tflop": 0.0}
     for name, rung in rungs.items():
@@ -97,7 +98,7 @@ def main() -> None:
     print()
     print_table(plan)
     seconds = seconds_of_finalists(options.run or RUN)
-    print(f"\na final distillation took {seconds[0]:.1f} to {seconds[-1]:.1f} s")
+    print(f"\na final distillation took {seconds[0]:.1f} to {seconds[-1]:.1f} worker-seconds")
     write_result("search_cost", rows, settings={"final_seconds": seconds, "cosyvoice2": plan})
 
 
