@@ -14,11 +14,12 @@ from mamtra_ray.run_folder import FINALIST_CURVE, Run
 
 
 def convergence_by_initialisation(runs: Sequence[Run]) -> Section:
-    """Fig. 6: the training curves of one layout under several initialisations of its mixers."""
+    """Fig. 6: the training curves of one layout under several initialisations, of runs that train alike."""
     comparable: dict[tuple[str, str], dict[str, Run]] = defaultdict(dict)
     for run in runs:
         for layout in {row["layout"] for row in run.curves}:
-            comparable[_loss_components(run), layout].setdefault(run.config.student.initialisation, run)
+            trained_alike = run.config.hash_of("teacher", "corpus", "distill")
+            comparable[trained_alike, layout].setdefault(run.config.student.initialisation, run)
     chosen = max(comparable, key=lambda key: (len(comparable[key]), key), default=None)
     compared, layout = (comparable[chosen], chosen[1]) if chosen else ({}, "")
     rows = [

@@ -13,6 +13,7 @@ from made_run import made_run, quality
 from scipy import stats
 
 from mamtra_ray import paper_results
+from mamtra_ray.config import save_config
 from mamtra_ray.correlations import pearson, spearman
 from mamtra_ray.efficiency import ARCHITECTURES
 from mamtra_ray.errors import InputError
@@ -162,7 +163,7 @@ def test_rank_agreement_stays_inside_ratios(runs):
         assert row["spearman"] == pytest.approx(-1) and row["remark"].startswith("low")
 
 
-def test_comparisons_need_runs_that_differ_in_one_thing(runs):
+def test_comparisons_need_runs_that_differ_in_one_thing(runs, tmp_path):
     def section(of, slug):
         return next(s for s in build_report([read_run(path) for path in of]).sections if s.slug == slug)
 
@@ -170,6 +171,13 @@ def test_comparisons_need_runs_that_differ_in_one_thing(runs):
     assert "distill.ce_weight=0" in section(runs[:1], "loss_ablation").missing
     # The run without CE differs in the loss, so it is no third initialisation, and the reverse.
     assert {row["series"] for row in section(runs, "convergence").figures[0].rows} == {"aligned", "xavier"}
+    # Nor is one that trains for another number of tokens, even if it comes first.
+    shorter = Path(shutil.copytree(runs[0], tmp_path / "shorter"))
+    config = read_run(shorter).config
+    less = config.model_copy(update={"distill": config.distill.model_copy(update={"tokens": 17})})
+    save_config(less, shorter / "config.yaml")
+    assert "differ in the initialisation" in section([shorter, runs[1]], "convergence").missing
+    assert {row["series"] for row in section([shorter, *runs], "convergence").figures[0].rows} == {"aligned", "xavier"}
     ablation = section(runs, "loss_ablation").tables[0].rows
     assert [(row["run"], row["components"]) for row in ablation] == [("plain", "all"), ("no_ce", "without ce")]
 
