@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny_models import SPEECH, VOCABULARY, transformers_model, write_folder
 
+from mamtra_ray.errors import InputError
 from mamtra_ray.models.cache import drop_rows
+from mamtra_ray.models.hybrid import HybridConfig, empty_body
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import make_student
 
@@ -194,3 +196,19 @@ def test_mamba_layers_are_seen_through(models):
     changed[:, 20] = (changed[:, 20] + 1) % VOCABULARY.size
     difference = (student(changed) - student(IDS)).abs().amax(-1)
     assert difference[:, :20].max() == 0 and difference[:, 20:].min() > 1e-6
+
+
+@pytest.mark.parametrize("value", ["text", None, [], -1, 0.5])
+def test_a_damaged_value_of_the_config_is_one_sentence(value):
+    content = load("qwen2")[1].config.to_dict()
+    assert HybridConfig.from_dict(content).to_dict() == content
+    rope = content["rope_parameters"]
+    damaged = [{**content, key: value} for key in content]
+    damaged += [{**content, "rope_parameters": {**rope, key: value}} for key in rope]
+    for changed in damaged:
+        try:
+            body = empty_body(HybridConfig.from_dict(changed))
+        except InputError:
+            continue
+        # What stands for a switch or a number still makes a body; a text never does.
+        assert value != "text" and body.config.num_hidden_layers == 4

@@ -100,7 +100,7 @@ class HybridConfig:
                 raise InputError(f"the model config is not valid: {key} = {value} must be positive")
         try:
             config = cls(**{**content, "layout": Layout.from_string(content["layout"])})
-            granite_config(config)
+            GraniteMoeHybridRotaryEmbedding(granite_config(config))
             config.mixer  # noqa: B018 (checks its sizes)
         except InputError:
             raise
