@@ -202,8 +202,6 @@ def test_errors_of_an_actor_reach_the_user(place, ray_cluster, tmp_path):
 def test_a_search_checks_its_evaluation_before_it_trains(place, ray_cluster):
     check_evaluation(config_of(place))
     for key, value, message in (
-        ("evaluate.recognizer", "whisper:nowhere", "no folder with Whisper weights"),
-        ("evaluate.codec", "nowhere", "nowhere"),
         ("evaluate.metrics", "speaker", "did you mean 'speaker_similarity'"),
         ("evaluate.corpus", "nowhere", "nowhere"),
     ):
