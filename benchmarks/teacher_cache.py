@@ -73,7 +73,7 @@ FORMATS = {
     "hidden fp16": CacheConfig(format="hidden"),
     "quantised, 4 bits": CacheConfig(format="hidden_quantized", bits=4.0),
     "quantised, 3 bits": CacheConfig(format="hidden_quantized", bits=3.0),
-    "quantised, 2.5 bits": CacheConfig(format="hidden_quantized", bits=2.5),
+    "quantised, 3.3 bits": CacheConfig(format="hidden_quantized", bits=3.3),
     "top-16": CacheConfig(format="topk", top_k=16),
     "top-8": CacheConfig(format="topk", top_k=8),
 }

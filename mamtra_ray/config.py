@@ -76,7 +76,7 @@ class CacheConfig(_Section):
     """What is kept of the teacher: final hidden states, quantized ones, or top-k log-probabilities."""
     top_k: int = Field(16, gt=0)
     """Entries a row with format topk."""
-    bits: float = Field(3.0, gt=0, le=8)
+    bits: float = Field(3.3, gt=0, le=8)
     """Entropy of the codes, bits a dimension, with format hidden_quantized; stored they take about 0.3 more."""
     layers: Annotated[tuple[int, ...], _Several] = ()
     """Decoder layers (0-based) whose outputs are kept too, for `distill.embedding_levels`; with format hidden."""
