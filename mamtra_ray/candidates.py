@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 
-from mamtra_ray.config import SearchConfig
+from mamtra_ray.config import IMPORTANCE_CRITERIA, SearchConfig
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout, from_strategy, num_attention_layers
 
@@ -48,6 +48,11 @@ def meets_constraints(layout: Layout, search: SearchConfig) -> bool:
     return set(search.keep_attention) <= set(layout.attention_layers) and set(search.always_mamba) <= set(
         layout.mamba_layers
     )
+
+
+def importance_criteria(search: SearchConfig) -> list[str]:
+    """The criteria by which the search's strategies ask for layer importance, in a fixed order."""
+    return [name for name in IMPORTANCE_CRITERIA if f"importance_{name}" in search.strategies]
 
 
 def paper_candidates(

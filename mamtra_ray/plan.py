@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mamtra_ray.candidates import check_budgets, paper_candidates
+from mamtra_ray.candidates import check_budgets, importance_criteria, paper_candidates
 from mamtra_ray.config import Config
 from mamtra_ray.corpus import read_corpus, token_counts
 from mamtra_ray.progress import duration, table
@@ -32,7 +32,7 @@ def print_plan(config: Config, folder: Path) -> None:
     validation = config.corpus.validation_tokens
     search, distill = config.search, config.distill
     papers = paper_candidates(search, layers)
-    ranked = [strategy for strategy in search.strategies if strategy.startswith("importance_")]
+    ranked = importance_criteria(search)
     placements = len(papers) + len(ranked) * len(search.ratios)
     trials = placements if search.sampler == "grid" else max(search.trials, placements)
     halving = _halving_tokens(trials, search.rung_tokens, search.reduction_factor)
@@ -61,8 +61,8 @@ def print_plan(config: Config, folder: Path) -> None:
     print(f"budgets {', '.join(search.ratios)}; always among the candidates:")
     for candidate in papers:
         print(f"  {candidate.layout}  {candidate.layout.ratio}  {candidate.origin}")
-    for strategy in ranked:
-        print(f"  {'measured first':{layers}}  {', '.join(search.ratios)}  {strategy}")
+    for criterion in ranked:
+        print(f"  {'measured first':{layers}}  {', '.join(search.ratios)}  importance_{criterion}")
     print()
     print(table(["phase", "what", "tokens", "TFLOP", "one process here"], rows))
     print(f"\n{total / 1e12:.2f} TFLOP in all, {duration(total / rate)} on one process of this machine at")

@@ -15,15 +15,8 @@ from typing import Any
 
 import ray
 
-from mamtra_ray.candidates import Candidate, paper_candidates
-from mamtra_ray.config import (
-    IMPORTANCE_CRITERIA,
-    Config,
-    add_common_arguments,
-    config_from_arguments,
-    explain,
-    load_config,
-)
+from mamtra_ray.candidates import Candidate, importance_criteria, paper_candidates
+from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, explain, load_config
 from mamtra_ray.cost_by_rung import cost_by_rung
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.evaluate import check_evaluation, evaluate_systems
@@ -97,7 +90,7 @@ def phases(config: Config) -> tuple[str, ...]:
         "cache": True,
         "align": aligned,
         "probe": aligned and config.probe.masks > 0,
-        "importance": any(strategy.startswith("importance_") for strategy in config.search.strategies),
+        "importance": bool(importance_criteria(config.search)),
         "trials": True,
         "finalists": True,
         "speech": config.evaluate.sentences > 0,
@@ -131,9 +124,7 @@ def probe(session: Session, library: Path | None, validation: SharedCache) -> li
 def importance(session: Session, library: Path | None, validation: SharedCache) -> dict[str, list[float]]:
     """How much each layer's attention matters, by every criterion that a strategy asks for."""
     found = {}
-    for criterion in IMPORTANCE_CRITERIA:
-        if f"importance_{criterion}" not in session.config.search.strategies:
-            continue
+    for criterion in importance_criteria(session.config.search):
         if library is None:
             raise InputError("the importance strategies need aligned mixers: set student.initialisation=aligned")
         with session.screen.phase("importance", f"every layer's attention replaced alone, by {criterion}"):
