@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from mamtra_ray.candidates import Candidate, importance_criteria, paper_candidates
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, explain, load_config
 from mamtra_ray.cost_by_rung import cost_by_rung
@@ -56,7 +54,7 @@ def search(config: Config, folder: Path, address: str | None) -> None:
     budgets = ", ".join(config.search.ratios)
     if config.evaluate.sentences:
         check_evaluation(config)
-    session.screen.say(f"run {folder}: {session.num_layers} layers, budgets {budgets}; dashboard {_dashboard_url()}")
+    session.screen.say(f"run {folder}: {session.num_layers} layers, budgets {budgets}; dashboard {session.dashboard}")
     metrics = SearchMetrics(folder.name)
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
@@ -229,10 +227,6 @@ def closing_words(
 
 def _wer(score: Score | None) -> str:
     return "" if score is None else f"{score.wer:.1%} [{score.wer_low:.1%}, {score.wer_high:.1%}]"
-
-
-def _dashboard_url() -> str:
-    return ray._private.worker.global_worker.node.webui_url or "off"  # type: ignore
 
 
 @exit_code_2_on_input_error

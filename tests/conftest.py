@@ -17,6 +17,21 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 
+class _Refused(logging.Handler):
+    """Raises where a dependency's log, not a warning, says that a call of ours will stop working."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecat" in message.lower():
+            raise DeprecationWarning(f"{record.name} logged: {message}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _deprecations_in_logs_are_errors() -> None:
+    for name in ("transformers", "ray", "optuna"):
+        logging.getLogger(name).addHandler(_Refused())
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs for the whole test session; tests that kill things start their own."""
