@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.models.cache import drop_rows
+from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.sampling import COSYVOICE2, GREEDY, Sampling, next_tokens, uniform_numbers
 from mamtra_ray.teachers.base import SpeechLM
 
@@ -42,7 +41,7 @@ class Prefilled:
         logits_BS: scores of each row's first new token.
     """
 
-    cache: Cache
+    cache: DecoderCache
     mask_BT: Tensor | None
     logits_BS: Tensor
 
@@ -143,7 +142,7 @@ def _keep_running(start: Prefilled, row_B: Tensor, running_B: Tensor) -> Tensor:
     if len(kept) == len(row_B):
         return row_B
     if len(kept):
-        drop_rows(start.cache, kept)
+        start.cache.keep_rows(kept)
         start.logits_BS = start.logits_BS[kept]
         start.mask_BT = None if start.mask_BT is None else start.mask_BT[kept]
     return row_B[kept]
