@@ -103,7 +103,9 @@ def test_every_tensor_of_the_released_model_is_named():
 
 
 def test_tiny_checkpoint_has_the_same_names():
-    config = DecoderConfig(Layout("A" * LAYERS), TEXT, WIDTH, 48, 4, 2, 8, 1e-6, {"rope_type": "default", "rope_theta": 1e6}, 32, True)
+    config = DecoderConfig(
+        Layout("A" * LAYERS), TEXT, WIDTH, 48, 4, 2, 8, 1e-6, {"rope_type": "default", "rope_theta": 1e6}, 32, True
+    )
     found = {name: tuple(tensor.shape) for name, tensor in upstream_state(qwen()).items()}
     assert found == expected_shapes(config, CODES + 3)
 

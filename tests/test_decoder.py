@@ -1,6 +1,8 @@
 """The hybrid decoder: equal to the teacher where it keeps attention, and consistent under caches and padding."""
 
+import copy
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -138,6 +140,20 @@ def test_padding_changes_nothing(student, side, fill=74):
         torch.testing.assert_close(found, student(IDS[row : row + 1, :n])[0], **CLOSE)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("cuts", [(0, 11, LENGTH), tuple(range(LENGTH + 1))], ids=["two parts", "one by one"])
+def test_padded_rows_fed_in_parts(student, side, cuts):
+    """Padding inside a later part must not reach the states either, nor where a part is one position."""
+    student = copy.deepcopy(student).double()
+    lengths = [LENGTH, 17, 2]
+    padded, mask, cache = place(IDS, lengths, side, 74), padding_mask(lengths, side), student.new_cache()
+    parts = [student(padded[:, a:b], mask[:, :b], past_key_values=cache) for a, b in itertools.pairwise(cuts)]
+    logits = torch.cat(parts, 1)
+    for row, n in enumerate(lengths):
+        found = logits[row, :n] if side == "right" else logits[row, LENGTH - n :]
+        torch.testing.assert_close(found, student(IDS[row : row + 1, :n])[0], atol=1e-9, rtol=1e-9)
+
+
 def test_right_padding_needs_no_mask(student):
     lengths = [LENGTH, 17, 2]
     padded = place(IDS, lengths, "right", 0)
@@ -208,5 +224,5 @@ def test_a_damaged_value_of_the_config_is_one_sentence(value):
     numbers = [{**content, "rms_norm_eps": 0.5}, {**content, "rope_parameters": {**rope, "rope_theta": 0.5}}]
     damaged = [changed for changed in damaged if changed not in numbers]
     for changed in damaged:
-        with pytest.raises(InputError, match="config is not valid|a layout is"):
+        with pytest.raises(InputError, match=r"config is not valid|a layout is"):
             DecoderConfig.from_dict(changed)

@@ -1,5 +1,7 @@
 """Our decoder against transformers' own Qwen2 and Llama, over 200 random small shapes."""
 
+import itertools
+
 import pytest
 import torch
 from random_decoders import MAX_POSITIONS, VOCABULARY, random_pair
@@ -55,6 +57,6 @@ def test_padded_and_cached(seeds):
             padded[mask] = torch.cat([row[:n] for row, n in zip(embeds, lengths, strict=True)])
             for cuts in ([0, LENGTH], [0, 7, LENGTH], list(range(LENGTH + 1))):
                 cache = DecoderCache()
-                parts = [pair.ours(padded[:, a:b], mask[:, :b], cache) for a, b in zip(cuts, cuts[1:], strict=False)]
+                parts = [pair.ours(padded[:, a:b], mask[:, :b], cache) for a, b in itertools.pairwise(cuts)]
                 difference = torch.cat(parts, 1)[mask] - torch.cat(expected)
                 assert difference.abs().max() <= 1e-10, f"seed {seed}, {side}, {len(cuts) - 1} parts"

@@ -58,7 +58,12 @@ def check_representable(config: DecoderConfig) -> None:
         )
 
 
-def granite_config(config: DecoderConfig, **overrides: Any) -> GraniteMoeHybridConfig:
+def granite_config(
+    config: DecoderConfig,
+    eos_token_id: list[int] | None = None,
+    pad_token_id: int | None = None,
+    use_cache: bool = True,
+) -> GraniteMoeHybridConfig:
     """The GraniteMoeHybrid configuration with the same function; its mixers are the expanded ones.
 
     x, B and C of every head are separate groups there (``mamba_n_groups`` = heads).
@@ -67,39 +72,38 @@ def granite_config(config: DecoderConfig, **overrides: Any) -> GraniteMoeHybridC
 
     check_representable(config)
     return GraniteMoeHybridConfig(
-        **{
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "layer_types": [LAYER_TYPES[letter] for letter in str(config.layout)],
-            # No experts: each layer is its mixer and the shared MLP, as in a dense decoder.
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": config.intermediate_size,
-            "intermediate_size": config.intermediate_size,
-            "rms_norm_eps": config.rms_norm_eps,
-            "attention_bias": config.qkv_bias or config.o_bias,
-            "attention_multiplier": config.head_dim**-0.5,
-            "position_embedding_type": "rope",
-            "rope_parameters": dict(config.rope_parameters),
-            "max_position_embeddings": config.max_position_embeddings,
-            "mamba_n_heads": config.num_heads,
-            "mamba_n_groups": config.num_heads,
-            "mamba_d_state": config.head_dim,
-            "mamba_d_head": config.head_dim,
-            "mamba_expand": config.num_heads * config.head_dim // config.hidden_size,
-            "mamba_d_conv": config.conv_kernel,
-            "mamba_chunk_size": config.chunk_size,
-            "mamba_conv_bias": True,
-            "mamba_proj_bias": config.o_bias,
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            **overrides,
-        }
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        layer_types=[LAYER_TYPES[letter] for letter in str(config.layout)],
+        # No experts: each layer is its mixer and the shared MLP, as in a dense decoder.
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=config.intermediate_size,
+        intermediate_size=config.intermediate_size,
+        rms_norm_eps=config.rms_norm_eps,
+        attention_bias=config.qkv_bias or config.o_bias,
+        attention_multiplier=config.head_dim**-0.5,
+        position_embedding_type="rope",
+        rope_parameters=dict(config.rope_parameters),
+        max_position_embeddings=config.max_position_embeddings,
+        mamba_n_heads=config.num_heads,
+        mamba_n_groups=config.num_heads,
+        mamba_d_state=config.head_dim,
+        mamba_d_head=config.head_dim,
+        mamba_expand=config.num_heads * config.head_dim // config.hidden_size,
+        mamba_d_conv=config.conv_kernel,
+        mamba_chunk_size=config.chunk_size,
+        mamba_conv_bias=True,
+        mamba_proj_bias=config.o_bias,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=use_cache,
     )
 
 
