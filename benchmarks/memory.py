@@ -28,7 +28,6 @@ from measurement import print_table, quartiles, write_result
 from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes, published_layouts, total_parameters
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.cache import GrowingLayer
-from mamtra_ray.models.cache import cache_bytes as bytes_in_use
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.teachers.base import SpeechLM
 from mamtra_ray.teachers.sequences import Vocabulary
@@ -70,7 +69,7 @@ def measure(letters: str, contexts: list[int], batch: int, dtype_name: str, devi
         release_free_memory()
         before = held_now(device)
         cache = filled_cache(model, context, batch)
-        held = bytes_in_use(cache)
+        held = cache.num_bytes
         release_free_memory()
         reset_peak(device)
         decode(model, cache, batch)
