@@ -47,7 +47,9 @@ def start(space: Path, run: Path, *arguments: str, **environment: str) -> subpro
 
 
 # What dependencies say about their own calls.
-NOT_ABOUT_US = re.compile("`use_(push_based_shuffle|polars|arrow_tensor_v2)` is deprecated")
+NOT_ABOUT_US = re.compile(
+    "`use_(push_based_shuffle|polars|arrow_tensor_v2)` is deprecated|site-packages/ray/.*PydanticDeprecatedSince20"
+)
 
 
 def deprecations(output: str, logs: Path) -> list[str]:
