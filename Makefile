@@ -48,12 +48,12 @@ test-newest:
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
 	.venv-newest/bin/python -m pytest $(ARGS)
 
-# The lowest versions that pyproject.toml allows.
+# The lowest versions that pyproject.toml allows, beside today's versions of what these need: they may well complain.
 test-oldest: .venv-lock/bin/uv
 	$(PYTHON) -m venv .venv-oldest
 	$(COMPILE) --resolution lowest-direct --output-file .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[test]'
-	.venv-oldest/bin/python -m pytest $(ARGS)
+	.venv-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-lock .venv-newest .venv-oldest runs
