@@ -20,7 +20,7 @@ slow-test: $(VENV)/.installed-test
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# A search does without what the tests need: a third of the packages, half a minute of installing.
+# A search does without what the tests need: 46 of 162 packages, 0.3 GB.
 $(VENV)/.installed-demo: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint $(LOCK) --editable '.[demo]'
