@@ -85,7 +85,7 @@ def release_free_memory() -> None:
 
 
 def filled_cache(model: SpeechLM, context: int, batch: int):  # type: ignore[no-untyped-def]
-    """A cache that holds ``context`` tokens of ``batch`` sequences: zeros for keys and values, the states of one token."""
+    """A cache of ``context`` tokens for ``batch`` sequences: one token's, then zeros for keys and values."""
     cache, shape = model.new_cache(), model.config
     model.hidden_states(torch.zeros(batch, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
     zeros = torch.zeros(batch, shape.num_kv_heads, context - 1, shape.head_dim, dtype=model.dtype, device=model.device)

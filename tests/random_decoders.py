@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from mamtra_ray.layouts import Layout
 from mamtra_ray.models.decoder import Decoder
 from mamtra_ray.models.pretrained import decoder_config, head_weight, split_checkpoint
+from mamtra_ray.models.transfer import mixer_from_attention
 
 VOCABULARY, MAX_POSITIONS = 50, 24
 """Few positions, so that short sequences reach what RoPE's rescalings change."""
@@ -84,3 +87,26 @@ def random_pair(seed: int, dtype: torch.dtype = torch.float32) -> Pair:
     ours = Decoder(config)
     ours.load_state_dict(decoder, assign=True)
     return Pair(model, ours.eval(), head_VD)
+
+
+def random_hybrid(pair: Pair, seed: int) -> Decoder:
+    """The pair's decoder with transferred mixers in place of some attentions, every tensor of them shaken."""
+    draw = random.Random(seed)
+    letters = "".join(draw.choice("AM") for _ in range(pair.ours.config.num_layers))
+    letters = letters if "M" in letters else "M" + letters[1:]
+    config = dataclasses.replace(
+        pair.ours.config,
+        layout=Layout(letters),
+        state_sharing=draw.choice(["per_query_head", "per_kv_head"]),
+        chunk_size=draw.choice([4, 7, 32]),
+    )
+    replaced = tuple(f"layers.{layer}.self_attn." for layer in config.layout.mamba_layers)
+    tensors = {name: tensor for name, tensor in pair.ours.state_dict().items() if not name.startswith(replaced)}
+    generator = torch.Generator().manual_seed(seed)
+    for layer in config.layout.mamba_layers:
+        mixer = mixer_from_attention(pair.ours.layers[layer].self_attn, config.mixer, "transfer", seed)
+        for name, tensor in mixer.state_dict().items():
+            tensors[f"layers.{layer}.mamba.{name}"] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+    hybrid = Decoder(config)
+    hybrid.load_state_dict(tensors, assign=True)
+    return hybrid.eval()

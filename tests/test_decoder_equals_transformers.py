@@ -4,9 +4,12 @@ import itertools
 
 import pytest
 import torch
-from random_decoders import MAX_POSITIONS, VOCABULARY, random_pair
+from random_decoders import MAX_POSITIONS, VOCABULARY, random_hybrid, random_pair
+from transformers import AutoModelForCausalLM
 
+from mamtra_ray.errors import InputError
 from mamtra_ray.models.cache import DecoderCache
+from mamtra_ray.models.granite import check_representable, write_granite
 
 GROUPS = [range(first, first + 20) for first in range(0, 200, 20)]
 LENGTH = 19
@@ -60,3 +63,42 @@ def test_padded_and_cached(seeds):
                 parts = [pair.ours(padded[:, a:b], mask[:, :b], cache) for a, b in itertools.pairwise(cuts)]
                 difference = torch.cat(parts, 1)[mask] - torch.cat(expected)
                 assert difference.abs().max() <= 1e-10, f"seed {seed}, {side}, {len(cuts) - 1} parts"
+
+
+@pytest.mark.parametrize("seeds", GROUPS, ids=str)
+def test_cached_and_padded_hybrids(seeds):
+    """No other library computes these: a hybrid's own full forward of each row alone is the measure."""
+    for seed in seeds:
+        hybrid, ids = random_hybrid(random_pair(seed, torch.float64), seed), ids_of(seed)
+        embeds, lengths, position = hybrid.embed_tokens(ids), [LENGTH, 11, 4], torch.arange(LENGTH)
+        expected = torch.cat([hybrid(row[None, :n])[0] for row, n in zip(embeds, lengths, strict=True)])
+        mask, padded = torch.stack([position >= LENGTH - n for n in lengths]), torch.full_like(embeds, 3.0)
+        padded[mask] = torch.cat([row[:n] for row, n in zip(embeds, lengths, strict=True)])
+        for cuts in ([0, LENGTH], [0, 7, 8, LENGTH], list(range(LENGTH + 1))):
+            cache = DecoderCache()
+            parts = [hybrid(padded[:, a:b], mask[:, :b], cache) for a, b in itertools.pairwise(cuts)]
+            difference = torch.cat(parts, 1)[mask] - expected
+            assert difference.abs().max() <= 1e-9, f"seed {seed}, {len(cuts) - 1} parts"
+
+
+def test_hybrids_equal_granite_moe_hybrid_through_the_export(tmp_path):
+    compared = 0
+    vocabulary = {"text_size": 20, "speech_size": 26, "control_size": 4, "eos_id": 25, "stop_ids": (25,)}
+    for seed in range(200, 260):
+        pair = random_pair(seed)
+        hybrid, ids, folder = random_hybrid(pair, seed), ids_of(seed), tmp_path / str(seed)
+        tensors = {f"body.{name}": tensor for name, tensor in hybrid.state_dict().items()}
+        tensors["head.weight"] = pair.head_VD[20:46].clone()
+        try:
+            check_representable(hybrid.config)
+        except InputError:
+            with pytest.raises(InputError, match="do not make a multiple of the model width"):
+                write_granite(folder, hybrid.config, tensors, vocabulary)
+            continue
+        write_granite(folder, hybrid.config, tensors, vocabulary)
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+        expected = hybrid(hybrid.embed_tokens(ids)) @ tensors["head.weight"].T
+        found = theirs(ids, use_cache=False).logits[..., 20:46]
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), f"seed {seed}"
+        compared += 1
+    assert compared >= 30

@@ -29,7 +29,7 @@ WEIGHTS = "llm.pt"
 BODY_FOLDER = "CosyVoice-BlankEN"
 HYBRID_FILE = "hybrid_llm.json"
 """Beside a hybrid's ``llm.pt``: the shape of the model in it."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 TOKENS_PER_SECOND = 25.0
 LENGTH_PER_TEXT_TOKEN = (2.0, 20.0)
