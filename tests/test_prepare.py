@@ -18,6 +18,7 @@ import torch
 
 from mamtra_ray import prepare
 from mamtra_ray.artifacts import read_json
+from mamtra_ray.cluster import Cluster
 from mamtra_ray.config import load_config
 from mamtra_ray.corpus import read_corpus
 from mamtra_ray.errors import InputError
@@ -369,7 +370,7 @@ def test_paths_in_a_corpus_hold_from_anywhere(tmp_path, codec_path, monkeypatch,
             yield index, *worker.tokenized(recordings)
 
     monkeypatch.setattr(prepare, "_tokenized", in_this_process)
-    monkeypatch.setattr("mamtra_ray.cluster.connect", lambda address: None)
+    monkeypatch.setattr("mamtra_ray.cluster.connect", lambda address: Cluster({}, "off"))
     monkeypatch.chdir(tmp_path)
     soundfile.write(tmp_path / "prompt.wav", sound(3), RATE, subtype="FLOAT")
     (tmp_path / "meta.lst").write_text("a|find the camera|prompt.wav|open the window\n")
