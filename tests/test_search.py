@@ -78,7 +78,7 @@ def rows_of(run: Path, name: str = "trials") -> list[dict]:
     return pq.read_table(path).to_pylist() if path.exists() else []
 
 
-def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_folder):
+def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_folder, pytestconfig):
     space, run = write_search_space(tmp_path), tmp_path / "runs" / "first"
     warned = {"PYTHONWARNINGS": "always::DeprecationWarning,always::FutureWarning", "RAY_TMPDIR": str(short_folder)}
     process = start(space, run, **warned)
@@ -95,7 +95,8 @@ def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_fold
     resumed = start(space, run, "--resume", **warned)
     output = resumed.communicate(timeout=300)[0]
     assert resumed.returncode == 0, output
-    assert not deprecations(output, short_folder)
+    if "ignore::DeprecationWarning" not in (pytestconfig.getoption("pythonwarnings") or ()):  # make test-oldest
+        assert not deprecations(output, short_folder)
     sessions = json.loads((run / "environment.json").read_text())["sessions"]
     assert len(sessions) == 2 and all(session["versions"]["torch"] == torch.__version__ for session in sessions)
     assert sessions[1]["command"][0] == "mamtra_ray.search" and "--resume" in sessions[1]["command"]
