@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,15 +123,28 @@ def check_generation(model: SpeechLM, sequence: SequenceFormat, name: str) -> Di
 
 
 def check_teacher_and_hybrid(teacher: Teacher, ratio: str, state_sharing: StateSharing) -> Difference:
-    """Before a search: :func:`check_generation` of the teacher and of a hybrid with untrained, transferred mixers.
+    """Before a search: :func:`check_generation` of the teacher and of a hybrid of ``ratio`` with transferred mixers.
 
-    The hybrid shares the teacher's tensors, so it costs no memory to speak of.
+    The hybrid shares the teacher's tensors, so it costs no memory to speak of. Its mixers are disturbed as if they had
+    been trained: new ones pass their input through a convolution that does nothing, in which no error would show.
     """
     layout = from_strategy("block_beginning", teacher.model.layout.num_layers, ratio)
     of_teacher = check_generation(teacher.model, teacher.sequence, f"teacher {teacher.name}")
     hybrid = make_student(teacher.model, layout, state_sharing=state_sharing, share_weights=True)
+    new_mixers = [tensor for name, tensor in hybrid.named_parameters() if name not in teacher.model.state_dict()]
+    disturb(new_mixers)
     of_hybrid = check_generation(hybrid, teacher.sequence, f"an untrained hybrid of {teacher.name}")
     return max(of_teacher, of_hybrid, key=lambda difference: difference.relative)
+
+
+@torch.no_grad()
+def disturb(parameters: Iterable[Tensor]) -> None:
+    """Add noise to convolutions, biases and what else is no matrix, in place."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        if parameter.dim() != 2:
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
 def check_teacher_on_worker(kind: str, path: str | None, ratio: str, state_sharing: StateSharing) -> Difference:

@@ -46,10 +46,10 @@ def search(config: Config, folder: Path, address: str | None) -> int:
     session = start_session(config, folder, phases(config), address)
     config = session.config
     budgets = ", ".join(config.search.ratios)
+    check_decoding(session)
     if config.evaluate.sentences:
         check_evaluation(config)
     session.screen.say(f"run {folder}: {session.num_layers} layers, budgets {budgets}; dashboard {_dashboard_url()}")
-    check_decoding(session)
     metrics = SearchMetrics(folder.name)
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
