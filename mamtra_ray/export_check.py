@@ -45,6 +45,21 @@ class ExportCheck:
     versions: dict[str, str]
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and advice of transformers on our screen."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@quiet_transformers()
 @torch.inference_mode()
 def check_export(folder: Path, student: SpeechLM, sequence: SequenceFormat) -> ExportCheck:
     """Load ``folder`` with ``AutoModelForCausalLM`` and compare logits and a greedy continuation.
@@ -80,8 +95,7 @@ def check_export(folder: Path, student: SpeechLM, sequence: SequenceFormat) -> E
 
 
 def _plain_model(folder: Path) -> Any:
-    with _silence():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
     wrong = {name: sorted(map(str, tensors)) for name, tensors in report.items() if tensors}
     if wrong:
@@ -121,10 +135,8 @@ def _check_greedy(
         tokens_K: what our ``generate`` drew.
         scores_KS: our scores of each of them.
     """
-    with _silence():
-        theirs = model.generate(
-            prompt_L[None], do_sample=False, min_new_tokens=len(tokens_K), max_new_tokens=len(tokens_K)
-        )
+    length = {"min_new_tokens": len(tokens_K), "max_new_tokens": len(tokens_K)}
+    theirs = model.generate(prompt_L[None], do_sample=False, **length)
     theirs_K = theirs[0, len(prompt_L) :] - student.vocabulary.speech_offset
     different = (theirs_K != tokens_K).nonzero()
     if not len(different):
@@ -134,23 +146,9 @@ def _check_greedy(
     spread = float(scores_KS[step].std())
     margin = float("inf")
     if 0 <= found < student.vocabulary.speech_size:
-        margin = float(scores_KS[step, ours] - scores_KS[step, found])
+        margin = abs(float(scores_KS[step, ours] - scores_KS[step, found]))
     if margin > 2 * tolerance(torch.float32, torch.device("cpu")) * spread:
         raise ExportCheckError(
             f"{folder} says speech token {found} in plain transformers where our model says {ours} (token {step} of a"
             f" greedy continuation, margin {margin:.3g}), so it was not exported; found with {versions_text()}"
         )
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No progress bars and advice of transformers on our screen."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

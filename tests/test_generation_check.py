@@ -164,4 +164,4 @@ def test_examples_are_of_the_vocabulary_and_longer_than_a_chunk():
         for seed, (text, speech) in enumerate(generation_check._TEXT_AND_PROMPT_SPEECH)
     ]
     assert len(prompts[0]) > 32 and len({len(prompt) for prompt in prompts}) == 3
-    assert all(0 <= int(prompt.min()) and int(prompt.max()) < VOCABULARY.size for prompt in prompts)
+    assert all(int(prompt.min()) >= 0 and int(prompt.max()) < VOCABULARY.size for prompt in prompts)
