@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mamtra_ray.alarms import COLUMNS as ALARM_COLUMNS
-from mamtra_ray.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms
+from mamtra_ray.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms, wer_text
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate import evaluate_systems
 from mamtra_ray.export import export_student
@@ -168,4 +168,6 @@ def _difference(row: Row) -> tuple[float, float, float] | None:
 
 
 def _wer(score: Score | None) -> str:
-    return "" if score is None else f"{score.wer:.1%} [{score.wer_low:.1%}, {score.wer_high:.1%}]"
+    if score is None:
+        return ""
+    return wer_text(Measured("", wer=score.wer, wer_low=score.wer_low, wer_high=score.wer_high))

@@ -13,7 +13,7 @@ from mamtra_ray.alarms import Measured, wer_text
 EXIT_UNUSABLE = 3
 """Exit code of a search that is complete but found nothing that can be used; 2 is input that cannot be used."""
 UNCERTAIN_POINTS = 0.05
-"""An upper bound of the paired difference above this is too far to say "as good as"."""
+"""An upper bound of the paired difference above this is said: "as good as" then says little."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ def _compared(outcome: Outcome, teacher: Measured, sentences: int) -> str:
         return f"worse than {other} by {difference:.1f} points [{low:.1f}, {high:.1f}]"
     if high < 0:
         return f"better than {other} by {-difference:.1f} points [{-high:.1f}, {-low:.1f}]"
+    room = ""
     if high > 100 * UNCERTAIN_POINTS:
-        return f"not shown to differ from {other}: {sentences} sentences leave room for {high:.0f} points more errors"
-    return f"as good as {other} within the intervals"
+        room = f" ({sentences} sentences leave room for {high:.0f} points more errors)"
+    return f"as good as {other} within the intervals{room}"
 
 
 def _ce(measured: Measured) -> str:

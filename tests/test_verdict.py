@@ -34,8 +34,8 @@ def outcome(best=HEARD, alarm=None, others=True, difference=(-0.006, -0.02, 0.01
         ),
         (
             outcome(difference=(0.02, -0.3, 0.35)),
-            "AMMAMMMAAAMA: WER 0.8 % [0.0, 1.8], not shown to differ from the teacher's 1.4 % [0.3, 3.0]: 40 sentences"
-            " leave room for 35 points more errors, at 50 % of its cache",
+            "AMMAMMMAAAMA: WER 0.8 % [0.0, 1.8], as good as the teacher's 1.4 % [0.3, 3.0] within the intervals"
+            " (40 sentences leave room for 35 points more errors), at 50 % of its cache",
         ),
         # A run of an earlier version has no paired difference: the intervals themselves decide.
         (
