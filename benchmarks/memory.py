@@ -29,7 +29,7 @@ from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes, published_layouts,
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.cache import GrowingLayer
 from mamtra_ray.models.cache import cache_bytes as bytes_in_use
-from mamtra_ray.models.hybrid import HybridConfig
+from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.teachers.base import SpeechLM
 from mamtra_ray.teachers.sequences import Vocabulary
 
@@ -40,7 +40,7 @@ DECODED = 8
 
 def random_model(layout: Layout, dtype: torch.dtype, device: str) -> SpeechLM:
     """A student of CosyVoice 2's shape with random weights."""
-    config = HybridConfig(
+    config = DecoderConfig(
         layout=layout,
         vocab_size=VOCABULARY.size,
         hidden_size=SHAPE.hidden_size,

@@ -6,7 +6,7 @@ import torch
 
 from mamtra_ray.efficiency_architectures import Architecture
 from mamtra_ray.layouts import Layout
-from mamtra_ray.models.hybrid import HybridConfig
+from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.teachers.base import SpeechLM, Vocabulary
 
 
@@ -16,7 +16,7 @@ def random_teacher(
     """An all-attention model. The text vocabulary is kept small: its embeddings cost memory and no time."""
     speech_size = shape.head_outputs
     vocabulary = Vocabulary(text_size, speech_size, 2, eos_id=speech_size - 1, stop_ids=(speech_size - 1,))
-    config = HybridConfig(
+    config = DecoderConfig(
         layout=Layout("A" * (num_layers or shape.num_layers)),
         vocab_size=vocabulary.size,
         hidden_size=shape.hidden_size,

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.models.cache import drop_rows
+from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.sampling import COSYVOICE2, GREEDY, Sampling, next_tokens, uniform_numbers
 from mamtra_ray.teachers.base import SpeechLM
 
@@ -42,7 +41,7 @@ class Prefilled:
         logits_BS: scores of each row's first new token.
     """
 
-    cache: Cache
+    cache: DecoderCache
     mask_BT: Tensor | None
     logits_BS: Tensor
 
@@ -69,7 +68,7 @@ def generate(
         One :class:`Generated` per prompt, in order.
 
     Raises:
-        InputError: counts that do not match, an empty prompt or impossible bounds.
+        InputError: counts that do not match, an empty prompt or impossible bounds, or logits that are not finite.
     """
     if len(length_bounds) != len(prompts) or (seeds is not None and len(seeds) != len(prompts)):
         raise InputError(f"{len(prompts)} prompts need as many length bounds and seeds")
@@ -114,6 +113,7 @@ def decode(
     row_B = _keep_running(start, torch.arange(count, device=device), most_B > 0)
     for step in range(longest if len(row_B) else 0):
         logits_BS = start.logits_BS
+        _check_finite(logits_BS, row_B, step)
         logits_BS[:, stop_ids] = logits_BS[:, stop_ids].masked_fill((fewest_B[row_B] > step)[:, None], -math.inf)
         recent_BW = drawn_BT[row_B, max(0, step - sampling.repetition_window) : step]
         tokens_B = next_tokens(logits_BS, sampling, uniform_BT2[row_B, step], recent_BW)
@@ -137,13 +137,23 @@ def decode(
     ]
 
 
+def _check_finite(logits_BS: Tensor, row_B: Tensor, step: int) -> None:
+    """Comparisons with NaN are false, so that sampling would go on and draw nonsense, or an id that does not exist."""
+    if not bool(logits_BS.isfinite().all()):
+        rows = row_B[~logits_BS.isfinite().all(1)].tolist()
+        raise InputError(
+            f"the model's logits are not finite (NaN or infinity) at speech token {step} of prompt {rows[0]}:"
+            " its weights are damaged, or its activations overflow in this precision"
+        )
+
+
 def _keep_running(start: Prefilled, row_B: Tensor, running_B: Tensor) -> Tensor:
     """Drop the rows that have ended from the batch; returns which prompts are left."""
     kept = running_B.nonzero()[:, 0]
     if len(kept) == len(row_B):
         return row_B
     if len(kept):
-        drop_rows(start.cache, kept)
+        start.cache.keep_rows(kept)
         start.logits_BS = start.logits_BS[kept]
         start.mask_BT = None if start.mask_BT is None else start.mask_BT[kept]
     return row_B[kept]

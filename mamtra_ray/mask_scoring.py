@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +102,16 @@ class MaskScorer:
             labels_N = batch.labels_BL[batch.labels_BL != IGNORE]
             tokens += len(labels_N)
             loss = _losses(self.teacher.head, labels_N, batch.teacher_targets)
-            run_layer, hidden_BLD = self._prepared(batch.input_ids_BL)
+            hidden_BLD = self.teacher.embed(batch.input_ids_BL)
+            # Padded right and without a cache: neither kind of layer needs a mask.
+            inputs = self.teacher.body.inputs(hidden_BLD)
             path, before = [hidden_BLD], ""
             for layout in ordered:
                 shared = _common_prefix(before, layout.letters) if share_prefixes else 0
                 del path[shared + 1 :]
                 for index in range(shared, layout.num_layers):
-                    path.append(run_layer(self.layers[layout.letters[index]][index], path[-1]))
-                normed_BLD = cast(nn.Module, self.teacher.body.norm)(path[-1])
+                    path.append(self.layers[layout.letters[index]][index](path[-1], inputs))
+                normed_BLD = self.teacher.body.norm(path[-1])
                 sums[layout] += loss(normed_BLD[batch.labels_BL != IGNORE])
                 before = layout.letters
         seconds = (time.perf_counter() - began) / max(len(sums), 1)
@@ -117,32 +119,6 @@ class MaskScorer:
             ProbeRow(layout, float(sums[layout][0]) / tokens, float(sums[layout][1]) / tokens, tokens, seconds)
             for layout in layouts
         ]
-
-    def _prepared(self, input_ids_BL: Tensor) -> tuple[Callable[[Any, Tensor], Tensor], Tensor]:
-        """How to run one decoder layer for these inputs, and what the first layer reads.
-
-        Both are taken from the body itself: a pass of the teacher is stopped at its first layer.
-        """
-        seen: list[tuple[Tensor, dict[str, Any]]] = []
-
-        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((args[0], kwargs))
-            raise _FirstLayerReached
-
-        handle = self.teacher.body.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.teacher.hidden_states(input_ids_BL)
-        except _FirstLayerReached:
-            pass
-        finally:
-            handle.remove()
-        [(hidden_BLD, arguments)] = seen
-        # Padded right and without a cache: neither kind of layer needs a mask.
-        return lambda layer, states_BLD: layer(states_BLD, **arguments | {"attention_mask": None}), hidden_BLD
-
-
-class _FirstLayerReached(Exception):  # noqa: N818 (control flow, no error)
-    pass
 
 
 class LayerBatch(Protocol):

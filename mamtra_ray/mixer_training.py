@@ -52,15 +52,13 @@ def attention_taps(teacher: SpeechLM, seen: Callable[[int, Tensor, Tensor], None
     """While open, ``seen(layer, input_BLD, output_BLD)`` is called for every attention of a forward pass."""
 
     def hook_of(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hidden_BLD = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            seen(layer, hidden_BLD, output[0] if isinstance(output, tuple) else output)
+        def hook(_module: nn.Module, args: tuple[Any, ...], output_BLD: Tensor) -> None:
+            seen(layer, args[0], output_BLD)
 
         return hook
 
     handles = [
-        attention_of(teacher, layer).register_forward_hook(hook_of(layer), with_kwargs=True)
-        for layer in teacher.layout.attention_layers
+        attention_of(teacher, layer).register_forward_hook(hook_of(layer)) for layer in teacher.layout.attention_layers
     ]
     try:
         yield

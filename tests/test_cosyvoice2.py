@@ -18,7 +18,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.finalists import student_folder
 from mamtra_ray.generate import GREEDY, Sampling, generate
 from mamtra_ray.layouts import Layout
-from mamtra_ray.models.hybrid import HybridConfig
+from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.run_folder import CONFIG, FINALIST_COLUMNS, FINALISTS, write_rows
 from mamtra_ray.teachers import cosyvoice2_drop_in, load_teacher
 from mamtra_ray.teachers.base import IGNORE, make_student
@@ -73,7 +73,7 @@ def test_teacher_equals_upstream(teacher):
 
 
 def test_every_tensor_of_the_released_model_is_named():
-    config = HybridConfig(
+    config = DecoderConfig(
         Layout("A" * 24), 151936, 896, 4864, 14, 2, 64, 1e-6, {"rope_type": "default", "rope_theta": 1e6}, 32768, True
     )
     shapes = expected_shapes(config, 6564)
@@ -103,7 +103,9 @@ def test_every_tensor_of_the_released_model_is_named():
 
 
 def test_tiny_checkpoint_has_the_same_names():
-    config = HybridConfig(Layout("A" * LAYERS), TEXT, WIDTH, 48, 4, 2, 8, 1e-6, {"rope_type": "default"}, 32, True)
+    config = DecoderConfig(
+        Layout("A" * LAYERS), TEXT, WIDTH, 48, 4, 2, 8, 1e-6, {"rope_type": "default", "rope_theta": 1e6}, 32, True
+    )
     found = {name: tuple(tensor.shape) for name, tensor in upstream_state(qwen()).items()}
     assert found == expected_shapes(config, CODES + 3)
 

@@ -1,5 +1,6 @@
 """Free-running generation against a loop without cache or batch, and samplers against plain Python."""
 
+import copy
 import math
 
 import pytest
@@ -183,3 +184,20 @@ def test_extreme_rows():
         assert next_tokens(only_one, sampling, uniforms, recent).tolist() == [3, 3]
     half = torch.randn(2, 5).bfloat16()
     assert next_tokens(half, Sampling(0.5), uniforms, recent).shape == (2,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(1.0, 5, 0.8), COSYVOICE2], ids=str)
+def test_logits_that_are_not_finite_are_named(student, sampling, value):
+    """A comparison with NaN is false: unchecked, the model would say token 0 for ever, or ids that do not exist."""
+    broken = copy.deepcopy(student)
+    with torch.no_grad():
+        broken.body.layers[1].mlp.down_proj.weight[0, 0] = value
+    with pytest.raises(InputError, match=r"logits are not finite .* at speech token 0 of prompt 0"):
+        generate(broken, PROMPTS, BOUNDS, sampling)
+    late = copy.deepcopy(student)
+    first = generate(student, PROMPTS, BOUNDS, sampling)[0].tokens
+    with torch.no_grad():
+        late.body.embed_tokens.weight[VOCABULARY.speech_offset + first[0]] = value
+    with pytest.raises(InputError, match=r"logits are not finite .* at speech token 1"):
+        generate(late, PROMPTS[:1], BOUNDS[:1], sampling)

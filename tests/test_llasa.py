@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.generate import GREEDY, generate
-from mamtra_ray.models.hybrid import HybridConfig
+from mamtra_ray.models.pretrained import decoder_config
 from mamtra_ray.speech.codecs import vocoder_of_teacher
 from mamtra_ray.speech.speech_tokenizers import speech_tokenizer_of_teacher
 from mamtra_ray.teachers import load_teacher
@@ -138,7 +138,7 @@ def test_context_limits_the_speech(folder):
 
 
 def test_the_released_shape_has_the_published_parameters():
-    config = HybridConfig.from_transformers(
+    config = decoder_config(
         LlamaConfig(
             vocab_size=193_800,
             hidden_size=2048,

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import GPT2Config
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.models.hybrid import mixers
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import IGNORE, SpeechLM, Vocabulary, make_student
 
@@ -141,7 +140,7 @@ def test_configs_that_do_not_fit_are_refused(teacher_folder, changes, message):
 def test_student_shares_values_and_leaves_the_teacher_alone(teacher):
     before = teacher.model.fingerprint()
     student = make_student(teacher.model, "AMMA")
-    assert str(student.layout) == "AMMA" and sorted(mixers(student.body)) == [1, 2]
+    assert str(student.layout) == "AMMA" and sorted(student.body.mixers) == [1, 2]
     for name, tensor in student.state_dict().items():
         if ".mamba." not in name:
             assert torch.equal(tensor, teacher.model.state_dict()[name])
@@ -161,8 +160,8 @@ def test_student_shares_values_and_leaves_the_teacher_alone(teacher):
 
 
 def test_a_layers_mixer_is_the_same_in_every_layout(teacher):
-    one, other = (mixers(make_student(teacher.model, letters, seed=3).body)[2] for letters in ("AMMA", "AAMM"))
-    another_seed = mixers(make_student(teacher.model, "AAMA", seed=4).body)[2]
+    one, other = (make_student(teacher.model, letters, seed=3).body.mixers[2] for letters in ("AMMA", "AAMM"))
+    another_seed = make_student(teacher.model, "AAMA", seed=4).body.mixers[2]
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
     assert not torch.equal(one.in_proj.weight, another_seed.in_proj.weight)
@@ -170,12 +169,12 @@ def test_a_layers_mixer_is_the_same_in_every_layout(teacher):
 
 def test_aligned_students_take_their_mixers_from_the_library(teacher):
     donor = make_student(teacher.model, "MMMM", seed=9)
-    library = {layer: dict(mixer.state_dict()) for layer, mixer in mixers(donor.body).items()}
+    library = {layer: dict(mixer.state_dict()) for layer, mixer in donor.body.mixers.items()}
     student = make_student(teacher.model, "AMAM", "aligned", library)
-    assert torch.equal(mixers(student.body)[3].in_proj.weight, library[3]["in_proj.weight"])
+    assert torch.equal(student.body.mixers[3].in_proj.weight, library[3]["in_proj.weight"])
     with torch.no_grad():
-        mixers(student.body)[3].in_proj.weight += 1
-    assert not torch.equal(mixers(student.body)[3].in_proj.weight, library[3]["in_proj.weight"])
+        student.body.mixers[3].in_proj.weight += 1
+    assert not torch.equal(student.body.mixers[3].in_proj.weight, library[3]["in_proj.weight"])
     with pytest.raises(InputError, match="needs a mixer library"):
         make_student(teacher.model, "AMAM", "aligned")
     with pytest.raises(InputError, match=r"no layer 3.*\[1\]"):
@@ -195,7 +194,7 @@ def test_students_that_cannot_be_made(teacher):
     with pytest.raises(InputError, match="layer 3"):
         make_student(student, "AMMA")
     further = make_student(student, "MMAM", seed=5)
-    assert torch.equal(mixers(further.body)[1].in_proj.weight, mixers(student.body)[1].in_proj.weight)
+    assert torch.equal(further.body.mixers[1].in_proj.weight, student.body.mixers[1].in_proj.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,105 +1,70 @@
-"""The hybrid cache: transformers' DynamicCache, with room to grow.
+"""What a decoder remembers while it generates: keys and values of attention layers, states of Mamba layers.
 
-transformers' DynamicLayer concatenates all keys and values with the new ones at every step, which at long
-contexts costs more than attending to them (``benchmarks/generate.py`` has the same model with both). Attention
-layers here write into a buffer that is now and then enlarged by an eighth.
-
-Letters: B batch, G key-value heads, T positions so far, L new positions, P head dim.
+Keys and values are written into buffers that are now and then enlarged by an eighth; concatenating them with the new
+ones at every step, as the obvious cache does, costs more at long contexts than attending to them
+(``benchmarks/generate.py`` has both). Letters: see :mod:`mamtra_ray.models`.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from mamtra_ray.models.mamba import MixerState
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values (B, G, T, P) of one attention layer, the used part of a larger buffer."""
+class DecoderCache:
+    """The past of every layer; empty when made.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._buffers: tuple[Tensor, Tensor] | None = None
+    Attributes:
+        length: positions so far (T), padding included. The decoder raises it at the end of a pass.
+    """
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, G, L, P) keys and values; returns all of them as views of the buffer."""
-        past, total = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if self._buffers is None or total > self._buffers[0].shape[2]:
-            self._buffers = (
-                self._enlarged(self.keys, key_states, total),
-                self._enlarged(self.values, value_states, total),
+    def __init__(self) -> None:
+        self.length = 0
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states: dict[int, MixerState] = {}
+
+    def append(self, layer: int, k_BGLP: Tensor, v_BGLP: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new positions' keys and values of an attention layer; all so far, [B, G, T, P], as views."""
+        past, total = self.length, self.length + k_BGLP.shape[2]
+        buffers = self._buffers.get(layer)
+        if buffers is None or total > buffers[0].shape[2]:
+            old = buffers or (None, None)
+            buffers = (_enlarged(old[0], k_BGLP, past, total), _enlarged(old[1], v_BGLP, past, total))
+            self._buffers[layer] = buffers
+        for buffer_BGTP, new_BGLP in zip(buffers, (k_BGLP, v_BGLP), strict=True):
+            buffer_BGTP[:, :, past:total] = new_BGLP
+        return buffers[0][:, :, :total], buffers[1][:, :, :total]
+
+    def state(self, layer: int) -> MixerState | None:
+        """The state of a Mamba layer; None before its first position."""
+        return self._states.get(layer)
+
+    def set_state(self, layer: int, state: MixerState) -> None:
+        """Replace the state of a Mamba layer."""
+        self._states[layer] = state
+
+    def keep_rows(self, row_B: Tensor) -> None:
+        """Keep only these batch rows (int64 indices), in this order."""
+        for layer, (keys, values) in self._buffers.items():
+            # With their spare room, or the next position would have them copied once more.
+            self._buffers[layer] = (keys.index_select(0, row_B), values.index_select(0, row_B))
+        for layer, state in self._states.items():
+            self._states[layer] = MixerState(
+                state.conv_BCK.index_select(0, row_B), state.ssm_BHPN.index_select(0, row_B)
             )
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, past:total] = new
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)
-        return self.keys, self.values
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only these batch rows."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-            self._buffers = None
-
-    @staticmethod
-    def _enlarged(old: Tensor | None, new: Tensor, total: int) -> Tensor:
-        batch, heads, _, width = new.shape
-        buffer = new.new_empty(batch, heads, total + max(64, total // 8), width)
-        if old is not None and old.numel():
-            buffer[:, :, : old.shape[2]] = old
-        return buffer
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys, values and states in use (not of the buffers' spare room)."""
+        used = [buffer[:, :, : self.length] for buffers in self._buffers.values() for buffer in buffers]
+        used += [tensor for state in self._states.values() for tensor in (state.conv_BCK, state.ssm_BHPN)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in used)
 
 
-def new_cache(config: PretrainedConfig) -> DynamicCache:
-    """An empty cache for a GraniteMoeHybrid config: growing keys and values, and Mamba states."""
-    cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def past_length(cache: Cache | None) -> int | None:
-    """Positions in the cache; None if it has Mamba layers only, which do not count them (nor need to)."""
-    if cache is None:
-        return 0
-    lengths = [layer.get_seq_length() for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    return lengths[0] if lengths else None
-
-
-def drop_rows(cache: Cache, kept_rows: Tensor) -> None:
-    """Keep only the batch rows ``kept_rows`` (int64 indices) in every layer."""
-    for layer in cache.layers:
-        if isinstance(layer, GrowingLayer):
-            layer.select_rows(kept_rows)
-        else:
-            layer.reorder_cache(cast(torch.LongTensor, kept_rows))
-
-
-def mixer_state(cache: Cache, layer: int) -> MixerState | None:
-    """The state of a Mamba layer; None before its first positions."""
-    conv_BCK, ssm_BHPN = cache.get_conv_state(layer), cache.get_recurrent_state(layer)
-    return None if conv_BCK is None or ssm_BHPN is None else MixerState(conv_BCK, ssm_BHPN)
-
-
-def store_mixer_state(cache: Cache, layer: int, state: MixerState) -> None:
-    """Replace the state of a Mamba layer (``update_recurrent_state`` would copy the new one over the old one)."""
-    slot: Any = cache.layers[layer]
-    slot.conv_states[0], slot.recurrent_states[0] = state.conv_BCK, state.ssm_BHPN
-    slot.is_conv_states_initialized[0] = slot.is_recurrent_states_initialized[0] = slot.has_previous_state[0] = True
-    slot.dtype, slot.device = state.conv_BCK.dtype, state.conv_BCK.device
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys, values and states in use (not of the buffers' spare room)."""
-    tensors: list[Tensor | None] = []
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionLayer):
-            tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
-        elif isinstance(layer, DynamicLayer):
-            tensors += [layer.keys, layer.values]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+def _enlarged(old_BGTP: Tensor | None, new_BGLP: Tensor, past: int, total: int) -> Tensor:
+    batch, groups, _, width = new_BGLP.shape
+    buffer_BGTP = new_BGLP.new_empty(batch, groups, total + max(64, total // 8), width)
+    if old_BGTP is not None:
+        buffer_BGTP[:, :, :past] = old_BGTP[:, :, :past]
+    return buffer_BGTP

@@ -20,19 +20,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from mamtra_ray.artifacts import content_hash, file_hash, read_json, write_json, write_text
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_tensors
-from mamtra_ray.models.hybrid import HybridConfig, granite_config
+from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.mamba import MixerConfig
 
-SCHEMA_VERSION = 2
+if TYPE_CHECKING:
+    from transformers import GraniteMoeHybridConfig
+
+SCHEMA_VERSION = 3
 GENERATION_FILE = "generation_config.json"
 SECTION = "mamtra_ray"
 """Key of ``config.json`` under which the compact model is described, for :func:`read_granite`."""
@@ -40,10 +42,74 @@ SECTION = "mamtra_ray"
 NEVER = -1e9
 """Logit bias of ids that must not be generated; JSON has no infinity."""
 
+LAYER_TYPES = {"A": "full_attention", "M": "linear_attention"}
+
+
+def check_representable(config: DecoderConfig) -> None:
+    """Whether GraniteMoeHybrid can take hybrids of this shape.
+
+    Raises:
+        InputError: its Mamba layers are a whole multiple of the model width, these heads are not.
+    """
+    if (config.num_heads * config.head_dim) % config.hidden_size:
+        raise InputError(
+            f"{config.num_heads} heads of width {config.head_dim} do not make a multiple of the model width"
+            f" {config.hidden_size}: transformers' GraniteMoeHybrid, the form of the export, has no such Mamba layers"
+        )
+
+
+def granite_config(
+    config: DecoderConfig,
+    eos_token_id: list[int] | None = None,
+    pad_token_id: int | None = None,
+    use_cache: bool = True,
+) -> GraniteMoeHybridConfig:
+    """The GraniteMoeHybrid configuration with the same function; its mixers are the expanded ones.
+
+    x, B and C of every head are separate groups there (``mamba_n_groups`` = heads).
+    """
+    from transformers import GraniteMoeHybridConfig
+
+    check_representable(config)
+    return GraniteMoeHybridConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        layer_types=[LAYER_TYPES[letter] for letter in str(config.layout)],
+        # No experts: each layer is its mixer and the shared MLP, as in a dense decoder.
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=config.intermediate_size,
+        intermediate_size=config.intermediate_size,
+        rms_norm_eps=config.rms_norm_eps,
+        attention_bias=config.qkv_bias or config.o_bias,
+        attention_multiplier=config.head_dim**-0.5,
+        position_embedding_type="rope",
+        rope_parameters=dict(config.rope_parameters),
+        max_position_embeddings=config.max_position_embeddings,
+        mamba_n_heads=config.num_heads,
+        mamba_n_groups=config.num_heads,
+        mamba_d_state=config.head_dim,
+        mamba_d_head=config.head_dim,
+        mamba_expand=config.num_heads * config.head_dim // config.hidden_size,
+        mamba_d_conv=config.conv_kernel,
+        mamba_chunk_size=config.chunk_size,
+        mamba_conv_bias=True,
+        mamba_proj_bias=config.o_bias,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=use_cache,
+    )
+
 
 def write_granite(
     folder: Path,
-    config: HybridConfig,
+    config: DecoderConfig,
     tensors: Mapping[str, Tensor],
     vocabulary: Mapping[str, Any],
 ) -> None:
@@ -55,6 +121,8 @@ def write_granite(
         tensors: the SpeechLM's state (``body.*``, ``head.*``).
         vocabulary: the fields of :class:`~mamtra_ray.teachers.base.Vocabulary`.
     """
+    from transformers import GenerationConfig
+
     folder = Path(folder)
     expanded = {f"model.{name}": tensor for name, tensor in _expanded_body(config, tensors).items()}
     speech = slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
@@ -94,7 +162,7 @@ def write_granite(
 
 def read_granite(
     folder: Path, device: torch.device | str = "cpu"
-) -> tuple[HybridConfig, dict[str, Any], dict[str, Tensor]]:
+) -> tuple[DecoderConfig, dict[str, Any], dict[str, Tensor]]:
     """Read a checkpoint of :func:`write_granite` back into the compact form, bit for bit.
 
     Returns:
@@ -115,7 +183,7 @@ def read_granite(
     if file_hash(folder / WEIGHTS_FILE) != section.get("weights_sha256"):
         raise InputError(f"{folder / WEIGHTS_FILE} is not the file {CONFIG_FILE} was written with (its hash differs)")
     try:
-        config, vocabulary = HybridConfig.from_dict(section["model"]), dict(section["vocabulary"])
+        config, vocabulary = DecoderConfig.from_dict(section["model"]), dict(section["vocabulary"])
         speech = slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
         lm_head_VD, bias_hash = granite.pop("lm_head.weight"), section["head_bias"]
     except (KeyError, TypeError, ValueError) as error:
@@ -141,14 +209,19 @@ def _head_bias(folder: Path, speech: slice) -> list[float]:
     return [bias_by_token.get(token, 0.0) for token in range(speech.start, speech.stop)]
 
 
-def _expanded_body(config: HybridConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _expanded_body(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our decoder's tensors (``body.*``) -> those of GraniteMoeHybrid below ``model.``."""
     body = {name.removeprefix("body."): tensor for name, tensor in tensors.items() if name.startswith("body.")}
     expanded: dict[str, Tensor] = {}
     for name, tensor in body.items():
-        layer, found, parameter = name.partition(".mamba.mixer.")
-        if found:
-            expanded[f"{layer}.mamba.{parameter}"] = _expand(config.mixer, parameter, tensor)
-        else:
+        if ".mamba." in name:
+            expanded[name] = _expand(config.mixer, name.partition(".mamba.")[2], tensor)
+        elif name.endswith("mlp.gate_proj.weight"):
+            up = body[name.replace("gate_proj", "up_proj")]
+            expanded[name.replace("mlp.gate_proj", "shared_mlp.input_linear")] = torch.cat([tensor, up])
+        elif name.endswith("mlp.down_proj.weight"):
+            expanded[name.replace("mlp.down_proj", "shared_mlp.output_linear")] = tensor
+        elif not name.endswith("mlp.up_proj.weight"):  # it went with the gate
             expanded[name] = tensor
     for index in config.layout.attention_layers:
         # Granite has biases on all four projections or none.
@@ -164,18 +237,25 @@ def _expanded_body(config: HybridConfig, tensors: Mapping[str, Tensor]) -> dict[
     return expanded
 
 
-def _compact_body(config: HybridConfig, body: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+def _compact_body(config: DecoderConfig, body: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Inverse of :func:`_expanded_body`."""
     compact: dict[str, Tensor] = {}
     for name, tensor in body.items():
-        layer, found, parameter = name.partition(".mamba.")
-        if not found:
+        parameter = name.partition(".mamba.")[2]
+        if name.endswith(".shared_mlp.input_linear.weight"):
+            mlp = name.removesuffix("shared_mlp.input_linear.weight") + "mlp."
+            gate, up = tensor.chunk(2)
+            compact |= {f"{mlp}gate_proj.weight": gate.clone(), f"{mlp}up_proj.weight": up.clone()}
+        elif name.endswith(".shared_mlp.output_linear.weight"):
+            compact[name.replace("shared_mlp.output_linear", "mlp.down_proj")] = tensor
+        elif not parameter:
             if not (name.endswith("self_attn.o_proj.bias") and not config.o_bias):
                 compact[name] = tensor
         elif parameter != "in_proj.bias":
             smaller = _compact(config.mixer, parameter, tensor)
             if not torch.equal(_expand(config.mixer, parameter, smaller), tensor):
                 raise InputError(f"{source}: {name} is not an expanded compact mixer (was it trained further?)")
-            compact[f"{layer}.mamba.mixer.{parameter}"] = smaller
+            compact[name] = smaller
     return compact
 
 

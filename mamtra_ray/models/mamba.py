@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mamtra_ray.models import ssd_cuda
 from mamtra_ray.models.ssd import ssd_scan, ssd_step
+from mamtra_ray.models.ssd_inputs import compute_dtype
 
 StateSharing = Literal["per_query_head", "per_kv_head"]
 
@@ -167,15 +168,17 @@ def causal_conv_silu(u_BLC: Tensor, weight_C1K: Tensor, bias_C: Tensor, before_B
 
 
 def gated_rms_norm(y_BLHP: Tensor, z_BLHP: Tensor, weight_HP: Tensor, eps: float) -> Tensor:
-    """RMSNorm(y silu(z)) over each head's P channels, times the weight; in float32, returned in the type of z.
+    """RMSNorm(y silu(z)) over each head's P channels, times the weight; in float32 (float64 for a float64 z), returned
+    in the type of z.
 
     mamba-ssm's RMSNormGated with norm_before_gate=False and group_size=P.
     """
     if ssd_cuda.takes(y_BLHP):
         return ssd_cuda.gated_rms_norm(y_BLHP, z_BLHP, weight_HP, eps)
-    gated_BLHP = y_BLHP.float() * F.silu(z_BLHP.float())
+    dtype = compute_dtype(z_BLHP)
+    gated_BLHP = y_BLHP.to(dtype) * F.silu(z_BLHP.to(dtype))
     scale_BLH1 = torch.rsqrt(gated_BLHP.square().mean(-1, keepdim=True) + eps)
-    return (gated_BLHP * scale_BLH1 * weight_HP.float()).to(z_BLHP.dtype)
+    return (gated_BLHP * scale_BLH1 * weight_HP.to(dtype)).to(z_BLHP.dtype)
 
 
 class MambaMixer(nn.Module):
@@ -241,10 +244,10 @@ class MambaMixer(nn.Module):
         x_BLGP, B_BLGN, C_BLHN = (
             conv_BLC[..., part].unflatten(-1, (-1, config.head_dim)) for part in config.conv_slices().values()
         )
-        A_S = -torch.exp(self.A_log.float())
+        A_S = -torch.exp(self.A_log.to(compute_dtype(self.A_log)))
         if length == 1 and state is not None:
             if mask_BL is not None:
-                dt_BLS = dt_BLS.float().masked_fill(~mask_BL[..., None], -torch.inf)
+                dt_BLS = dt_BLS.masked_fill(~mask_BL[..., None], -torch.inf)
             y_BHP, ssm_BHPN = ssd_step(
                 state.ssm_BHPN, x_BLGP[:, 0], dt_BLS[:, 0], A_S, B_BLGN[:, 0], C_BLHN[:, 0], self.D, self.dt_bias
             )

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from mamtra_ray.models import ssd_cuda
 from mamtra_ray.models.ssd_chunked import ChunkedScan, without_autocast
-from mamtra_ray.models.ssd_inputs import repeat_heads, softplus_dt, state_and_output_heads, without_padding
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from mamtra_ray.models.ssd_inputs import (
+    compute_dtype,
+    repeat_heads,
+    softplus_dt,
+    state_and_output_heads,
+    without_padding,
+)
 
 
 @without_autocast
@@ -118,7 +120,7 @@ def ssd_scan(
             x_BLHP, dt_BLH, A_H, B_BLGN, C_BLHN, D_H=D_H, dt_bias_H=dt_bias_H,
             initial_state_BHPN=initial_state_BHPN, mask_BL=mask_BL, return_final_state=return_final_state,
         )  # fmt: skip
-    dtype = _compute_dtype(x_BLHP)
+    dtype = compute_dtype(x_BLHP)
     groups = max(x_BLHP.shape[2], B_BLGN.shape[2])
     x_BLGP = repeat_heads(without_padding(x_BLHP, mask_BL), groups, 2)
     B_BLGN = repeat_heads(without_padding(B_BLGN, mask_BL), groups, 2)

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def compute_dtype(t: Tensor) -> torch.dtype:
+    """What decays, states and norms are computed in: float32, float64 for float64 tensors."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def repeat_heads(t: Tensor, heads: int, dim: int) -> Tensor:
     """Every head repeated for the consecutive heads that share it."""
     return t if t.shape[dim] == heads else t.repeat_interleave(heads // t.shape[dim], dim)

@@ -18,22 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.layouts import Layout
 from mamtra_ray.losses import IGNORE
-from mamtra_ray.models.cache import new_cache
+from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.models.checkpoint import load_into, read_model, write_model
+from mamtra_ray.models.decoder import Decoder
+from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.granite import read_granite, write_granite
-from mamtra_ray.models.hybrid import HybridConfig, empty_body, mixers, run_body
 from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.models.transfer import INITIALISATIONS, mixer_from_attention, mixer_from_library
 from mamtra_ray.teachers.sequences import SequenceFormat, Vocabulary
 
 __all__ = ["IGNORE", "SequenceFormat", "SpeechLM", "Teacher", "Vocabulary", "make_student"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class SpeechLM(nn.Module):
@@ -46,20 +46,20 @@ class SpeechLM(nn.Module):
     Parameters live on the ``meta`` device until :meth:`from_tensors` or :meth:`load` assigns them.
     """
 
-    def __init__(self, config: HybridConfig, vocabulary: Vocabulary, head_bias: bool) -> None:
+    def __init__(self, config: DecoderConfig, vocabulary: Vocabulary, head_bias: bool) -> None:
         super().__init__()
         if config.vocab_size != vocabulary.size:
             raise InputError(f"the embedding table has {config.vocab_size} rows, the vocabulary {vocabulary.size} ids")
         self.config = config
         self.vocabulary = vocabulary
-        self.body = empty_body(config)
+        self.body = Decoder(config)
         self.head = nn.Linear(config.hidden_size, vocabulary.speech_size, bias=head_bias, device="meta")
         self.body.embed_tokens.requires_grad_(False)
         self.head.requires_grad_(False)
 
     @classmethod
     def from_tensors(
-        cls, config: HybridConfig, vocabulary: Vocabulary, tensors: Mapping[str, Tensor], source: str | Path = "model"
+        cls, config: DecoderConfig, vocabulary: Vocabulary, tensors: Mapping[str, Tensor], source: str | Path = "model"
     ) -> SpeechLM:
         """Assign ``tensors`` (names of :meth:`state_dict`; not copied). ``source`` is named in errors."""
         model = cls(config, vocabulary, head_bias="head.bias" in tensors)
@@ -82,16 +82,16 @@ class SpeechLM(nn.Module):
         """Embeddings of unified ids: (...) -> (..., D)."""
         return self.body.embed_tokens(input_ids)
 
-    def new_cache(self) -> Cache:
+    def new_cache(self) -> DecoderCache:
         """An empty cache for :meth:`hidden_states`."""
-        return new_cache(self.body.config)
+        return DecoderCache()
 
     def hidden_states(
         self,
         input_ids_BL: Tensor | None = None,
         attention_mask_BL: Tensor | None = None,
         inputs_embeds_BLD: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: DecoderCache | None = None,
         return_layers: bool = False,
     ) -> Any:
         """Final hidden states after the last norm, the head's input: (B, L, D).
@@ -114,25 +114,24 @@ class SpeechLM(nn.Module):
             inputs_embeds_BLD = self.embed(input_ids_BL)
         assert inputs_embeds_BLD is not None
         if not return_layers:
-            return run_body(self.body, inputs_embeds_BLD, attention_mask_BL, past_key_values)
+            return self.body(inputs_embeds_BLD, attention_mask_BL, past_key_values)
         layers: list[Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _m, _i, output: layers.append(output)) for layer in self.body.layers
-        ]
-        try:
-            hidden_BLD = run_body(self.body, inputs_embeds_BLD, attention_mask_BL, past_key_values)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        hidden_BLD = self.body(inputs_embeds_BLD, attention_mask_BL, past_key_values, outputs=layers)
         return hidden_BLD, tuple(layers)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the speech ids: (..., D) -> (..., S)."""
         return self.head(hidden_BLD)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits (B, L, S); takes what :meth:`hidden_states` takes."""
-        return self.logits(self.hidden_states(*args, **kwargs))
+    def forward(
+        self,
+        input_ids_BL: Tensor | None = None,
+        attention_mask_BL: Tensor | None = None,
+        inputs_embeds_BLD: Tensor | None = None,
+        past_key_values: DecoderCache | None = None,
+    ) -> Tensor:
+        """Logits (B, L, S); arguments as in :meth:`hidden_states`."""
+        return self.logits(self.hidden_states(input_ids_BL, attention_mask_BL, inputs_embeds_BLD, past_key_values))
 
     def save(self, folder: Path | str) -> None:
         """Write the compact native form (``config.json``, ``model.safetensors``), atomically, dtypes kept."""
@@ -154,7 +153,7 @@ class SpeechLM(nn.Module):
         """
         content, tensors = read_model(Path(folder), "speech_lm", SCHEMA_VERSION, device)
         try:
-            config, vocabulary = HybridConfig.from_dict(content["model"]), Vocabulary(**content["vocabulary"])
+            config, vocabulary = DecoderConfig.from_dict(content["model"]), Vocabulary(**content["vocabulary"])
         except (KeyError, TypeError) as error:
             raise InputError(f"{Path(folder) / 'config.json'} is incomplete: {error}") from None
         return cls.from_tensors(config, vocabulary, tensors, folder).to(dtype=dtype)
@@ -217,7 +216,7 @@ def make_student(
         raise InputError(f"unknown initialisation {initialisation!r}: {nearest_name(initialisation, INITIALISATIONS)}")
     if initialisation == "aligned" and mixer_library is None:
         raise InputError("initialisation 'aligned' needs a mixer library")
-    own_mixers = mixers(teacher.body)
+    own_mixers = teacher.body.mixers
     if lost := sorted(set(layout.attention_layers) & set(own_mixers)):
         raise InputError(f"layout {layout} wants attention in layer {lost[0]}, where {teacher.layout} has none left")
     if own_mixers and state_sharing != teacher.config.state_sharing:
@@ -237,7 +236,7 @@ def make_student(
             mixer = mixer_from_library(mixer_library, layer, attention, config.mixer)
         else:
             mixer = mixer_from_attention(attention, config.mixer, initialisation, seed * config.num_layers + layer)
-        tensors |= {f"body.layers.{layer}.mamba.mixer.{name}": tensor for name, tensor in mixer.state_dict().items()}
+        tensors |= {f"body.layers.{layer}.mamba.{name}": tensor for name, tensor in mixer.state_dict().items()}
     return SpeechLM.from_tensors(config, teacher.vocabulary, tensors)
 
 

@@ -10,7 +10,6 @@ Tensor letters: V text, S speech and control rows, D model width.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from mamtra_ray.artifacts import read_manifest, write_manifest, write_text, written_atomically
 from mamtra_ray.errors import InputError
-from mamtra_ray.models.checkpoint import load_into, read_transformers_config
-from mamtra_ray.models.hybrid import HybridConfig, body_tensors
+from mamtra_ray.models.checkpoint import load_into
+from mamtra_ray.models.decoder_config import DecoderConfig
+from mamtra_ray.models.pretrained import read_decoder_config, split_checkpoint
 from mamtra_ray.sampling import COSYVOICE2
 from mamtra_ray.teachers.base import IGNORE, SequenceFormat, SpeechLM, Teacher, Vocabulary
 
@@ -52,7 +52,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | 
         model = empty_hybrid(path)
         load_into(model, checkpoint, path / WEIGHTS)
     else:
-        config = HybridConfig.from_transformers(read_transformers_config(path / BODY_FOLDER))
+        config, _ = read_decoder_config(path / BODY_FOLDER)  # the LM's own head is never used
         model = _from_checkpoint(config, checkpoint, path / WEIGHTS)
     model = model.to(device, dtype)
     return Teacher(
@@ -139,7 +139,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return content
 
 
-def expected_shapes(config: HybridConfig, speech_rows: int) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: DecoderConfig, speech_rows: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of ``llm.pt``; upstream's class has 295 of them: 291 of Qwen2 and 4 of its own."""
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -171,7 +171,7 @@ def expected_shapes(config: HybridConfig, speech_rows: int) -> dict[str, tuple[i
     return shapes
 
 
-def _from_checkpoint(config: HybridConfig, checkpoint: Mapping[str, Tensor], source: Path) -> SpeechLM:
+def _from_checkpoint(config: DecoderConfig, checkpoint: Mapping[str, Tensor], source: Path) -> SpeechLM:
     speech_table = checkpoint.get("speech_embedding.weight")
     if speech_table is None or speech_table.dim() != 2 or len(speech_table) < 4:
         raise InputError(f"{source} is no CosyVoice 2 LM: it has no table speech_embedding.weight")
@@ -187,7 +187,8 @@ def _from_checkpoint(config: HybridConfig, checkpoint: Mapping[str, Tensor], sou
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise InputError(f"{source} does not fit {BODY_FOLDER}/config.json: {problems[0]}{more}")
-    tensors = {f"body.{name}": tensor for name, tensor in body_tensors(checkpoint, config.num_layers, _DECODER).items()}
+    decoder, _ = split_checkpoint(checkpoint, config, _DECODER, source)
+    tensors = {f"body.{name}": tensor for name, tensor in decoder.items()}
     tables = ("speech_embedding.weight", "llm_embedding.weight")
     tensors["body.embed_tokens.weight"] = torch.cat(
         [tensors["body.embed_tokens.weight"], *[checkpoint[name] for name in tables]]
@@ -197,7 +198,7 @@ def _from_checkpoint(config: HybridConfig, checkpoint: Mapping[str, Tensor], sou
     # Copies, because the file is mapped into memory and may be overwritten later.
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     vocabulary = vocabulary_of(config.vocab_size, len(speech_table))
-    config = HybridConfig.from_dict(config.to_dict() | {"vocab_size": vocabulary.size})
+    config = DecoderConfig.from_dict(config.to_dict() | {"vocab_size": vocabulary.size})
     return SpeechLM.from_tensors(config, vocabulary, tensors, source)
 
 
@@ -206,7 +207,7 @@ def empty_hybrid(folder: Path) -> SpeechLM:
     content = read_manifest(folder / HYBRID_FILE, "cosyvoice2_hybrid", SCHEMA_VERSION)
     try:
         vocabulary = Vocabulary(**content["vocabulary"])
-        return SpeechLM(HybridConfig.from_dict(content["model"]), vocabulary, head_bias=True)
+        return SpeechLM(DecoderConfig.from_dict(content["model"]), vocabulary, head_bias=True)
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / HYBRID_FILE} is incomplete: {error}") from None
 
@@ -272,13 +273,7 @@ def _original_tensors(model: SpeechLM, reference: Mapping[str, Tensor], source: 
         f"{_DECODER}norm.weight": state["body.norm.weight"],
     }
     for name, tensor in state.items():
-        if match := re.fullmatch(r"body\.(layers\.\d+\.)shared_mlp\.(input|output)_linear\.weight", name):
-            layer = _DECODER + match[1] + "mlp."
-            if match[2] == "output":
-                tensors[f"{layer}down_proj.weight"] = tensor
-            else:
-                tensors[f"{layer}gate_proj.weight"], tensors[f"{layer}up_proj.weight"] = tensor.chunk(2)
-        elif name.startswith("body.layers."):
+        if name.startswith("body.layers."):
             tensors[_DECODER + name.removeprefix("body.")] = tensor
     for name, old in reference.items():
         # The LM never uses its lm_head; it stays as it was.

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
 from mamtra_ray.errors import InputError
-from mamtra_ray.models.checkpoint import read_sharded_tensors, read_transformers_config
-from mamtra_ray.models.hybrid import HybridConfig, body_tensors
+from mamtra_ray.models.checkpoint import read_sharded_tensors
+from mamtra_ray.models.decoder_config import DecoderConfig
+from mamtra_ray.models.pretrained import head_weight, read_decoder_config, split_checkpoint
 from mamtra_ray.teachers.base import SequenceFormat, SpeechLM, Teacher, Vocabulary
 
 FORMAT_FILE = "speech_lm.json"
@@ -40,8 +41,8 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | 
     """
     content = read_format(path)
     sequence = SequenceFormat(**content["sequence"], vocabulary=Vocabulary(**content["vocabulary"]))
-    config = HybridConfig.from_transformers(read_transformers_config(path))
-    model = speech_lm_from_checkpoint(config, sequence.vocabulary, read_sharded_tensors(path, device), path)
+    config, tied = read_decoder_config(path)
+    model = speech_lm_from_checkpoint(config, sequence.vocabulary, read_sharded_tensors(path, device), tied, path)
     model = model.to(device, dtype)
     return Teacher(
         name=path.resolve().name,
@@ -56,29 +57,36 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | 
 
 
 def speech_lm_from_checkpoint(
-    config: HybridConfig, vocabulary: Vocabulary, checkpoint: Mapping[str, Tensor], source: Path | str
+    config: DecoderConfig, vocabulary: Vocabulary, checkpoint: Mapping[str, Tensor], tied: bool, source: Path | str
 ) -> SpeechLM:
     """A SpeechLM of a Qwen2/Llama checkpoint whose embedding table is the unified one.
 
     Args:
         config: shape of the body; its ``vocab_size`` is that of the checkpoint.
         vocabulary: of the first ``vocabulary.size`` rows.
-        checkpoint: tensors under Hugging Face's names. Without ``lm_head.weight`` the embeddings are tied.
+        checkpoint: tensors under Hugging Face's names.
+        tied: the head is the embedding table (``tie_word_embeddings``).
         source: named in errors.
+
+    Raises:
+        InputError: a tensor is missing, misshapen, of a quantized type or without a place in the model.
     """
     if config.vocab_size < vocabulary.size:
         raise InputError(
             f"{source}: {config.vocab_size} embeddings are fewer than the vocabulary's {vocabulary.size} ids"
         )
-    tensors = body_tensors(checkpoint, config.num_layers)
-    tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][: vocabulary.size].clone()
-    tensors = {f"body.{name}": tensor for name, tensor in tensors.items()}
-    speech_rows = slice(vocabulary.speech_offset, vocabulary.control_offset)
-    head_weight = checkpoint.get("lm_head.weight", checkpoint["model.embed_tokens.weight"])
+    decoder, others = split_checkpoint(checkpoint, config, "model.", source)
+    embedding_VD = decoder["embed_tokens.weight"]
+    head_VD, bias_V = head_weight(others, embedding_VD, tied, source), others.pop("lm_head.bias", None)
+    if others:
+        raise InputError(f"{source} has a tensor this model does not know: {min(others)}")
+    tensors = {f"body.{name}": tensor for name, tensor in decoder.items()}
     # Cloned, so that the rows do not keep the whole matrix alive.
-    tensors["head.weight"] = head_weight[speech_rows].clone()
-    if "lm_head.bias" in checkpoint:
-        tensors["head.bias"] = checkpoint["lm_head.bias"][speech_rows].clone()
+    tensors["body.embed_tokens.weight"] = embedding_VD[: vocabulary.size].clone()
+    speech_rows = slice(vocabulary.speech_offset, vocabulary.control_offset)
+    tensors["head.weight"] = head_VD[speech_rows].clone()
+    if bias_V is not None:
+        tensors["head.bias"] = bias_V[speech_rows].clone()
     return SpeechLM.from_tensors(dataclasses.replace(config, vocab_size=vocabulary.size), vocabulary, tensors, source)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.models.checkpoint import read_sharded_tensors, read_transformers_config
-from mamtra_ray.models.hybrid import HybridConfig
+from mamtra_ray.models.checkpoint import read_sharded_tensors
+from mamtra_ray.models.pretrained import read_decoder_config
 from mamtra_ray.teachers.base import SequenceFormat, Teacher, Vocabulary
 from mamtra_ray.teachers.huggingface import speech_lm_from_checkpoint
 
@@ -43,7 +43,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | 
     Raises:
         InputError: a file is missing or damaged, or the vocabulary is not Llasa's.
     """
-    config = HybridConfig.from_transformers(read_transformers_config(path))
+    config, tied = read_decoder_config(path)
     tokenizer = load_tokenizer(path)
     first_code, end = _id_of(tokenizer, FIRST_CODE, path), _id_of(tokenizer, SPEECH_END, path)
     num_codes = config.vocab_size - first_code
@@ -59,7 +59,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | 
                 raise InputError(f"{path}: {name} has {len(table)} rows, the config {config.vocab_size} ids")
             checkpoint[name] = torch.cat([table, table[end : end + 1]])
     config = dataclasses.replace(config, vocab_size=vocabulary.size)
-    model = speech_lm_from_checkpoint(config, vocabulary, checkpoint, path).to(device, dtype)
+    model = speech_lm_from_checkpoint(config, vocabulary, checkpoint, tied, path).to(device, dtype)
     return Teacher(
         name=path.resolve().name,
         model=model,

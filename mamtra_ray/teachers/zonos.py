@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Mamba2Config
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from mamtra_ray.artifacts import read_json
 from mamtra_ray.errors import InputError
+from mamtra_ray.models.attention import attend
 from mamtra_ray.models.checkpoint import CONFIG_FILE, load_into, read_sharded_tensors
+from mamtra_ray.models.mamba import causal_conv_silu, gated_rms_norm
+from mamtra_ray.models.rope import Rope, rotate
+from mamtra_ray.models.ssd import ssd_scan
 
 NUM_CODEBOOKS = 9
 EMBEDDING_ROWS, HEAD_ROWS = 1026, 1025
@@ -156,25 +157,47 @@ class _Backbone(nn.Module):
 class _MambaLayer(nn.Module):
     def __init__(self, config: ZonosConfig) -> None:
         super().__init__()
-        mixer = Mamba2Config(
-            hidden_size=config.hidden_size,
-            num_heads=2 * config.hidden_size // config.mamba_head_dim,
-            head_dim=config.mamba_head_dim,
-            state_size=config.state_size,
-            expand=2,
-            n_groups=1,
-            conv_kernel=4,
-            chunk_size=256,
-            use_bias=False,
-            use_conv_bias=True,
-            layer_norm_epsilon=config.norm_eps,
-            num_hidden_layers=1,
-        )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.mixer = Mamba2Mixer(mixer, 0)
+        self.mixer = _Mamba2(config)
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         return hidden_BLD + self.mixer(self.norm(hidden_BLD))
+
+
+class _Mamba2(nn.Module):
+    """Mamba-2 as published (arXiv 2405.21060), twice the model's width: all heads share one B and one C, and the gated
+    norm is over all channels. Parameters are named as in mamba-ssm."""
+
+    def __init__(self, config: ZonosConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.inner_size = 2 * config.hidden_size
+        self.num_heads = self.inner_size // config.mamba_head_dim
+        channels = self.inner_size + 2 * config.state_size
+        self.in_proj = nn.Linear(config.hidden_size, self.inner_size + channels + self.num_heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, 4, groups=channels, padding=3)
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads))
+        self.D = nn.Parameter(torch.ones(self.num_heads))
+        self.norm = nn.RMSNorm(self.inner_size, eps=config.norm_eps)
+        self.out_proj = nn.Linear(self.inner_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        inner, state, P = self.inner_size, self.config.state_size, self.config.mamba_head_dim
+        z_BLI, u_BLC, dt_BLH = self.in_proj(hidden_BLD).split([inner, inner + 2 * state, self.num_heads], -1)
+        assert self.conv1d.bias is not None
+        conv_BLC = causal_conv_silu(u_BLC, self.conv1d.weight, self.conv1d.bias)
+        x_BLI, B_BLN, C_BLN = conv_BLC.split([inner, state, state], -1)
+        y_BLHP = ssd_scan(
+            x_BLI.unflatten(-1, (-1, P)), dt_BLH, -torch.exp(self.A_log.float()), B_BLN[:, :, None], C_BLN[:, :, None],
+            D_H=self.D, dt_bias_H=self.dt_bias,
+        )  # fmt: skip
+        assert isinstance(y_BLHP, Tensor)
+        # One "head" of all channels.
+        normed_BL1I = gated_rms_norm(
+            y_BLHP.flatten(2)[:, :, None], z_BLI[:, :, None], self.norm.weight[None], self.config.norm_eps
+        )
+        return self.out_proj(normed_BL1I[:, :, 0])
 
 
 class _AttentionLayer(nn.Module):
@@ -196,6 +219,7 @@ class _Attention(nn.Module):
     def __init__(self, config: ZonosConfig) -> None:
         super().__init__()
         self.config = config
+        self.rope = Rope({"rope_type": "default", "rope_theta": ROTARY_BASE}, config.head_dim, 1)
         rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.in_proj = nn.Linear(config.hidden_size, rows, bias=False)
         self.out_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
@@ -204,10 +228,11 @@ class _Attention(nn.Module):
         config = self.config
         heads_BLHP = self.in_proj(hidden_BLD).unflatten(-1, (-1, config.head_dim))
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        q_BHLP, k_BHLP, v_BHLP = (part.transpose(1, 2) for part in heads_BLHP.split(sizes, dim=2))
-        cos_1LP, sin_1LP = _rotary(hidden_BLD.shape[1], config.head_dim, hidden_BLD)
-        q_BHLP, k_BHLP = apply_rotary_pos_emb(q_BHLP, k_BHLP, cos_1LP, sin_1LP)
-        mixed_BHLP = functional.scaled_dot_product_attention(q_BHLP, k_BHLP, v_BHLP, is_causal=True, enable_gqa=True)
+        q_BHLP, k_BGLP, v_BGLP = (part.transpose(1, 2) for part in heads_BLHP.split(sizes, dim=2))
+        position_1L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)[None]
+        cos_1LP, sin_1LP = self.rope.cos_sin(position_1L, hidden_BLD.dtype)
+        q_BHLP, k_BGLP = (rotate(heads, cos_1LP, sin_1LP) for heads in (q_BHLP, k_BGLP))
+        mixed_BHLP = attend(q_BHLP, k_BGLP, v_BGLP, is_causal=True)
         return self.out_proj(mixed_BHLP.transpose(1, 2).flatten(2))
 
 
@@ -221,13 +246,6 @@ class _GatedMLP(nn.Module):
         # The gate is the second half here, the first one in Llama.
         value, gate = self.fc1(hidden_BLD).chunk(2, dim=-1)
         return self.fc2(value * functional.silu(gate))
-
-
-def _rotary(length: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (1, L, P) of the halves-rotated ("NeoX") form."""
-    frequencies = ROTARY_BASE ** (-torch.arange(0, width, 2, device=like.device).float() / width)
-    angles = torch.outer(torch.arange(length, device=like.device).float(), frequencies).repeat(1, 2)[None]
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 class _PrefixConditioner(nn.Module):

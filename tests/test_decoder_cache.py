@@ -1,14 +1,14 @@
-"""The growing cache against transformers' own, past several enlargements."""
+"""The cache against plain concatenation and transformers' own, past several enlargements."""
 
+import copy
 import pickle
 
 import pytest
 import torch
 from tiny_models import VOCABULARY, transformers_model, write_folder
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from mamtra_ray.models.cache import GrowingLayer, cache_bytes, drop_rows, past_length
+from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import make_student
 
@@ -19,20 +19,21 @@ def teacher(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_growing_layer_holds_what_dynamic_layer_holds(dtype):
-    growing, dynamic = GrowingLayer(), DynamicLayer()
-    generator = torch.Generator().manual_seed(0)
-    rows, buffers = 3, set()
+def test_growing_buffers_hold_what_concatenation_holds(dtype):
+    cache, generator = DecoderCache(), torch.Generator().manual_seed(0)
+    expected = torch.zeros(2, 3, 2, 0, 4, dtype=dtype)
+    buffers = set()
     for step, length in enumerate([5, 1, 1, 70, 1, 200, 1, 1] + [1] * 90):
         if step == 4:
             kept = torch.tensor([2, 0])
-            growing.select_rows(kept)
-            dynamic.reorder_cache(kept)
-            rows = 2
-        keys, values = torch.randn(2, rows, 2, length, 4, generator=generator).to(dtype).unbind()
-        found, expected = growing.update(keys, values), dynamic.update(keys, values)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-        assert growing.get_seq_length() == dynamic.get_seq_length()
+            cache.keep_rows(kept)
+            expected = expected[:, kept]
+        new = torch.randn(2, expected.shape[1], 2, length, 4, generator=generator).to(dtype)
+        expected = torch.cat([expected, new], 3)
+        found = cache.append(7, *new.unbind())
+        cache.length += length
+        assert torch.equal(torch.stack(found), expected)
+        assert cache.num_bytes == expected.numel() * expected.element_size()
         buffers.add(found[0].data_ptr())
     # Enlarged now and then, not at every step.
     assert 3 <= len(buffers) <= 8
@@ -41,38 +42,48 @@ def test_growing_layer_holds_what_dynamic_layer_holds(dtype):
 def test_sizes_lengths_and_rows(teacher):
     student = make_student(teacher, "AMMA")
     cache = student.new_cache()
-    assert past_length(cache) == 0 and past_length(None) == 0 and cache_bytes(cache) == 0
+    assert cache.length == 0 and cache.num_bytes == 0
     with torch.no_grad():
         student(torch.zeros(3, 11, dtype=torch.int64), past_key_values=cache)
-    assert past_length(cache) == 11
+    assert cache.length == 11
     # 2 attention layers: K and V of 2 heads of 8; 2 Mamba layers: 4 states of 8 x 8 and 64 channels of 4 inputs.
     per_row = 2 * (2 * 2 * 8 * 11) + 2 * (4 * 8 * 8 + 64 * 4)
-    assert cache_bytes(cache) == 3 * per_row * 4
-    drop_rows(cache, torch.tensor([1]))
-    assert cache_bytes(cache) == per_row * 4
-    assert past_length(make_student(teacher, "MMMM").new_cache()) is None
+    assert cache.num_bytes == 3 * per_row * 4
+    cache.keep_rows(torch.tensor([1]))
+    assert cache.num_bytes == per_row * 4
+
+
+def test_layers_without_attention_count_their_positions_too(teacher):
+    student = make_student(teacher, "MMMM")
+    cache, ids = student.new_cache(), torch.arange(6)[None]
+    with torch.no_grad():
+        student(ids, past_key_values=cache)
+        assert cache.length == 6
+        with pytest.raises(ValueError, match="6 past and 1 new"):
+            student(ids[:, :1], torch.ones(1, 6), past_key_values=cache)
 
 
 def test_long_decoding_equals_transformers_cache(teacher):
     """Our cache against DynamicCache in transformers' own model, over enough steps for several enlargements."""
     ids = torch.randint(VOCABULARY.size, (2, 160), generator=torch.Generator().manual_seed(3))
-    model, dynamic, growing = transformers_model(), None, teacher.new_cache()
+    model, teacher = transformers_model().double(), copy.deepcopy(teacher).double()
+    ours = teacher.new_cache()
+    theirs = DynamicCache(config=model.config)
     with torch.no_grad():
         for position in range(160):
             step = ids[:, position : position + 1]
-            dynamic = dynamic or DynamicCache(config=model.config)
-            expected = model.model(step, past_key_values=dynamic).last_hidden_state
-            found = teacher.hidden_states(step, past_key_values=growing)
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+            expected = model.model(step, past_key_values=theirs).last_hidden_state
+            found = teacher.hidden_states(step, past_key_values=ours)
+            torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_models_can_be_sent_to_other_processes(teacher):
     student = make_student(teacher, "AMMA")
-    copy = pickle.loads(pickle.dumps(student))
+    received = pickle.loads(pickle.dumps(student))
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        assert torch.equal(copy(ids), student(ids))
-    assert copy.fingerprint() == student.fingerprint()
+        assert torch.equal(received(ids), student(ids))
+    assert received.fingerprint() == student.fingerprint()
 
 
 @pytest.mark.gpu
