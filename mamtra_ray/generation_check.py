@@ -24,7 +24,6 @@ import mamtra_ray
 from mamtra_ray.errors import InputError
 from mamtra_ray.generate import generate, prefill
 from mamtra_ray.layouts import from_strategy
-from mamtra_ray.models.cache import drop_rows
 from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
@@ -221,7 +220,7 @@ def _cached(
     for step in range(STEPS):
         if step == STEPS // 2 and len(rows) > 1:
             rows, kept = rows[1:], torch.arange(1, len(rows), device=model.device)
-            drop_rows(start.cache, kept)
+            start.cache.keep_rows(kept)
             start.mask_BT = None if start.mask_BT is None else start.mask_BT[kept]
         if start.mask_BT is not None:
             start.mask_BT = torch.cat([start.mask_BT, start.mask_BT.new_ones(len(rows), 1)], 1)

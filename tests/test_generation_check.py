@@ -20,6 +20,8 @@ from mamtra_ray.generation_check import (
     disturb,
     tolerance,
 )
+from mamtra_ray.models.cache import DecoderCache
+from mamtra_ray.models.rope import Rope
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import SpeechLM, make_student
 
@@ -83,6 +85,13 @@ def test_a_cache_that_forgets_is_caught(model, monkeypatch):
     refused(model, "decoding from the cache, step 1,")
 
 
+@pytest.mark.parametrize("layout", ["AAAM", "MMMM"])
+def test_a_mamba_state_that_is_not_kept_is_caught(teacher, monkeypatch, layout):
+    monkeypatch.setattr(DecoderCache, "set_state", lambda *_: None)
+    hybrid = make_student(teacher.model, layout).eval()
+    refused(hybrid, "decoding from the cache, step 1,")
+
+
 def test_padding_that_leaks_is_caught(model, monkeypatch):
     with_hidden_states(monkeypatch, lambda _, arguments: {**arguments, "attention_mask_BL": None})
     refused(model, "a batch padded on the left, step 0,")
@@ -90,20 +99,18 @@ def test_padding_that_leaks_is_caught(model, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["AAAA", "AMMM"])
 def test_a_position_that_is_off_by_one_is_caught(teacher, monkeypatch, layout):
-    model = make_student(teacher.model, layout).eval()
-    rotary = model.body.rotary_emb
-    sound = rotary.forward
+    sound = Rope.cos_sin
 
-    def shifted(x, position_ids):
-        return sound(x, position_ids + 1 if position_ids.shape[-1] == 1 else position_ids)
+    def shifted(self, position_BL, dtype):
+        return sound(self, position_BL + 1 if position_BL.shape[-1] == 1 else position_BL, dtype)
 
-    monkeypatch.setattr(rotary, "forward", shifted)
-    refused(model, "decoding from the cache, step 1,")
+    monkeypatch.setattr(Rope, "cos_sin", shifted)
+    refused(make_student(teacher.model, layout).eval(), "decoding from the cache, step 1,")
 
 
 def test_rows_that_leave_the_batch_wrongly_are_caught(model, monkeypatch):
-    sound = generation_check.drop_rows
-    monkeypatch.setattr(generation_check, "drop_rows", lambda cache, rows: sound(cache, rows - 1))
+    sound = DecoderCache.keep_rows
+    monkeypatch.setattr(DecoderCache, "keep_rows", lambda cache, rows: sound(cache, 0 * rows))
     refused(model, f"a batch padded on the left, step {generation_check.STEPS // 2 + 1},")
 
 
