@@ -29,8 +29,8 @@ from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
 from mamtra_ray.teachers.sequences import SequenceFormat
 
-STEPS = 4
-"""Speech tokens fed one by one; as many as the mixer's convolution sees at once."""
+STEPS = 3
+"""Speech tokens fed one by one: with the prompt's last one, as many as the mixer's convolution sees at once."""
 _TEXT_AND_PROMPT_SPEECH = ((24, 10), (6, 2), (3, 0))
 """Tokens of the three examples. The first is longer than a chunk of the state-space scan (32)."""
 
@@ -56,10 +56,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Example:
-    """Unified ids of a prompt (L,) and speech ids (K,) that follow it."""
+    """Unified ids of a prompt (L,) and speech ids (K,) that follow it, the first of which ``generate`` has drawn."""
 
     prompt: Tensor
     speech: Tensor
+    num_drawn: int
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -94,19 +95,19 @@ def check_generation(model: SpeechLM, sequence: SequenceFormat, name: str) -> Di
         GenerationCheckError: generation computes something else.
         NonFiniteLogitsError: the model's logits are not finite.
     """
-    examples = _examples(sequence, model.device)
-    expected_1KS = [_full_pass(model, example) for example in examples]
-    if not all(bool(torch.isfinite(logits_KS).all()) for logits_KS in expected_1KS):
-        raise NonFiniteLogitsError(
-            f"{name} ({_described(model)}) computes logits that are not finite: its weights are damaged or its "
-            "training has diverged"
-        )
+    try:
+        examples = _examples(model, sequence)
+        expected_1KS = [_full_pass(model, example) for example in examples]
+    except NonFiniteLogitsError as error:
+        raise NonFiniteLogitsError(f"{name} ({_described(model)}): {error}") from None
     differences = [
         compared(logits_BS, torch.stack([expected_1KS[row][step] for row in rows]), f"{what}, step {step}")
         for what, rows in {"decoding from the cache": (0,), "a batch padded on the left": (1, 2)}.items()
         for step, rows, logits_BS in _cached(model, examples, rows)
     ]
-    differences.append(_greedy_difference(model, examples[1:]))
+    differences += [
+        _greedy_difference(model, example, logits_KS) for example, logits_KS in zip(examples, expected_1KS, strict=True)
+    ]
     worst = max(differences, key=lambda difference: difference.relative)
     if worst.relative > tolerance(model.dtype, model.device):
         # The first one says more about the cause than the largest.
@@ -193,21 +194,33 @@ def compared(found_BS: Tensor, expected_BS: Tensor, where: str) -> Difference:
     return Difference(where, max(ratios), largest)
 
 
-def _examples(sequence: SequenceFormat, device: torch.device) -> list[_Example]:
-    examples = []
+def _examples(model: SpeechLM, sequence: SequenceFormat) -> list[_Example]:
+    """The first one goes on with random speech, the others with what ``generate`` says, as one batch."""
+    prompts, speeches = [], []
     for seed, (num_text, num_prompt_speech) in enumerate(_TEXT_AND_PROMPT_SPEECH):
-        prompt = random_example(sequence, num_text, num_prompt_speech, seed)
+        prompts.append(random_example(sequence, num_text, num_prompt_speech, seed).to(model.device))
         generator = torch.Generator().manual_seed(seed)
-        speech = torch.randint(sequence.vocabulary.speech_size, (STEPS,), generator=generator)
-        examples.append(_Example(prompt.to(device), speech.to(device)))
-    return examples
+        random_K = torch.randint(sequence.vocabulary.speech_size, (STEPS,), generator=generator)
+        speeches.append(random_K.to(model.device))
+    # Of different lengths, so that a row leaves the batch.
+    drawn = (0, STEPS, STEPS - 1)
+    try:
+        spoken = generate(model, prompts[1:], [(length, length) for length in drawn[1:]])
+    except InputError as error:
+        raise NonFiniteLogitsError(str(error)) from None
+    for speech_K, said in zip(speeches[1:], spoken, strict=True):
+        speech_K[: len(said.tokens)] = torch.tensor(said.tokens, device=model.device)
+    return [_Example(*fields) for fields in zip(prompts, speeches, drawn, strict=True)]
 
 
 def _full_pass(model: SpeechLM, example: _Example) -> Tensor:
     """Logits (K + 1, S) after the prompt and after each speech token: alone, unpadded, without a cache."""
     ids_L = torch.cat([example.prompt, example.speech + model.vocabulary.speech_offset])
     hidden_1LD = model.hidden_states(input_ids_BL=ids_L[None])
-    return model.logits(hidden_1LD[0, len(example.prompt) - 1 :])
+    logits_KS = model.logits(hidden_1LD[0, len(example.prompt) - 1 :])
+    if not bool(logits_KS.isfinite().all()):
+        raise NonFiniteLogitsError("the model's logits are not finite (NaN or infinity): is it damaged, or diverged?")
+    return logits_KS
 
 
 def _cached(
@@ -233,25 +246,20 @@ def _cached(
         yield step + 1, rows, model.logits(hidden_B1D[:, 0])
 
 
-def _greedy_difference(model: SpeechLM, examples: Sequence[_Example]) -> Difference:
+def _greedy_difference(model: SpeechLM, example: _Example, logits_KS: Tensor) -> Difference:
     """By how much the tokens that ``generate`` drew miss the highest score of a full forward pass.
 
     Half the miss is one logit's error: a tie of two scores that are both off by it.
     """
-    # Of different lengths, so that a row leaves the batch.
-    lengths = [STEPS - row for row in range(len(examples))]
-    spoken = generate(model, [example.prompt for example in examples], [(length, length) for length in lengths])
-    stop_ids = torch.tensor(model.vocabulary.stop_ids, device=model.device)
+    tokens_K = example.speech[: example.num_drawn]
+    scores_KS = logits_KS[: example.num_drawn].double()
+    spread_K = _root_mean_square(_centered(scores_KS))
+    scores_KS[:, list(model.vocabulary.stop_ids)] = -math.inf
+    miss_K = (scores_KS.amax(-1) - scores_KS.gather(-1, tokens_K[:, None])[:, 0]) / 2
     worst = Difference("greedy generation", 0.0, 0.0)
-    for example, said in zip(examples, spoken, strict=True):
-        tokens_K = torch.tensor(said.tokens, device=model.device)
-        scores_KS = _full_pass(model, _Example(example.prompt, tokens_K))[:-1].float()
-        spread_K = _root_mean_square(scores_KS - scores_KS.mean(-1, keepdim=True))
-        scores_KS[:, stop_ids] = -math.inf
-        miss_K = (scores_KS.amax(-1) - scores_KS.gather(-1, tokens_K[:, None])[:, 0]) / 2
-        for step, (miss, spread) in enumerate(zip(miss_K.tolist(), spread_K.tolist(), strict=True)):
-            if _ratio(miss, spread) > worst.relative:
-                worst = Difference(f"greedy generation, token {step}", _ratio(miss, spread), miss)
+    for step, (miss, spread) in enumerate(zip(miss_K.tolist(), spread_K.tolist(), strict=True)):
+        if _ratio(miss, spread) > worst.relative:
+            worst = Difference(f"greedy generation, token {step}", _ratio(miss, spread), miss)
     return worst
 
 

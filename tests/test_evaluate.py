@@ -310,7 +310,7 @@ def test_a_student_that_has_diverged_fails_by_name_and_stops_nobody(place, tmp_p
     systems = [f"--system=bad={tmp_path / 'diverged'}", f"--system=good={place / 'student'}"]
     assert evaluate.main([*overrides, *systems, "--run", str(tmp_path / "run")]) == 2
     printed = capsys.readouterr()
-    reason = "system 'bad' (layout AMAM, float32 on cpu) computes logits that are not finite"
+    reason = "system 'bad' (layout AMAM, float32 on cpu): the model's logits are not finite"
     assert printed.err.splitlines()[-1].startswith(f"error: no sentence of system 'bad' could be spoken: {reason}")
     assert "alarm: bad says nothing that can be heard in 100 % of the sentences (system 'bad' (layout" in printed.out
     rows = {

@@ -133,7 +133,7 @@ def test_a_near_tie_is_no_error(teacher):
 def test_logits_that_are_not_finite_have_an_error_of_their_own(model):
     with torch.no_grad():
         model.head.weight[3] = torch.nan
-    with pytest.raises(NonFiniteLogitsError, match=r"^the student \(layout .*\) computes logits that are not finite"):
+    with pytest.raises(NonFiniteLogitsError, match=r"^the student \(layout .*\): the model.s logits are not finite"):
         check_generation(model, SEQUENCE, "the student")
 
 
