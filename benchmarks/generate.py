@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -30,15 +31,14 @@ import torch
 from measurement import paired, print_table, write_result
 from random_models import random_teacher
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
-from transformers.cache_utils import LinearAttentionLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from mamtra_ray.efficiency import ARCHITECTURES, published_layouts
 from mamtra_ray.efficiency_architectures import Architecture
 from mamtra_ray.generate import Prefilled, decode, prefill
 from mamtra_ray.layouts import Layout, from_strategy
-from mamtra_ray.models.cache import cache_bytes
+from mamtra_ray.models.cache import DecoderCache
+from mamtra_ray.models.mamba import MixerState
 from mamtra_ray.teachers.base import SpeechLM, Vocabulary, make_student
 
 SHAPE = ARCHITECTURES["cosyvoice2"]
@@ -66,8 +66,8 @@ class Contestant:
     """A model, how it makes an empty cache, and how it decodes a number of tokens from a filled one."""
 
     model: torch.nn.Module
-    new_cache: Callable[[], Cache]
-    decode: Callable[[Cache, int, int, int], Tensor]
+    new_cache: Callable[[], Any]
+    decode: Callable[[Any, int, int, int], Tensor]
     prefill: Callable[[Tensor], object]
 
     @property
@@ -84,7 +84,7 @@ def layouts_of(num_layers: int) -> dict[str, Layout]:
 
 
 def ours(model: SpeechLM) -> Contestant:
-    def run(cache: Cache, batch: int, _context: int, tokens: int) -> Tensor:
+    def run(cache: DecoderCache, batch: int, _context: int, tokens: int) -> Tensor:
         logits_BS = torch.zeros(batch, model.vocabulary.speech_size, dtype=model.dtype)
         logits_BS[:, 1] = 1
         # The first of these comes from the given scores, so there are as many forward passes as tokens.
@@ -99,7 +99,7 @@ def transformers_generate(model: torch.nn.Module, vocabulary: Vocabulary) -> Con
     not_speech = [*range(vocabulary.speech_offset), *range(vocabulary.control_offset, vocabulary.size)]
     model.generation_config = GenerationConfig(pad_token_id=stop_ids[0])
 
-    def run(cache: Cache, batch: int, context: int, tokens: int) -> Tensor:
+    def run(cache: DynamicCache, batch: int, context: int, tokens: int) -> Tensor:
         # generate() wants the ids of the whole context and feeds those that the cache lacks: the last one.
         ids_BT = torch.full((batch, context + 1), vocabulary.speech_offset + 1)
         output = model.generate(
@@ -134,16 +134,8 @@ def qwen2(teacher: SpeechLM) -> Qwen2ForCausalLM:
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=False,
     )
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(qwen)
-    model.model.rotary_emb = Qwen2RotaryEmbedding(qwen)
-    tensors = {}
-    for name, tensor in teacher.body.state_dict().items():
-        if name.endswith("input_linear.weight"):
-            layer = name.removesuffix("shared_mlp.input_linear.weight")
-            tensors[f"model.{layer}mlp.gate_proj.weight"], tensors[f"model.{layer}mlp.up_proj.weight"] = tensor.chunk(2)
-        else:
-            tensors[f"model.{name.replace('shared_mlp.output_linear', 'mlp.down_proj')}"] = tensor
+    model = Qwen2ForCausalLM(qwen)
+    tensors = {f"model.{name}": tensor for name, tensor in teacher.body.state_dict().items()}
     tensors["lm_head.weight"] = torch.zeros(config.vocab_size, config.hidden_size, dtype=teacher.dtype)
     vocabulary = teacher.vocabulary
     tensors["lm_head.weight"][vocabulary.speech_offset : vocabulary.control_offset] = teacher.head.weight
@@ -171,23 +163,46 @@ def contestants(num_layers: int, dtype: torch.dtype) -> dict[str, Contestant]:
     }
 
 
-def filled_cache(contestant: Contestant, shape: Architecture, batch: int, context: int, dtype: torch.dtype) -> Cache:
+def filled_cache(contestant: Contestant, shape: Architecture, batch: int, context: int, dtype: torch.dtype) -> Any:
     """Random keys, values and states, equal for equal cache shapes."""
-    cache = contestant.new_cache()
+    model, cache = contestant.model, contestant.new_cache()
+    ours = isinstance(model, SpeechLM)
+    kinds = str(model.layout) if ours else ["AM"[kind != "full_attention"] for kind in model.config.layer_types]
     generator = torch.Generator().manual_seed(0)
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, LinearAttentionLayer):
-            size = (batch, shape.num_kv_heads, context, shape.head_dim)
-            keys_and_values = (torch.empty(size, dtype=dtype).normal_(generator=generator) for _ in range(2))
-            layer.update(*keys_and_values)
+    heads, groups, P = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    # The expanded mixer convolves every head's x and B, the compact one every key-value head's.
+    channels = (heads + 2 * (groups if ours else heads)) * P
+    for layer, kind in enumerate(kinds):
+        if kind == "A":
+            size = (batch, groups, context, P)
+            keys, values = (torch.empty(size, dtype=dtype).normal_(generator=generator) for _ in range(2))
+            if ours:
+                cache.append(layer, keys, values)
+            else:
+                cache.update(keys, values, layer)
             continue
-        # The expanded mixer convolves every head's x and B, the compact one every key-value head's.
-        heads, P = shape.num_heads, shape.head_dim
-        own = isinstance(contestant.model, SpeechLM)
-        channels = (heads + 2 * (shape.num_kv_heads if own else heads)) * P
-        cache.update_conv_state(torch.zeros(batch, channels, 4, dtype=dtype), index)
-        cache.update_recurrent_state(torch.empty(batch, heads, P, P).normal_(generator=generator), index)
+        conv = torch.zeros(batch, channels, 4, dtype=dtype)
+        states = torch.empty(batch, heads, P, P).normal_(generator=generator)
+        if ours:
+            cache.set_state(layer, MixerState(conv, states))
+        else:
+            cache.update_conv_state(conv, layer)
+            cache.update_recurrent_state(states, layer)
+    if ours:
+        cache.length = context
     return cache
+
+
+def bytes_in_use(cache: Any) -> int:
+    """Of keys, values and states."""
+    if isinstance(cache, DecoderCache):
+        return cache.num_bytes
+    tensors: list[Tensor] = []
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            held = value.values() if isinstance(value, dict) else [value]
+            tensors += [tensor for tensor in held if isinstance(tensor, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -285,7 +300,7 @@ def decoding_rows(
                 "times the teacher's": round(1 / timing.ratio, 2),
                 "low": round(1 / timing.ratio_high, 2),
                 "high": round(1 / timing.ratio_low, 2),
-                "cache MB": round(cache_bytes(filled_cache(contestant, SHAPE, batch, context, dtype)) / 1e6, 1),
+                "cache MB": round(bytes_in_use(filled_cache(contestant, SHAPE, batch, context, dtype)) / 1e6, 1),
                 "peak MB": round(peak / 1e6, 1),
                 "weights MB": round(contestant.weight_bytes / 1e6),
             }

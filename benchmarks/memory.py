@@ -27,8 +27,6 @@ from measurement import print_table, quartiles, write_result
 
 from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes, published_layouts, total_parameters
 from mamtra_ray.layouts import Layout
-from mamtra_ray.models.cache import GrowingLayer
-from mamtra_ray.models.cache import cache_bytes as bytes_in_use
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.teachers.base import SpeechLM
 from mamtra_ray.teachers.sequences import Vocabulary
@@ -70,7 +68,7 @@ def measure(letters: str, contexts: list[int], batch: int, dtype_name: str, devi
         release_free_memory()
         before = held_now(device)
         cache = filled_cache(model, context, batch)
-        held = bytes_in_use(cache)
+        held = cache.num_bytes
         release_free_memory()
         reset_peak(device)
         decode(model, cache, batch)
@@ -87,12 +85,13 @@ def release_free_memory() -> None:
 
 
 def filled_cache(model: SpeechLM, context: int, batch: int):  # type: ignore[no-untyped-def]
-    """A cache that holds ``context`` tokens of ``batch`` sequences: the first token's, repeated."""
-    cache = model.new_cache()
+    """A cache that holds ``context`` tokens of ``batch`` sequences: zeros for keys and values, the states of one token."""
+    cache, shape = model.new_cache(), model.config
     model.hidden_states(torch.zeros(batch, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
-    for layer in cache.layers:
-        if isinstance(layer, GrowingLayer):
-            layer.update(*(tensor.repeat(1, 1, context - 1, 1) for tensor in (layer.keys, layer.values)))
+    zeros = torch.zeros(batch, shape.num_kv_heads, context - 1, shape.head_dim, dtype=model.dtype, device=model.device)
+    for layer in model.layout.attention_layers:
+        cache.append(layer, zeros, zeros)
+    cache.length = context
     return cache
 
 

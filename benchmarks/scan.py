@@ -5,8 +5,8 @@
     python benchmarks/scan.py --parts core --lengths 1024 2048 --dtypes float32
 
 One thread, batch 1, the sizes of CosyVoice 2 (hidden 896, 14 query and 2 key-value heads of 64). Three parts: the
-``core`` (scan against scans and scaled-dot-product attention), the ``mixer`` (with projections, against Qwen2's
-attention) and the whole ``layer`` (with norms and MLP, against Qwen2's). Every contender gets the same inputs and does
+``core`` (scan against scans and scaled-dot-product attention), the ``mixer`` (with projections, against our attention,
+which equals Qwen2's) and the whole ``layer`` (with norms and MLP). Every contender gets the same inputs and does
 what its interface asks for (repeating heads, softplus); a contender that takes longer than --limit for one call is
 left out at greater lengths. Mixer and layer are measured in bfloat16 only where the processor multiplies in it; where
 it does not (AVX2), their projections take 30 times as long as in float32 and nothing else is to be seen.
@@ -33,11 +33,13 @@ import torch.nn.functional as F
 from foreign_packages import folder
 from measurement import Timing, paired, print_table, write_result
 from torch import Tensor, nn
-from transformers import Qwen2Config
-from transformers.models.granitemoehybrid.modeling_granitemoehybrid import mamba2_chunk_scan
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-from mamtra_ray.models.mamba import MambaMixer, MixerConfig
+from mamtra_ray.layouts import Layout
+from mamtra_ray.models.attention import Attention
+from mamtra_ray.models.decoder import DecoderLayer
+from mamtra_ray.models.decoder_config import DecoderConfig
+from mamtra_ray.models.mamba import MambaMixer
+from mamtra_ray.models.pass_inputs import pass_inputs
 from mamtra_ray.models.ssd import ssd_scan
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHUNK = 896, 14, 2, 64, 64
@@ -105,9 +107,6 @@ def core_contenders(length: int, dtype: torch.dtype, foreign: dict[str, Callable
             x.repeat_interleave(group, 2), F.softplus(dt + bias), A, B.repeat_interleave(group, 2), C
         )
 
-    def transformers_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        return mamba2_chunk_scan(x, dt, A, B, C, CHUNK)
-
     contenders: dict[str, Any] = {}
     for name, heads in ((OURS, HEADS), ("ours, per_kv_head", KV_HEADS)):
         dt, A, bias = decay(heads)
@@ -116,8 +115,7 @@ def core_contenders(length: int, dtype: torch.dtype, foreign: dict[str, Callable
             return ssd_scan(x, dt, A, B, C, dt_bias_H=bias, chunk_size=CHUNK)
 
         contenders[name] = (ours, [x, dt, A, B, C, bias])
-    others = {"transformers mamba2_chunk_scan": transformers_scan, **foreign}
-    for name, function in others.items():
+    for name, function in foreign.items():
         decays = decay(HEADS)
         contenders[name] = (repeated(function, decays), [x, B, C, *decays])
     contenders["SDPA, causal"] = (
@@ -129,40 +127,30 @@ def core_contenders(length: int, dtype: torch.dtype, foreign: dict[str, Callable
     return contenders
 
 
-class _MixerAsAttention(nn.Module):
-    """Our mixer in the place of a Qwen2 layer's self_attn."""
-
-    def __init__(self, config: MixerConfig) -> None:
-        super().__init__()
-        self.mixer = MambaMixer(config)
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return self.mixer(hidden_states), None
-
-
 def layer_contenders(part: str, length: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Our mixer against Qwen2's attention, alone or in Qwen2's decoder layer. bfloat16 is autocast, as in training."""
+    """Our mixer against attention, alone or in a decoder layer. bfloat16 is autocast, as in training."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=HIDDEN, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, intermediate_size=4864,
-        num_hidden_layers=1, attn_implementation="sdpa",
-    )  # fmt: skip
     hidden = torch.randn(1, length, HIDDEN, requires_grad=True)
-    position = Qwen2RotaryEmbedding(config)(hidden, torch.arange(length)[None])
     contenders: dict[str, Any] = {}
-    for name in (OURS, "ours, per_kv_head", "Qwen2 attention (SDPA)"):
-        layer = Qwen2DecoderLayer(config, 0)
-        if name.startswith("ours"):
-            sharing: Any = name.removeprefix("ours, ")
-            layer.self_attn = _MixerAsAttention(
-                MixerConfig(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, state_sharing=sharing, chunk_size=CHUNK)
-            )
-        module = layer if part == "layer" else layer.self_attn
+    for name in (OURS, "ours, per_kv_head", "attention (SDPA)"):
+        is_ours = name.startswith("ours")
+        sharing: Any = name.removeprefix("ours, ") if is_ours else "per_query_head"
+        config = DecoderConfig(
+            layout=Layout("M" if is_ours else "A"), vocab_size=1, hidden_size=HIDDEN, intermediate_size=4864,
+            num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, max_position_embeddings=32768, qkv_bias=True,
+            state_sharing=sharing, chunk_size=CHUNK,
+        )  # fmt: skip
+        inputs = pass_inputs(config.rope, hidden)
+        if part == "layer":
+            module: nn.Module = DecoderLayer(config, 0)
+        else:
+            module = MambaMixer(config.mixer) if is_ours else Attention(config, 0)
+        arguments = (hidden,) if isinstance(module, MambaMixer) else (hidden, inputs)
 
-        def run(module: nn.Module = module) -> Tensor:
+        def run(module: nn.Module = module, arguments: tuple[Any, ...] = arguments) -> Tensor:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                out = module(hidden, position_embeddings=position, attention_mask=None)
-            return out[0] if isinstance(out, tuple) else out
+                return module(*arguments)
 
         contenders[name] = (run, [hidden, *module.parameters()])
     return contenders
@@ -296,7 +284,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     crossovers: list[dict[str, str]] = []
     for part in arguments.parts:
-        attention = "SDPA, causal" if part == "core" else "Qwen2 attention (SDPA)"
+        attention = "SDPA, causal" if part == "core" else "attention (SDPA)"
         for dtype in arguments.dtypes:
             if part != "core" and dtype == "bfloat16" and not has_bfloat16_products():
                 print(f"{part}, bfloat16: left out, this processor has no products of bfloat16", flush=True)

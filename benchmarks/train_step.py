@@ -127,8 +127,7 @@ def parts_of(setting: Setting) -> dict[str, tuple[int, Callable[[], object]]]:
     attention_layer = student.layout.attention_layers[0]
     mamba_layer = student.layout.mamba_layers[0]
     layers = student.body.layers
-    positions = torch.arange(length)[None]
-    rope = student.body.rotary_emb(x_BLD, positions)
+    inputs = student.body.inputs(x_BLD)
 
     def both_ways(function: Callable[[Tensor], Tensor]) -> Callable[[], object]:
         parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -157,16 +156,16 @@ def parts_of(setting: Setting) -> dict[str, tuple[int, Callable[[], object]]]:
     return {
         "attention": (
             counts[0],
-            both_ways(lambda x: attention(x, attention_mask=None, position_embeddings=rope)[0]),
+            both_ways(lambda x: attention(x, inputs)),
         ),
         "Mamba mixer": (counts[1], both_ways(layers[mamba_layer].mamba)),
-        "MLP": (student.config.num_layers, both_ways(layers[0].shared_mlp)),
+        "MLP": (student.config.num_layers, both_ways(layers[0].mlp)),
         "norm and residual": (
             2 * student.config.num_layers,
             both_ways(lambda x: x + layers[0].input_layernorm(x)),
         ),
         "head and losses": (1, loss),
-        "optimiser": (1, optimizer.step),
+        "optimizer": (1, optimizer.step),
     }
 
 

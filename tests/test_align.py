@@ -103,7 +103,8 @@ def test_output_projections_are_the_least_squares_solution(teacher):
         inputs, outputs = torch.cat(features).double().numpy(), torch.cat(targets).double().numpy()
         solution, *_ = np.linalg.lstsq(inputs, outputs, rcond=None)
         best = np.square(inputs @ solution - outputs).sum() / np.square(outputs).sum()
-        assert best <= after[layer] < best + 2e-3  # the ridge costs a little
+        # The ridge costs a little; the errors are sums in float32.
+        assert best - 1e-6 <= after[layer] < best + 2e-3
         assert after[layer] < before[layer]
 
 
