@@ -161,6 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
     export_student(student_folder(options.run, str(layout)), output, rows[str(layout)], teacher, config.teacher)
     print(output)
+    if alarm := rows[str(layout)].get("alarm"):
+        print(f"alarm: {layout} {alarm}", file=sys.stderr)
     return 0
 
 

@@ -3,6 +3,9 @@
 Straight down: teacher cache -> aligned mixers -> probe -> Tune + Optuna -> finalists on Ray Train -> speech and WER
 -> export -> report. Every step leaves its result in a folder named by what made it and is reused when that fits, so
 the same command goes on after any stop.
+
+Exit codes: 0 a result that can be used; 2 input or an installation that cannot; 3 the run is complete and its report
+written, but nothing it found can be used (:mod:`mamtra_ray.verdict`); 130 stopped.
 """
 
 from __future__ import annotations

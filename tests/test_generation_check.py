@@ -4,6 +4,7 @@ import copy
 import re
 
 import pytest
+import ray
 import torch
 import transformers
 from tiny_models import SEQUENCE, VOCABULARY, transformers_model, write_folder
@@ -11,11 +12,13 @@ from tiny_models import SEQUENCE, VOCABULARY, transformers_model, write_folder
 from mamtra_ray import generate as generation
 from mamtra_ray import generation_check
 from mamtra_ray.errors import InputError
+from mamtra_ray.evaluation_pool import result_of
 from mamtra_ray.generation_check import (
     GenerationCheckError,
     NonFiniteLogitsError,
     check_generation,
     check_teacher_and_hybrid,
+    check_teacher_on_worker,
     compared,
     disturb,
     tolerance,
@@ -156,6 +159,20 @@ def test_before_a_search_teacher_and_hybrid_are_checked(teacher, monkeypatch):
     assert len(convolutions) == 6
     for name in convolutions:
         assert not torch.equal(models[1].state_dict()[name], new.state_dict()[name]), "in a new one no error would show"
+
+
+def test_the_check_of_a_search_as_a_ray_task(teacher, tmp_path, ray_cluster):
+    """How a cluster with GPUs is checked: on a worker, whose errors keep their type."""
+    write_folder(tmp_path, transformers_model())
+    task = ray.remote(check_teacher_on_worker)
+    found = result_of(task.remote("huggingface", str(tmp_path), "1:1", "per_query_head"))
+    assert 0 < found.relative < tolerance(torch.float32, torch.device("cpu"))
+    model = transformers_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.inf)
+    write_folder(tmp_path, model)
+    with pytest.raises(NonFiniteLogitsError, match=r"^teacher .* are not finite"):
+        result_of(task.remote("huggingface", str(tmp_path), "1:1", "per_query_head"))
 
 
 @pytest.mark.gpu
