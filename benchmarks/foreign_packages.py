@@ -15,11 +15,12 @@ from pathlib import Path
 
 MAMBA_SSM = "mamba-ssm==2.3.2.post1"
 FLA = "fla-core==0.6.0"
+LOCK = Path(__file__).parents[1] / "constraints.txt"
 
 
 def _pip_install(target: Path, *arguments: str, **environment: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target), *arguments],
+        [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", LOCK, "--target", target, *arguments],
         check=True,
         env={**os.environ, **environment},
         stdout=sys.stderr,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -16,8 +17,18 @@ from mamtra_ray.errors import InputError
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
-def connect(address: str | None = None) -> dict[str, float]:
-    """Join a Ray cluster, or start one in this process; returns its resources.
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster that this process has joined."""
+
+    resources: dict[str, float]
+    """Amounts by name: CPU, GPU, memory in bytes, and others that nodes announce."""
+    dashboard: str
+    """Where its dashboard answers, such as ``127.0.0.1:8265``; ``off`` without one."""
+
+
+def connect(address: str | None = None) -> Cluster:
+    """Join a Ray cluster, or start one in this process; one that is joined already stays.
 
     Args:
         address: as for ``ray.init``: ``auto``, ``host:port``, ``ray://...``; none means ``$RAY_ADDRESS`` (which
@@ -37,13 +48,17 @@ def connect(address: str | None = None) -> dict[str, float]:
         # All workers are on this machine; its other interfaces may not route to themselves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     _check_reachable(address)
-    if not ray.is_initialized():
-        try:
-            ray.init(address=address, include_dashboard=True if address == "local" else None, **_QUIET)
-        except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
-    return ray.cluster_resources()
+    try:
+        context = ray.init(
+            address=address,
+            include_dashboard=True if address == "local" else None,
+            ignore_reinit_error=True,
+            **_QUIET,
+        )
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
+    return Cluster(ray.cluster_resources(), context.dashboard_url or "off")
 
 
 def _check_reachable(address: str) -> None:

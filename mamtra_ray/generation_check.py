@@ -12,7 +12,6 @@ Tensor letters: B batch, L prompt length, K speech tokens that are fed one by on
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import mamtra_ray
+from mamtra_ray.environment import US, versions
 from mamtra_ray.errors import InputError
 from mamtra_ray.generate import generate, prefill
 from mamtra_ray.layouts import from_strategy
@@ -155,13 +154,7 @@ def check_teacher_on_worker(kind: str, path: str | None, ratio: str, state_shari
 
 def library_versions() -> dict[str, str]:
     """Versions of what a model's logits depend on; only of what is installed."""
-    found = {"mamtra_ray": mamtra_ray.__version__}
-    for package in ("torch", "transformers", "mamba-ssm"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions((US, "torch", "transformers", "mamba-ssm"))
 
 
 def versions_text() -> str:

@@ -230,11 +230,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parts} parts of {UTTERANCES_PER_PART} by {config.teacher.kind}'s tokenizers, into {options.output}")
         return 0
     from mamtra_ray.cluster import connect
+    from mamtra_ray.environment import note_session
     from mamtra_ray.progress import Ledger, Screen
 
-    connect(options.address)
+    cluster = connect(options.address)
     options.output.mkdir(parents=True, exist_ok=True)
     screen = Screen(("corpus",), Ledger(options.output / "ledger.json"))
+    for line in note_session(options.output, cluster.resources):
+        screen.say(line)
     with screen.phase("corpus", f"tokenise into {options.output}"):
         report = prepare_corpus(
             config,

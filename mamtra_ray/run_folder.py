@@ -10,6 +10,7 @@ The search writes, the report and the listening test read; both take names and s
       curves.parquet      training loss along the way                        CURVE_COLUMNS
       finalists.parquet   one row per layout that was distilled long         FINALIST_COLUMNS
       reference.json      the teacher's scores, and what the codec costs     Reference
+      environment.json    versions and machine of every session              environment
       ledger.json         seconds of every phase; layouts, tokens, FLOPs, bytes of every rung
       audio/index.json    which audio/<system>/<utterance_id>.wav says what  AudioIndex
       best/               the checkpoint; its layout.json says which finalist it is

@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from mamtra_ray.alarms import COLUMNS as ALARM_COLUMNS
 from mamtra_ray.candidates import Candidate, importance_criteria, paper_candidates
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, explain, load_config
@@ -52,7 +50,7 @@ def search(config: Config, folder: Path, address: str | None) -> int:
     check_decoding(session)
     if config.evaluate.sentences:
         check_evaluation(config)
-    session.screen.say(f"run {folder}: {session.num_layers} layers, budgets {budgets}; dashboard {_dashboard_url()}")
+    session.screen.say(f"run {folder}: {session.num_layers} layers, budgets {budgets}; dashboard {session.dashboard}")
     metrics = SearchMetrics(folder.name)
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
@@ -172,10 +170,6 @@ def note_costs(
     ledger.set_rungs(
         cost_by_rung(session.folder, session.architecture, train.manifest, seconds, library, trials, finalists)
     )
-
-
-def _dashboard_url() -> str:
-    return ray._private.worker.global_worker.node.webui_url or "off"  # type: ignore
 
 
 @exit_code_2_on_input_error

@@ -21,8 +21,10 @@ from mamtra_ray.cluster import check_resources, connect, with_gpus
 from mamtra_ray.config import Config, load_config, save_config
 from mamtra_ray.corpus import corpus_identity, read_corpus
 from mamtra_ray.efficiency_architectures import Architecture, decoder_architecture
+from mamtra_ray.environment import note_session
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
+from mamtra_ray.models.granite import check_representable
 from mamtra_ray.progress import Ledger, Screen
 from mamtra_ray.run_folder import write_architecture
 from mamtra_ray.shared_batches import padding_waste
@@ -57,6 +59,8 @@ class Session:
     architecture: Architecture
     corpus_hash: str
     screen: Screen
+    dashboard: str
+    """Where Ray's dashboard answers; ``off`` without one."""
 
     @property
     def num_layers(self) -> int:
@@ -94,22 +98,27 @@ def start_session(config: Config, folder: Path, phases: tuple[str, ...], address
     if config.cache.format == "topk" and config.distill.embedding_weight:
         raise InputError("cache.format topk keeps no hidden states for the embedding loss: distill.embedding_weight=0")
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
+    check_representable(teacher.model.config)
     check_budgets(config.search, teacher.model.layout.num_layers)
     identity = corpus_identity(read_corpus(config.corpus.path))
-    resources = connect(address)
-    with_devices = with_gpus(config, resources)
-    check_resources(with_devices, resources)
+    cluster = connect(address)
+    with_devices = with_gpus(config, cluster.resources)
+    check_resources(with_devices, cluster.resources)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
     architecture = architecture_of(config, teacher)
     write_architecture(folder, architecture)
+    screen = Screen(phases, Ledger(folder / "ledger.json"))
+    for line in note_session(folder, cluster.resources):
+        screen.say(line)
     return Session(
         config=with_devices,
         folder=folder,
         teacher=teacher,
         architecture=architecture,
         corpus_hash=identity.corpus_hash,
-        screen=Screen(phases, Ledger(folder / "ledger.json")),
+        screen=screen,
+        dashboard=cluster.dashboard,
     )
 
 

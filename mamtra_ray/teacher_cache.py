@@ -37,6 +37,7 @@ from mamtra_ray.cache_storage import Storage
 from mamtra_ray.cluster import connect
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments
 from mamtra_ray.corpus import check_vocabulary, corpus_identity, first_rows_within, read_corpus, token_counts
+from mamtra_ray.environment import note_session
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.hidden_quantizer import CALIBRATION_TOKENS, QUANTIZER_FILE
 from mamtra_ray.teacher_pass import CacheJob, ShardWriter, learn_quantizer, sha256
@@ -277,7 +278,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         print(_plan(config, folder))
         return 0
-    connect(arguments.address)
+    cluster = connect(arguments.address)
+    if not arguments.cache:
+        for line in note_session(run, cluster.resources):
+            print(line)
     manifest = build_cache(config, folder, repair=arguments.repair, on_progress=_ProgressLine())
     tokens = sum(manifest.speech_tokens(split) for split in ("train", "validation"))
     print(

@@ -17,6 +17,30 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 
+# (logger, part of the message) of what a dependency says about its own calls.
+_NOT_ABOUT_US = (
+    # Whisper's generate hands these on to the general one.
+    ("transformers.generation.utils", "suppress_tokens"),
+)
+
+
+class _Refused(logging.Handler):
+    """Raises where a dependency's log, not a warning, says that a call of ours will stop working."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if any(record.name == name and part in message for name, part in _NOT_ABOUT_US):
+            return
+        if "deprecat" in message.lower():
+            raise DeprecationWarning(f"{record.name} logged: {message}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _deprecations_in_logs_are_errors() -> None:
+    for name in ("transformers", "ray", "optuna"):
+        logging.getLogger(name).addHandler(_Refused())
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs for the whole test session; tests that kill things start their own."""

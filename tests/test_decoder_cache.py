@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, transformers_model, write_folder
+from tiny_models import CACHE, VOCABULARY, transformers_model, write_folder
 from transformers import DynamicCache
 
 from mamtra_ray.models.cache import DecoderCache
@@ -72,7 +72,7 @@ def test_long_decoding_equals_transformers_cache(teacher):
     with torch.no_grad():
         for position in range(160):
             step = ids[:, position : position + 1]
-            expected = model.model(step, past_key_values=theirs).last_hidden_state
+            expected = model.model(step, **{CACHE: theirs}).last_hidden_state
             found = teacher.hidden_states(step, past_key_values=ours)
             torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import transformers_model, write_folder
+from tiny_models import CACHE, transformers_model, write_folder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -140,14 +140,14 @@ def test_an_instantiated_transformer(attention):
     prompt_BL = torch.zeros(1, 37, dtype=torch.int64)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(prompt_BL, past_key_values=cache, logits_to_keep=1)
+        model(prompt_BL, logits_to_keep=1, **{CACHE: cache})
     assert counter.get_total_flops() == prefill_flops_full(architecture, layout, 37)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == cache_bytes(architecture, layout, 37, "float32")
 
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model.model(prompt_BL[:, :1], past_key_values=cache)
+        model.model(prompt_BL[:, :1], **{CACHE: cache})
     assert counter.get_total_flops() == decode_flops(architecture, layout, 38)
 
 

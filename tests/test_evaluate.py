@@ -19,6 +19,7 @@ from tiny_whisper import write_tiny_whisper
 from mamtra_ray import evaluate, evaluation_pool
 from mamtra_ray.config import load_config
 from mamtra_ray.corpus import write_corpus
+from mamtra_ray.environment import versions
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate import check_evaluation, compare, evaluate_systems
 from mamtra_ray.evaluation_results import RATES, scored, write_summary
@@ -132,6 +133,7 @@ def test_files_of_an_evaluation(evaluated_run):
     folder, evaluations, _ = evaluated_run
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     assert summary["systems"]["AMAM"]["wer"] == evaluations["AMAM"].wer
+    assert summary["made_by"]["versions"]["torch"] == torch.__version__
     assert [(pair["a"], pair["b"]) for pair in summary["paired_differences"]] == [
         ("codec", "teacher"), ("codec", "AMAM"), ("teacher", "AMAM")
     ]  # fmt: skip
@@ -169,6 +171,12 @@ def test_finished_sentences_are_not_spoken_again(place, evaluated_run, monkeypat
     assert fewer["AMAM"].sentences == 2
     with pytest.raises(AssertionError, match="an actor was started"):
         evaluate_systems(config_of(place, **{"evaluate.temperature": 0.5}), systems, folder)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="an actor was started"):
+        patch.setattr(evaluate, "versions", lambda names: {**versions(names), "torch": "1.0"})
+        evaluate_systems(config_of(place), systems, folder)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="an actor was started"):
+        patch.setattr(evaluate, "CODE_VERSION", 0)
+        evaluate_systems(config_of(place), systems, folder)
     assert evaluate_systems(config_of(place), systems, folder)["AMAM"].sentences == 5
 
 

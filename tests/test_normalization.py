@@ -8,6 +8,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
+import whisper_normalizer
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech.normalization import normalize_seed, normalize_whisper_basic, normalize_whisper_en
@@ -69,12 +70,10 @@ def test_seed_keeps_ascii_apostrophe_only_and_joins_hyphenated_words():
 
 
 def test_whisper_normalizers_equal_transformers():
-    """Two independent copies of OpenAI's normalisers (transformers', whisper-normalizer's) agree."""
-    package = pytest.importorskip("whisper_normalizer")
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-    from whisper_normalizer.basic import BasicTextNormalizer
+    """Two independent copies of OpenAI's normalisers (transformers', and whisper-normalizer's, which is ours) agree."""
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-    table = json.loads((Path(package.__file__).parent / "normalizers" / "english.json").read_text())
+    table = json.loads((Path(whisper_normalizer.__file__).parent / "normalizers" / "english.json").read_text())
     english, basic = EnglishTextNormalizer(table), BasicTextNormalizer()
     for sentence in SENTENCES + random_sentences(200):
         assert normalize_whisper_en(sentence) == english(sentence).strip()

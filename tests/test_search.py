@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -30,11 +33,44 @@ with torch.no_grad():
 """
 
 
-def start(space: Path, run: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(space: Path, run: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mamtra_ray.search", "--space", str(space), "--run", str(run), *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=space.parent, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=space.parent,
+        start_new_session=True,
+        env={**os.environ, **environment},
     )
+
+
+# What dependencies say about their own calls.
+NOT_ABOUT_US = re.compile(
+    "`use_(push_based_shuffle|polars|arrow_tensor_v2)` is deprecated|site-packages/ray/.*PydanticDeprecatedSince20"
+)
+
+
+def deprecations(output: str, logs: Path) -> list[str]:
+    """Lines of a driver's output and of its Ray workers' that say that a call will stop working."""
+    # Not those of Ray's own processes, such as its dashboard.
+    texts = [output, *(path.read_text(errors="replace") for path in logs.glob("ray/session_2*/logs/worker-*"))]
+    assert len(texts) > 2, "no worker has written a log"
+    lines = [line for text in texts for line in text.splitlines()]
+    return [
+        line
+        for line in lines
+        if re.search("DeprecationWarning|FutureWarning|is deprecated", line)
+        if not NOT_ABOUT_US.search(line)
+    ]
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For Ray's files: the paths of its sockets may not be longer than 107 bytes, as those of ``tmp_path`` would be."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        yield Path(folder)
 
 
 def rows_of(run: Path, name: str = "trials") -> list[dict]:
@@ -42,9 +78,10 @@ def rows_of(run: Path, name: str = "trials") -> list[dict]:
     return pq.read_table(path).to_pylist() if path.exists() else []
 
 
-def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path):
+def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_folder):
     space, run = write_search_space(tmp_path), tmp_path / "runs" / "first"
-    process = start(space, run)
+    warned = {"PYTHONWARNINGS": "always::DeprecationWarning,always::FutureWarning", "RAY_TMPDIR": str(short_folder)}
+    process = start(space, run, **warned)
     deadline = time.monotonic() + 240
     while process.poll() is None and not any(row["status"] == "finished" for row in rows_of(run)):
         assert time.monotonic() < deadline, "no trial finished"
@@ -55,9 +92,14 @@ def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path):
     before = {(row["layout"], row["rung"]): row for row in rows_of(run)}
     assert before
 
-    resumed = start(space, run, "--resume")
+    resumed = start(space, run, "--resume", **warned)
     output = resumed.communicate(timeout=300)[0]
     assert resumed.returncode == 0, output
+    assert not deprecations(output, short_folder)
+    sessions = json.loads((run / "environment.json").read_text())["sessions"]
+    assert len(sessions) == 2 and all(session["versions"]["torch"] == torch.__version__ for session in sessions)
+    assert sessions[1]["command"][0] == "mamtra_ray.search" and "--resume" in sessions[1]["command"]
+    assert "versions have changed" not in output
     after = {(row["layout"], row["rung"]): row for row in rows_of(run)}
     assert len(after) == len(rows_of(run)), "a rung of a layout was paid for twice"
     for key, row in before.items():

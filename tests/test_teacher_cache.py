@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from tiny_cache import cache_without_ray, random_rows, tiny_config
 from tiny_models import SEQUENCE, SPEECH, transformers_model
@@ -363,16 +362,17 @@ def test_killed_in_the_middle_of_a_write(cache: tuple[Config, Path], no_ray: Non
 
 
 def worker_pids(name: str) -> list[int]:
-    """Ray workers of this session's cluster that run ``name``."""
-    session = Path(ray._private.worker.global_worker.node.address_info["session_dir"]).name
+    """Ray workers of the cluster that this process started, that run ``name``."""
+
+    def parent(pid: str) -> str:
+        return (Path("/proc") / pid / "stat").read_text().rpartition(")")[2].split()[1]
+
     pids = []
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            # Ray gives a worker its task as the title; only its parent, the raylet, still says which session it is of.
-            if name in (process / "cmdline").read_text():
-                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-                if session in Path(f"/proc/{parent}/cmdline").read_text():
-                    pids.append(int(process.name))
+            # Ray gives a worker its task as the title. Its parent is the raylet, which is our child.
+            if name in (process / "cmdline").read_text() and parent(parent(process.name)) == str(os.getpid()):
+                pids.append(int(process.name))
     return pids
 
 

@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from mamtra_ray.teachers.base import SequenceFormat, Vocabulary
 from mamtra_ray.teachers.huggingface import write_format
 
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""What transformers' own models call the argument for their cache; the old name is deprecated."""
 VOCABULARY = Vocabulary(text_size=30, speech_size=41, control_size=4, eos_id=38, stop_ids=(38, 39))
 SEQUENCE = SequenceFormat(prefix=(71,), separator=(72, 73), vocabulary=VOCABULARY)
 SPEECH = slice(VOCABULARY.speech_offset, VOCABULARY.control_offset)

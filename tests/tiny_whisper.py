@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -10,7 +11,6 @@ from transformers import (
     WhisperProcessor,
     WhisperTokenizer,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _CONTROLS = ("endoftext", "startoftranscript", "en", "transcribe", "translate")
 _CONTROLS += ("startofprev", "nospeech", "notimestamps")
@@ -18,7 +18,7 @@ _CONTROLS += ("startofprev", "nospeech", "notimestamps")
 
 def write_tiny_whisper(folder: Path, seed: int = 0) -> Path:
     """Weights, generation config, tokenizer and feature extractor; multilingual like large-v3."""
-    tokenizer = WhisperTokenizer(vocab={c: i for i, c in enumerate(bytes_to_unicode().values())}, merges=[])
+    tokenizer = WhisperTokenizer(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
     timestamps = [f"<|{index * 0.02:.2f}|>" for index in range(1501)]
     tokenizer.add_tokens([*[f"<|{name}|>" for name in _CONTROLS], *timestamps], special_tokens=True)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in _CONTROLS}

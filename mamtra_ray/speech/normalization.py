@@ -10,8 +10,6 @@ import string
 from collections.abc import Callable
 from functools import cache
 
-from mamtra_ray.errors import InputError
-
 # The Chinese punctuation that Seed-TTS-eval strips beside ASCII's: `zhon.hanzi.punctuation`, which the tests
 # compare with. zhon itself is no dependency because this one string is all of it that is needed.
 _CHINESE_PUNCTUATION = (
@@ -33,20 +31,15 @@ def normalize_seed(text: str) -> str:
 
 @cache
 def _whisper_basic() -> Callable[[str], str]:
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+    from whisper_normalizer.basic import BasicTextNormalizer
 
     return BasicTextNormalizer()
 
 
 @cache
 def _whisper_english() -> Callable[[str], str]:
-    try:
-        from whisper_normalizer.english import EnglishTextNormalizer
-    except ImportError:
-        raise InputError(
-            "the normalisation whisper_en needs the package whisper-normalizer, which is not installed: "
-            "pip install 'mamtra-ray[evaluation]'"
-        ) from None
+    from whisper_normalizer.english import EnglishTextNormalizer
+
     return EnglishTextNormalizer()
 
 
@@ -56,11 +49,7 @@ def normalize_whisper_basic(text: str) -> str:
 
 
 def normalize_whisper_en(text: str) -> str:
-    """Whisper's English normalisation: contractions, spelling variants, numbers and fillers too.
-
-    Raises:
-        InputError: whisper-normalizer, which carries the spelling table, is not installed.
-    """
+    """Whisper's English normalisation: contractions, spelling variants, numbers and fillers too."""
     return _whisper_english()(text).strip()
 
 
