@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from mamtra_ray.alarms import COLUMNS as ALARM_COLUMNS
 from mamtra_ray.candidates import Candidate, importance_criteria, paper_candidates
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, explain, load_config
