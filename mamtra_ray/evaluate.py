@@ -14,6 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from mamtra_ray.alarms import Alarm, finalist_alarms, teacher_alarms
 from mamtra_ray.artifacts import content_hash, file_hash
 from mamtra_ray.cluster import connect
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, save_config
@@ -28,6 +29,7 @@ from mamtra_ray.evaluation_results import (
     compare,
     read_rows,
     scored,
+    silent_systems,
     write_audio,
     write_rows,
     write_summary,
@@ -86,6 +88,7 @@ def evaluate_systems(
 
     Raises:
         InputError: no test sentence, an unusable system, or something the recogniser or codec needs is missing.
+        GenerationCheckError: a system does not generate what it computes.
     """
     sentences, without_words, corpus_hash = _test_sentences(config)
     chosen = _with_references(systems, sentences)
@@ -249,6 +252,14 @@ def result_table(evaluations: Mapping[str, Evaluation]) -> str:
     return table(header, rows)
 
 
+def evaluation_alarms(evaluations: Mapping[str, Evaluation]) -> list[Alarm]:
+    """What can be said without cross-entropies: of the teacher beside its codec, and of sentences that end wrongly."""
+    teacher = evaluations[TEACHER].measured()
+    codec = evaluations[CODEC].measured() if CODEC in evaluations else None
+    students = [evaluation.measured() for name, evaluation in evaluations.items() if name not in (CODEC, TEACHER)]
+    return teacher_alarms(teacher, codec) + [alarm for one in students for alarm in finalist_alarms(one, teacher)]
+
+
 def comparison_lines(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """One sentence per pair of students."""
     students = [name for name in evaluations if name not in (CODEC, TEACHER)]
@@ -310,6 +321,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{config.evaluate.recognizer} recogniser, {config.evaluate.normalization} normalisation\n")
     print(result_table(evaluations))
     print("\n".join(["", *comparison_lines(evaluations)]).rstrip())
+    if alarms := evaluation_alarms(evaluations):
+        print("\n".join(["", *[f"alarm: {alarm.system} {alarm.text}" for alarm in alarms]]))
+    if silent := silent_systems(evaluations):
+        name, reason = next(iter(silent.items()))
+        raise InputError(f"no sentence of system {name!r} could be spoken: {reason}")
     return 0
 
 

@@ -22,6 +22,7 @@ def evaluated(config: Config, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, 
 
     Raises:
         InputError: an actor cannot load the teacher, a system, the codec or the recogniser.
+        GenerationCheckError: a system does not generate what it computes.
     """
     if not chunks:
         return
@@ -38,7 +39,7 @@ def evaluated(config: Config, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, 
         while unfinished:
             (reference,), _ = ray.wait(list(running), num_returns=1)
             actor, chunk = running.pop(reference)
-            result = _result(reference)
+            result = result_of(reference)
             if waiting:
                 following = waiting.popleft()
                 running[actor.run.remote(following)] = (actor, following)
@@ -58,7 +59,7 @@ def check_speech_stack(config: Config) -> None:
     """
     actor = _actor(config)
     try:
-        _result(actor.prepare.remote())
+        result_of(actor.prepare.remote())
     finally:
         ray.kill(actor)
 
@@ -75,10 +76,11 @@ def _gpus_per_actor(config: Config) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
-def _result(reference: Any) -> Any:
+def result_of(reference: Any) -> Any:
+    """What a Ray task returned; an :class:`InputError` of its own is raised as it was, without Ray's traceback."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
-            raise InputError(str(error.cause)) from None
+            raise type(error.cause)(str(error.cause)) from None
         raise

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mamtra_ray.alarms import Measured, end_of_speech
 from mamtra_ray.artifacts import write_manifest, write_text
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluation_worker import CODEC, TEACHER, Row
@@ -66,6 +67,11 @@ class Evaluation:
         paired = self.difference_to_teacher
         values = (paired.difference, paired.low, paired.high) if paired else (None, None, None)
         return dict(zip(("wer_difference", "wer_difference_low", "wer_difference_high"), values, strict=True))
+
+    def measured(self, ce: float | None = None) -> Measured:
+        """For :mod:`mamtra_ray.alarms`; ``ce`` where it is known."""
+        ends = end_of_speech(self.rows)
+        return Measured(self.system, ce, wer=self.wer, wer_low=self.wer_low, wer_high=self.wer_high, ends=ends)
 
     def summary(self) -> dict[str, Any]:
         """Everything but the rows, JSON-ready."""
@@ -137,6 +143,15 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
             difference = compare(evaluations[system], evaluations[TEACHER])
             evaluations[system] = replace(evaluations[system], difference_to_teacher=difference)
     return evaluations
+
+
+def silent_systems(evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
+    """Systems that could not say a single sentence, such as a model whose logits are not finite; with the reason."""
+    return {
+        name: str(evaluation.rows[0]["failure"])
+        for name, evaluation in evaluations.items()
+        if all(row["failure"] and not row["stopped"] and not row["speech_tokens"] for row in evaluation.rows)
+    }
 
 
 def compare(a: Evaluation, b: Evaluation, rate: str | None = None) -> PairedDifference:

@@ -44,6 +44,8 @@ class Spoken:
     tokens: Sequence[int]
     stopped: bool
     failure: str = ""
+    fewest_tokens: int = 0
+    """Below which the system was not allowed to end it."""
 
 
 def sampling_of(config: Config) -> Any:
@@ -89,19 +91,20 @@ class EvaluationWorker:
             Path(settings.codec) if settings.codec else None,
         )
         self.teacher: Any = None
-        self.student: tuple[Path, Any] | None = None
+        self.speaker: tuple[Path | None, Any, str] | None = None
         self.prepared = True
 
     def run(self, chunk: Chunk) -> tuple[list[Row], dict[str, np.ndarray], int]:
         """Speak and recognise a chunk.
 
         Returns:
-            One row per utterance (``utterance_id, text, hypothesis, speech_tokens, stopped, audio_seconds, failure``
-            and the metrics' values; where one is missing, ``unscored`` has its reason); waveforms of the kept ones,
-            by id; and their sample rate.
+            One row per utterance (``utterance_id, text, hypothesis, speech_tokens, stopped, fewest_tokens,
+            audio_seconds, failure`` and the metrics' values; where one is missing, ``unscored`` has its reason);
+            waveforms of the kept ones, by id; and their sample rate.
 
         Raises:
             InputError: none of several utterances can be decoded or scored: the set-up is wrong.
+            GenerationCheckError: the chunk's system does not generate what it computes.
         """
         self.prepare()
         spoken = self._speech_tokens(chunk)
@@ -124,6 +127,7 @@ class EvaluationWorker:
                     "hypothesis": "",
                     "speech_tokens": [int(token) for token in said.tokens],
                     "stopped": said.stopped,
+                    "fewest_tokens": said.fewest_tokens,
                     "audio_seconds": round(len(waveform) / self.vocoder.sample_rate, 3),
                     "failure": failure,
                 }
@@ -150,7 +154,9 @@ class EvaluationWorker:
             from mamtra_ray.teachers import load_teacher
 
             self.teacher = load_teacher(self.config.teacher.kind, self.config.teacher.path, device=self.device)
-        model = self.teacher.model if chunk.model is None else self._student(chunk.model)
+        model, reason = self._speaker(chunk)
+        if reason:
+            return [Spoken((), False, reason) for _ in chunk.utterances]
         spoken: dict[str, Spoken] = {}
         prompts, bounds, seeds, ids = [], [], [], []
         for utterance in chunk.utterances:
@@ -169,10 +175,13 @@ class EvaluationWorker:
             # A sentence has its own seed, so its speech does not depend on how sentences are divided into chunks.
             seeds.append(int(content_hash([self.config.search.seed, utterance.utterance_id])[:8], 16))
             ids.append(utterance.utterance_id)
-        for utterance_id, result in zip(
-            ids, generate(model, prompts, bounds, sampling_of(self.config), seeds), strict=True
-        ):
-            spoken[utterance_id] = Spoken(result.tokens, result.stopped)
+        try:
+            results = generate(model, prompts, bounds, sampling_of(self.config), seeds)
+        except InputError as error:
+            # Logits that are not finite: of this system, whose other chunks and whose rivals are still worth hearing.
+            return [spoken.get(one.utterance_id, Spoken((), False, str(error))) for one in chunk.utterances]
+        for utterance_id, result, (fewest, _) in zip(ids, results, bounds, strict=True):
+            spoken[utterance_id] = Spoken(result.tokens, result.stopped, fewest_tokens=fewest)
         return [spoken[utterance.utterance_id] for utterance in chunk.utterances]
 
     def _length_bounds(self, text_tokens: list[int], prompt_length: int) -> tuple[int, int]:
@@ -184,12 +193,22 @@ class EvaluationWorker:
             raise InputError(f"a prompt of {prompt_length} tokens leaves no room for speech")
         return min(fewest, most), most
 
-    def _student(self, folder: Path) -> Any:
+    def _speaker(self, chunk: Chunk) -> tuple[Any, str]:
+        """The chunk's model, checked when it is loaded, and why it cannot speak (empty if it can)."""
+        from mamtra_ray.generation_check import NonFiniteLogitsError, check_generation
         from mamtra_ray.teachers.base import SpeechLM
 
-        if self.student is None or self.student[0] != folder:
-            self.student = (folder, SpeechLM.load(folder, device=self.device).eval())
-        return self.student[1]
+        if self.speaker is None or self.speaker[0] != chunk.model:
+            # Not two students at once in memory.
+            self.speaker = None
+            model = SpeechLM.load(chunk.model, device=self.device).eval() if chunk.model else self.teacher.model
+            reason = ""
+            try:
+                check_generation(model, self.teacher.sequence, f"system {chunk.system!r}")
+            except NonFiniteLogitsError as error:
+                reason = str(error)
+            self.speaker = (chunk.model, model, reason)
+        return self.speaker[1:]
 
     def _decode(self, tokens: Sequence[int], utterance: Utterance) -> tuple[np.ndarray, str | None]:
         """A 1-D waveform, empty if there is none, and why."""

@@ -15,7 +15,9 @@ from mamtra_ray import __version__
 from mamtra_ray.artifacts import write_json, write_text
 from mamtra_ray.config import TeacherConfig
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.export_check import ExportCheck, check_export
 from mamtra_ray.finalists import student_folder
+from mamtra_ray.generation_check import check_generation
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.granite import write_granite
 from mamtra_ray.run_folder import FINALIST_COLUMNS, FINALISTS, read_rows, read_run
@@ -32,7 +34,8 @@ def export_student(
 ) -> None:
     """Write the student as a GraniteMoeHybrid checkpoint that plain transformers loads, with tokenizer, layout, card.
 
-    The folder is replaced as a whole, so it never mixes two students.
+    What was written is loaded by plain transformers and compared with the student first. The folder is replaced as a
+    whole after that, so it never mixes two students, and keeps the old one where a check fails.
 
     Args:
         student_folder: what ``SpeechLM.save`` wrote.
@@ -40,13 +43,19 @@ def export_student(
         row: the student's row of the finalists table.
         teacher: what it was distilled from.
         source: where the teacher came from, and with it the text tokenizer.
+
+    Raises:
+        GenerationCheckError, NonFiniteLogitsError: the student does not generate what it computes.
+        ExportCheckError: plain transformers computes something else from the written files.
     """
-    student = SpeechLM.load(student_folder)
+    student = SpeechLM.load(student_folder).eval()
+    check_generation(student, teacher.sequence, f"student {student.layout}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         new.chmod(0o755)
         write_granite(new, student.config, student.state_dict(), dataclasses.asdict(student.vocabulary))
+        check = check_export(new, student, teacher.sequence)
         write_json(
             new / LAYOUT_FILE,
             {
@@ -59,10 +68,12 @@ def export_student(
                 "sequence": {"prefix": teacher.sequence.prefix, "separator": teacher.sequence.separator},
                 "scores": {name: row.get(name) for name in ("ce", "kl", "wer", "wer_low", "wer_high", "cer", "tokens")},
                 "mamtra_ray": __version__,
+                "alarm": row.get("alarm"),
+                "check": dataclasses.asdict(check),
             },
         )
         has_tokenizer = save_text_tokenizer(source.kind, Path(source.path) if source.path else None, new)
-        write_text(new / "README.md", model_card(student, row, teacher, has_tokenizer))
+        write_text(new / "README.md", model_card(student, row, teacher, has_tokenizer, check))
         if folder.exists():
             shutil.rmtree(folder)
         new.replace(folder)
@@ -70,12 +81,17 @@ def export_student(
         shutil.rmtree(new, ignore_errors=True)
 
 
-def model_card(student: SpeechLM, row: Mapping[str, Any], teacher: Teacher, has_tokenizer: bool) -> str:
+def model_card(
+    student: SpeechLM, row: Mapping[str, Any], teacher: Teacher, has_tokenizer: bool, check: ExportCheck
+) -> str:
     """The README of an exported checkpoint, with the front matter that model hubs read."""
     layout, vocabulary = student.layout, student.vocabulary
     heard = ""
     if row.get("wer") is not None:
         heard = f"- word error rate {row['wer']:.2%} (95 % interval {row['wer_low']:.2%} to {row['wer_high']:.2%})\n"
+    if row.get("alarm"):
+        heard += f"- **do not use**: it {row['alarm']}\n"
+    versions = ", ".join(f"{name} {version}" for name, version in check.versions.items())
     text = f"[...]  # text token ids, 0 to {vocabulary.text_size - 1}"
     if has_tokenizer:
         text = 'AutoTokenizer.from_pretrained("PATH")("YOUR TEXT", add_special_tokens=False).input_ids'
@@ -92,7 +108,9 @@ distilled from {teacher.name} (fingerprint {teacher.fingerprint[:16]}) on {row["
 {__version__}, after MamTra (arXiv 2603.12342).
 
 - held-out cross-entropy {row["ce"]:.4f} nats per token
-{heard}
+{heard}- checked in plain transformers when it was written: the same greedy speech, logits differ by at most
+  {check.largest_difference:.1e} ({versions})
+
 ## Use
 
 ```python
@@ -134,12 +152,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.format == "cosyvoice2":
         if config.teacher.kind != "cosyvoice2" or config.teacher.path is None:
             raise InputError(f"--format cosyvoice2: the teacher of {options.run} is {config.teacher.kind!r}")
-        write_folder(SpeechLM.load(student_folder(options.run, str(layout))), Path(config.teacher.path), output)
+        student = SpeechLM.load(student_folder(options.run, str(layout))).eval()
+        teacher = cached_teacher(config.teacher.kind, config.teacher.path)
+        check_generation(student, teacher.sequence, f"student {layout}")
+        write_folder(student, Path(config.teacher.path), output)
         print(output)
         return 0
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
     export_student(student_folder(options.run, str(layout)), output, rows[str(layout)], teacher, config.teacher)
     print(output)
+    if alarm := rows[str(layout)].get("alarm"):
+        print(f"alarm: {layout} {alarm}", file=sys.stderr)
     return 0
 
 

@@ -153,13 +153,14 @@ def student_folder(run_folder: Path, layout: str) -> Path:
 
 
 def choose_best(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The finalist to export among those of one budget.
+    """The finalist to export among those of one budget: one without an ``alarm``, if there is any.
 
     A WER from a few dozen sentences is noisy, so it only rules layouts out: among those whose WER lies within the
     95 % interval of the lowest one, the lowest held-out CE wins. Without a WER the CE decides alone.
     """
+    rows = [row for row in rows if not row.get("alarm")] or rows
     heard = [row for row in rows if row["wer"] is not None]
     if heard:
         lowest = min(heard, key=lambda row: (row["wer"], row["ce"]))
         rows = [row for row in heard if row["wer"] <= lowest["wer_high"]]
-    return min(rows, key=lambda row: row["ce"])
+    return min(rows, key=lambda row: (not math.isfinite(row["ce"]), row["ce"]))

@@ -76,12 +76,24 @@ def build_report(runs: Sequence[Run], scores: Sequence[OpinionScore] = ()) -> Re
         title=f"{first.name}: Mamba hybrids of {first.config.teacher.kind}",
         subtitle=f"{_names(runs)}; {trials} layouts tried, {finalists} distilled to the end.",
         facts=_facts(first),
+        alarms=tuple(alarm for run in runs for alarm in _alarms(run, several=len(runs) > 1)),
         sections=tuple(sections),
     )
 
 
 def _names(runs: Sequence[Run]) -> str:
     return ("run " if len(runs) == 1 else "runs ") + ", ".join(str(run.path) for run in runs)
+
+
+def _alarms(run: Run, several: bool) -> list[str]:
+    """One sentence per system with an alarm; which is the exported one is said."""
+    # Tables of earlier versions have no such column.
+    texts = {row["layout"]: row.get("alarm") for row in run.finalists}
+    exported = {run.best_layout: f"{run.best_layout} (exported)"}
+    if run.reference is not None:
+        texts["the teacher"] = run.reference.teacher_alarm
+    place = f"{run.name}: " if several else ""
+    return [f"{place}{exported.get(system, system)} {text}." for system, text in texts.items() if text]
 
 
 def _facts(run: Run) -> tuple[tuple[str, str, str], ...]:

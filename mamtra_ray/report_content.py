@@ -104,6 +104,8 @@ class Report:
     title: str
     subtitle: str
     facts: tuple[tuple[str, str, str], ...] = ()
+    alarms: tuple[str, ...] = ()
+    """What contradicts itself in the runs, shown above everything else."""
     sections: tuple[Section, ...] = field(default=())
 
 

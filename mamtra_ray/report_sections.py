@@ -81,14 +81,14 @@ def systems(runs: Sequence[Run]) -> Section:
     columns = [
         Column("system", "system"), Column("ratio", "ratio"), WER,
         Column("wer_difference", "WER - teacher (paired)", percent_with_interval("wer_difference")),
-        Column("cer", "CER %", percent("cer")), Column("ce", "CE", ".3f"), LAYOUT,
+        Column("alarm", "alarm"), Column("cer", "CER %", percent("cer")), Column("ce", "CE", ".3f"), LAYOUT,
         Column("speaker_similarity", "similarity", ".3f"), Column("utmos", "UTMOS", ".2f"),
         Column("dnsmos", "DNSMOS", ".2f"),
         Column("parameters", "M parameters", scaled("parameters", 1e6)),
         Column("prefill_flops", "TFLOP", scaled("prefill_flops", 1e12, 3)),
         Column("cache_bytes", "cache MB", scaled("cache_bytes", 1e6)), Column("tokens", "tokens", ",d"),
     ]  # fmt: skip
-    optional = ("wer_difference", "speaker_similarity", "utmos", "dnsmos")
+    optional = ("wer_difference", "alarm", "speaker_similarity", "utmos", "dnsmos")
     columns = [c for c in columns if c.key not in optional or any(row.get(c.key) is not None for row in rows)]
     if len(runs) > 1:
         columns.insert(0, Column("run", "run"))
@@ -120,7 +120,7 @@ def _reference_rows(run: Run) -> list[Row]:
         score = getattr(run.reference, name)
         rows.append({"run": run.name, "system": name, **(score.columns() if score else {})})
     teacher = rows[-1]
-    teacher["ce"] = run.reference.teacher_ce
+    teacher["ce"], teacher["alarm"] = run.reference.teacher_ce, run.reference.teacher_alarm
     if run.architecture is not None:
         layout, length = Layout("A" * run.architecture.num_layers), run.config.search.context_length
         teacher["ratio"], teacher["layout"] = layout.ratio, str(layout)

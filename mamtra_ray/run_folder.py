@@ -86,8 +86,11 @@ FINALIST_COLUMNS = (
     "steps",
 )
 """Also shown where present: wer_difference (to the teacher, paired; with _low and _high), speaker_similarity, utmos,
-dnsmos, and the cost columns of the trials."""
+dnsmos, and the cost columns of the trials. A search also writes :data:`mamtra_ray.alarms.COLUMNS`, which tables of
+earlier versions lack: shares of the sentences that ended wrongly, and ``alarm``, a text or null."""
 
+_TYPES = {"alarm": pa.string()}
+"""Of columns that may be null in every row, from which Arrow could not tell."""
 _SCHEMA_VERSION = 1
 
 
@@ -119,6 +122,8 @@ class Reference:
     """The recordings after a round trip through the codec: the floor of every model that speaks through it."""
     original: Score | None = None
     """The recordings themselves: the recogniser's own errors."""
+    teacher_alarm: str | None = None
+    """What is wrong with the teacher's own speech, see :mod:`mamtra_ray.alarms`."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...])
             raise ValueError(f"a row of {path.name} lacks {', '.join(missing)}")
     # Arrow would take the names from the first row alone; and an empty table still has its columns.
     names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
-    table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    table = pa.table({name: pa.array([row.get(name) for row in rows], _TYPES.get(name)) for name in names})
     with written_atomically(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -281,7 +286,9 @@ def read_reference(folder: Path) -> Reference | None:
     content = _read(path, "reference")
     try:
         scores = {name: content[name] and Score(**content[name]) for name in ("teacher", "codec", "original")}
-        return Reference(content["teacher_ce"], content["evaluation_sentences"], **scores)
+        # Runs of earlier versions have no alarms.
+        alarm = content.get("teacher_alarm")
+        return Reference(content["teacher_ce"], content["evaluation_sentences"], **scores, teacher_alarm=alarm)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is no reference of a run: {error}") from None
 

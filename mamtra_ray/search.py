@@ -3,55 +3,53 @@
 Straight down: teacher cache -> aligned mixers -> probe -> Tune + Optuna -> finalists on Ray Train -> speech and WER
 -> export -> report. Every step leaves its result in a folder named by what made it and is reused when that fits, so
 the same command goes on after any stop.
+
+Exit codes: 0 a result that can be used; 2 input or an installation that cannot; 3 the run is complete and its report
+written, but nothing it found can be used (:mod:`mamtra_ray.verdict`); 130 stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from mamtra_ray.alarms import COLUMNS as ALARM_COLUMNS
 from mamtra_ray.candidates import Candidate, importance_criteria, paper_candidates
 from mamtra_ray.config import Config, add_common_arguments, config_from_arguments, explain, load_config
 from mamtra_ray.cost_by_rung import cost_by_rung
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
-from mamtra_ray.evaluate import check_evaluation, evaluate_systems
-from mamtra_ray.export import export_student
-from mamtra_ray.finalists import choose_best, distill_the_finalists, student_folder
+from mamtra_ray.evaluate import check_evaluation
+from mamtra_ray.evaluation_pool import result_of
+from mamtra_ray.finalists import distill_the_finalists
+from mamtra_ray.generation_check import check_teacher_and_hybrid, check_teacher_on_worker
 from mamtra_ray.importance import layer_importance
-from mamtra_ray.layouts import num_attention_layers
 from mamtra_ray.metrics import SearchMetrics
+from mamtra_ray.outcome import choose, export, measure_wer, print_summary
 from mamtra_ray.plan import print_plan
 from mamtra_ray.probe import outcome_table, probe_masks, propose
-from mamtra_ray.progress import table
 from mamtra_ray.report import write_report
-from mamtra_ray.run_folder import (
-    BEST,
-    CODEC,
-    FINALIST_COLUMNS,
-    FINALISTS,
-    TEACHER,
-    TRIALS,
-    Reference,
-    Score,
-    write_reference,
-    write_rows,
-)
+from mamtra_ray.run_folder import FINALIST_COLUMNS, FINALISTS, write_reference, write_rows
 from mamtra_ray.session import Session, check_run_folder, make_cache, make_library, start_session
-from mamtra_ray.shared_batches import batches
 from mamtra_ray.shared_cache import SharedCache
-from mamtra_ray.training import validate
 from mamtra_ray.trial import TrialSettings
 from mamtra_ray.trials import run_the_trials, trial_weights
+from mamtra_ray.verdict import EXIT_UNUSABLE, is_unusable
 
 
-def search(config: Config, folder: Path, address: str | None) -> None:
-    """Run all phases; see the module's docstring."""
+def search(config: Config, folder: Path, address: str | None) -> int:
+    """Run all phases; see the module's docstring.
+
+    Returns:
+        The exit code: 0, or :data:`EXIT_UNUSABLE` if the run is complete but nothing it found can be used.
+    """
     session = start_session(config, folder, phases(config), address)
     config = session.config
     budgets = ", ".join(config.search.ratios)
+    check_decoding(session)
     if config.evaluate.sentences:
         check_evaluation(config)
     session.screen.say(f"run {folder}: {session.num_layers} layers, budgets {budgets}; dashboard {session.dashboard}")
@@ -74,11 +72,18 @@ def search(config: Config, folder: Path, address: str | None) -> None:
     note_costs(session, train, library, rows, [])
     finalists = distill_the_finalists(session, settings, papers, rows)
     note_costs(session, train, library, rows, finalists)
-    finalists, reference = hear(session, finalists, validation, metrics)
-    best = export(session, finalists)
+    finalists, reference = measure_wer(session, finalists, validation, metrics)
+    best = choose(finalists, config.search.ratios, session.num_layers)
+    write_rows(folder / FINALISTS, finalists, FINALIST_COLUMNS + ALARM_COLUMNS)
+    write_reference(folder, reference)
+    exported, refusals = export(session, best)
     with session.screen.phase("report", "tables, figures, audio"):
         report = write_report([folder], folder)
-    closing_words(session, finalists, reference, best, report)
+    print_summary(session, finalists, reference, best, exported, report)
+    if refusals:
+        raise refusals[0]
+    unusable = is_unusable({row["layout"]: row["alarm"] for row in finalists}, reference.teacher_alarm)
+    return EXIT_UNUSABLE if unusable else 0
 
 
 def phases(config: Config) -> tuple[str, ...]:
@@ -96,6 +101,22 @@ def phases(config: Config) -> tuple[str, ...]:
         "report": True,
     }
     return tuple(phase for phase, is_wanted in wanted.items() if is_wanted)
+
+
+def check_decoding(session: Session) -> None:
+    """Before anything long: the teacher and a hybrid generate what they compute, where workers will run.
+
+    Raises:
+        InputError: they do not, see :func:`mamtra_ray.generation_check.check_generation`.
+    """
+    config, ratio = session.config, session.config.search.ratios[0]
+    if gpus := config.search.gpus_per_worker:
+        # The driver may have no GPU, and other kernels than the workers.
+        task = ray.remote(num_gpus=gpus)(check_teacher_on_worker)
+        found = result_of(task.remote(config.teacher.kind, config.teacher.path, ratio, config.student.state_sharing))
+    else:
+        found = check_teacher_and_hybrid(session.teacher, ratio, config.student.state_sharing)
+    session.screen.say(f"generation equals a full forward pass, up to {found.relative:.0e} of the logits' spread")
 
 
 def probe(session: Session, library: Path | None, validation: SharedCache) -> list[Candidate]:
@@ -153,82 +174,6 @@ def note_costs(
     )
 
 
-def hear(
-    session: Session, finalists: list[dict[str, Any]], validation: SharedCache, metrics: SearchMetrics
-) -> tuple[list[dict[str, Any]], Reference]:
-    """Generate speech with teacher and finalists, recognise it; finalists with their WER, and what to compare with."""
-    config, folder = session.config, session.folder
-    teacher = session.teacher
-    held_out = batches(validation, teacher.sequence, batch_tokens=4 * config.distill.batch_tokens, seed=0, epoch=0)
-    reference = Reference(validate(teacher.model, held_out).ce, config.evaluate.sentences)
-    if config.evaluate.sentences:
-        systems = {row["layout"]: student_folder(folder, row["layout"]) for row in finalists}
-        with session.screen.phase("speech", f"{config.evaluate.sentences} sentences by teacher and finalists"):
-            heard = evaluate_systems(
-                config, systems, folder, on_progress=lambda done, total: session.screen.count(done, total, "utterances")
-            )
-        scores = {name: Score(e.wer, e.wer_low, e.wer_high, e.cer, dict(e.metrics)) for name, e in heard.items()}
-        finalists = [
-            {**row, **scores[row["layout"]].columns(), **heard[row["layout"]].difference_columns()} for row in finalists
-        ]
-        metrics.best_wer.set(min(row["wer"] for row in finalists))
-        reference = dataclasses.replace(reference, teacher=scores[TEACHER], codec=scores.get(CODEC))
-    write_rows(folder / FINALISTS, finalists, FINALIST_COLUMNS)
-    write_reference(folder, reference)
-    return finalists, reference
-
-
-def export(session: Session, finalists: list[dict[str, Any]]) -> dict[str, Path]:
-    """The best finalist of every budget as a checkpoint for plain transformers; ``best`` is the first budget's."""
-    folders = {}
-    with session.screen.phase("export", "a checkpoint that plain transformers loads"):
-        for index, ratio in enumerate(session.config.search.ratios):
-            kept = num_attention_layers(session.num_layers, ratio)
-            row = choose_best([row for row in finalists if row["layout"].count("A") == kept])
-            folder = session.folder / (BEST if index == 0 else f"{BEST}-{ratio.replace(':', '-')}")
-            export_student(
-                student_folder(session.folder, row["layout"]), folder, row, session.teacher, session.config.teacher
-            )
-            folders[row["layout"]] = folder
-    return folders
-
-
-def closing_words(
-    session: Session, finalists: list[dict[str, Any]], reference: Reference, best: dict[str, Path], report: Path
-) -> None:
-    """A table of the outcome, where everything lies, and how to go on."""
-    all_attention = session.costs(session.num_layers)["cache_bytes"]
-    rows = [
-        ["1:0", "A" * session.num_layers, "teacher", f"{reference.teacher_ce:.3f}", _wer(reference.teacher), "100 %"]
-    ]
-    for row in finalists:
-        score = None if row["wer"] is None else Score(row["wer"], row["wer_low"], row["wer_high"])
-        origin = row["origin"] + (" *" if row["layout"] in best else "")
-        cache = f"{row['cache_bytes'] / all_attention:.0%}"
-        rows.append([row["ratio"], row["layout"], origin, f"{row['ce']:.3f}", _wer(score), cache])
-    if reference.codec is not None:
-        rows.append(["", "", "codec round trip", "", _wer(reference.codec), ""])
-    context, folder = session.config.search.context_length, session.folder
-    more = 2 * session.config.search.trials
-    lines = [
-        "",
-        table(["ratio", "layout", "from", "CE", "WER [95 %]", f"cache at {context:,}"], rows),
-        "* exported",
-        "",
-        *[f"checkpoint  {path}  ({layout})" for layout, path in best.items()],
-        f"report      {report}",
-        f"trials      {folder / TRIALS}",
-        "",
-        f"more trials:     python -m mamtra_ray.search --resume --run {folder} search.trials={more}",
-        f"another layout:  python -m mamtra_ray.export --run {folder} --layout {finalists[0]['layout']}",
-    ]
-    session.screen.say("\n".join(lines))
-
-
-def _wer(score: Score | None) -> str:
-    return "" if score is None else f"{score.wer:.1%} [{score.wer_low:.1%}, {score.wer_high:.1%}]"
-
-
 @exit_code_2_on_input_error
 def main(arguments: list[str] | None = None) -> int:
     """Command line of the verb."""
@@ -249,11 +194,10 @@ def main(arguments: list[str] | None = None) -> int:
         print_plan(config, folder)
         return 0
     try:
-        search(config, folder, options.address)
+        return search(config, folder, options.address)
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python -m mamtra_ray.search --resume --run {folder}", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

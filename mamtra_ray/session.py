@@ -24,6 +24,7 @@ from mamtra_ray.efficiency_architectures import Architecture, decoder_architectu
 from mamtra_ray.environment import note_session
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
+from mamtra_ray.models.granite import check_representable
 from mamtra_ray.progress import Ledger, Screen
 from mamtra_ray.run_folder import write_architecture
 from mamtra_ray.shared_batches import padding_waste
@@ -97,6 +98,7 @@ def start_session(config: Config, folder: Path, phases: tuple[str, ...], address
     if config.cache.format == "topk" and config.distill.embedding_weight:
         raise InputError("cache.format topk keeps no hidden states for the embedding loss: distill.embedding_weight=0")
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
+    check_representable(teacher.model.config)
     check_budgets(config.search, teacher.model.layout.num_layers)
     identity = corpus_identity(read_corpus(config.corpus.path))
     cluster = connect(address)

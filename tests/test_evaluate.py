@@ -11,6 +11,7 @@ from dataclasses import replace
 import jiwer
 import numpy as np
 import pytest
+import ray
 import torch
 from tiny_models import VOCABULARY, transformers_model, write_folder
 from tiny_whisper import write_tiny_whisper
@@ -24,12 +25,13 @@ from mamtra_ray.evaluate import check_evaluation, compare, evaluate_systems
 from mamtra_ray.evaluation_results import RATES, scored, write_summary
 from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker, sampling_of
 from mamtra_ray.generate import COSYVOICE2, Sampling, generate
+from mamtra_ray.generation_check import GenerationCheckError
 from mamtra_ray.run_folder import read_audio_index
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.vocoder import Codec, DecoderConfig, TokenDecoder, load_codec
 from mamtra_ray.speech.whisper import recognizer_from_name
 from mamtra_ray.teachers import llasa, load_teacher
-from mamtra_ray.teachers.base import make_student
+from mamtra_ray.teachers.base import SpeechLM, make_student
 
 TEXTS = ["a bad cab", "dead bee", "ace", "a cab added", "fade"]
 
@@ -291,6 +293,92 @@ def test_a_text_too_long_for_the_teacher_is_one_failure(place):
     foreign = replace(good, text_tokens=np.array([VOCABULARY.text_size], np.int32))
     with pytest.raises(InputError, match="was another tokenizer used"):
         worker.run(Chunk("teacher", None, (good, foreign), frozenset()))
+
+
+def spoil(place, folder, name):
+    """A student with one value of tensor ``name`` that is not a number."""
+    student = make_student(load_teacher("huggingface", place / "teacher").model, "AMAM")
+    with torch.no_grad():
+        student.state_dict()[name].view(-1)[0] = torch.nan
+    student.save(folder)
+
+
+def test_a_student_that_has_diverged_fails_by_name_and_stops_nobody(place, tmp_path, monkeypatch, capsys):
+    """Its rows say why; the other systems are heard; the verb ends with that sentence."""
+
+    def in_this_process(config, chunks):
+        worker = EvaluationWorker(config)
+        for chunk in chunks:
+            yield chunk, *worker.run(chunk)
+
+    monkeypatch.setattr(evaluate, "evaluated", in_this_process)
+    monkeypatch.setattr(evaluate, "connect", lambda _: None)
+    spoil(place, tmp_path / "diverged", "body.norm.weight")
+    overrides = [f"{key}={value}" for key, value in settings_of(place).items()]
+    systems = [f"--system=bad={tmp_path / 'diverged'}", f"--system=good={place / 'student'}"]
+    assert evaluate.main([*overrides, *systems, "--run", str(tmp_path / "run")]) == 2
+    printed = capsys.readouterr()
+    reason = "system 'bad' (layout AMAM, float32 on cpu): the model's logits are not finite"
+    assert printed.err.splitlines()[-1].startswith(f"error: no sentence of system 'bad' could be spoken: {reason}")
+    assert "alarm: bad says nothing that can be heard in 100 % of the sentences (system 'bad' (layout" in printed.out
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / f"run/evaluation/{name}.jsonl").read_text().splitlines()]
+        for name in ("bad", "good", "teacher")
+    }
+    assert all(row["failure"].startswith(reason) and row["hypothesis"] == "" for row in rows["bad"])
+    assert all(row["speech_tokens"] for row in rows["good"] + rows["teacher"])
+
+
+def test_an_error_of_generation_is_the_rows_failure(place, monkeypatch):
+    """Only some texts may lead a model to logits that are not finite."""
+    worker = EvaluationWorker(config_of(place))
+    worker.prepare()
+    sentences = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[:2]
+
+    def refuse(*_):
+        raise InputError("the logits of row 1 are not finite")
+
+    monkeypatch.setattr("mamtra_ray.generate.generate", refuse)
+    # The check itself has its own name for generate, from before.
+    rows, _, _ = worker.run(Chunk("AMAM", place / "student", tuple(sentences), frozenset()))
+    assert [row["failure"] for row in rows] == ["the logits of row 1 are not finite"] * 2
+    assert not any(row["stopped"] or row["speech_tokens"] for row in rows)
+
+
+def test_a_model_that_does_not_generate_what_it_computes_ends_the_evaluation(place, ray_cluster, monkeypatch):
+    """Found by the worker, on its own device; the type of the error survives Ray."""
+    sound = SpeechLM.hidden_states
+
+    def forgetful(self, **arguments):
+        """Every step begins with an empty cache."""
+        if arguments.get("past_key_values") is not None and arguments["inputs_embeds_BLD"].shape[1] == 1:
+            arguments |= {"past_key_values": self.new_cache(), "attention_mask_BL": None}
+        return sound(self, **arguments)
+
+    monkeypatch.setattr(SpeechLM, "hidden_states", forgetful)
+    sentence = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[:1]
+    for system, model in {"AMAM": place / "student", "teacher": None}.items():
+        with pytest.raises(GenerationCheckError, match=f"system '{system}' .* decoding from the cache, step 1"):
+            EvaluationWorker(config_of(place)).run(Chunk(system, model, tuple(sentence), frozenset()))
+
+    @ray.remote
+    def fail():
+        raise GenerationCheckError("torch 0")
+
+    with pytest.raises(GenerationCheckError, match=r"^torch 0$"):
+        evaluation_pool.result_of(fail.remote())
+
+
+def test_alarms_of_an_evaluation(evaluated_run, capsys):
+    """Random models never stop; the codec cannot."""
+    _, evaluations, _ = evaluated_run
+    not_stopped = {name: np.mean([not row["stopped"] for row in e.rows]) for name, e in evaluations.items()}
+    found = {(alarm.system, alarm.kind) for alarm in evaluate.evaluation_alarms(evaluations)}
+    for name in ("teacher", "AMAM"):
+        assert ((name, "does_not_stop") in found) == (not_stopped[name] > 0.1)
+        assert evaluations[name].measured().ends.not_stopped == pytest.approx(not_stopped[name])
+    assert max(not_stopped.values()) > 0.1 and "codec" not in {system for system, _ in found}
+    assert all(row["fewest_tokens"] > 0 for row in evaluations["AMAM"].rows)
 
 
 def test_prompts_reach_the_model_and_the_codec(place):

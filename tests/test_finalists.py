@@ -56,6 +56,19 @@ def test_wer_rules_out_and_ce_decides(rows, best):
     assert choose_best(table)["layout"] == best
 
 
+def test_a_finalist_with_an_alarm_is_chosen_only_where_all_have_one():
+    rows = [
+        {"layout": "a", "ce": 1.0, "wer": 0.01, "wer_high": 0.02, "alarm": "does not stop"},
+        {"layout": "b", "ce": 1.2, "wer": 0.10, "wer_high": 0.15, "alarm": None},
+        {"layout": "c", "ce": 1.1, "wer": 0.12, "wer_high": 0.18, "alarm": None},
+    ]
+    assert choose_best(rows)["layout"] == "c"
+    assert choose_best([{**row, "alarm": "stops at once"} for row in rows])["layout"] == "a"
+    # A CE that is no number is below nothing.
+    unheard = [{"layout": name, "ce": ce, "wer": None} for name, ce in (("a", math.nan), ("b", 1.2))]
+    assert choose_best(unheard)["layout"] == choose_best(unheard[::-1])["layout"] == "b"
+
+
 def test_a_loss_term_that_is_switched_off_is_no_obstacle(tmp_path, monkeypatch):
     """Its values are NaN, which a JSON file cannot hold; the finished result must still be read back."""
     point = {"step": 1, "tokens": 10, "total": 1.0, "ce": math.nan, "logits": 0.5, "emb": 0.5}

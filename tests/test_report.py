@@ -1,18 +1,22 @@
 """The report of made-up runs: what is in the page, in the files, and what is said when input is missing."""
 
 import csv
+import dataclasses
 import html.parser
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from browser import needs_chromium, told_by
 from made_run import made_run, quality
 from scipy import stats
 
 from mamtra_ray import paper_results
+from mamtra_ray.alarms import COLUMNS
 from mamtra_ray.config import save_config
 from mamtra_ray.correlations import pearson, spearman
 from mamtra_ray.efficiency import ARCHITECTURES
@@ -24,6 +28,7 @@ from mamtra_ray.report_search import pareto_front, rank_agreement
 from mamtra_ray.run_folder import (
     AUDIO_INDEX,
     CURVES,
+    FINALIST_COLUMNS,
     FINALISTS,
     PROBE,
     REFERENCE,
@@ -32,6 +37,7 @@ from mamtra_ray.run_folder import (
     read_rows,
     read_run,
     read_runs,
+    write_reference,
     write_rows,
 )
 
@@ -245,6 +251,42 @@ def test_what_is_no_run_gets_one_sentence(runs, tmp_path, capsys):
     index = broken / AUDIO_INDEX
     index.write_text(index.read_text().replace('"teacher/u1.wav"', '"../../plain/config.yaml"'))
     assert "is not in" in refused(broken)
+
+
+def test_alarms_stand_above_everything_and_in_the_table(runs, tmp_path):
+    alarmed = Path(shutil.copytree(runs[0], tmp_path / "alarmed"))
+    run = read_run(alarmed)
+    ends = {"not_stopped": 0.35, "stopped_at_once": 0.0, "failed": 0.0}
+    rows = [{**row, **ends, "alarm": None} for row in run.finalists]
+    rows[0]["alarm"], rows[3]["alarm"] = "does not stop by itself in <35> % of the sentences", "stops at once"
+    write_rows(alarmed / FINALISTS, rows, FINALIST_COLUMNS + COLUMNS)
+    write_reference(alarmed, dataclasses.replace(run.reference, teacher_alarm="has a WER of 90.0 %"))
+    again = read_run(alarmed)
+    assert again.finalists == rows and again.reference.teacher_alarm == "has a WER of 90.0 %"
+
+    text = write_report([alarmed], tmp_path / "page.html").read_text()
+    block = text[text.index('class="alarms"') : text.index('class="facts"')]
+    exported = run.best_layout
+    assert rows[0]["layout"] == exported
+    for sentence in (
+        f"<li>{exported} (exported) does not stop by itself in &lt;35&gt; % of the sentences.</li>",
+        f"<li>{rows[3]['layout']} stops at once.</li>",
+        "<li>the teacher has a WER of 90.0 %.</li>",
+    ):
+        assert sentence in block
+    table = list(csv.DictReader((tmp_path / "page" / "table_3_systems.csv").open()))
+    assert [row["alarm"] for row in table if row["alarm"]] == [
+        "has a WER of 90.0 %", rows[0]["alarm"], "stops at once"
+    ]  # fmt: skip
+    # Of several runs it is said which one; a run of an earlier version has no alarm to show.
+    both = build_report(read_runs([alarmed, runs[1]]))
+    assert len(both.alarms) == 3 and all(alarm.startswith("alarmed: ") for alarm in both.alarms)
+    assert 'class="alarms"' not in write_report([runs[0]], tmp_path / "old.html").read_text()
+
+
+def test_a_column_of_alarms_is_text_even_without_any(tmp_path):
+    write_rows(tmp_path / "t.parquet", [{"a": 1, "alarm": None}], ("a", "alarm"))
+    assert pq.read_schema(tmp_path / "t.parquet").field("alarm").type == pa.string()
 
 
 def test_a_listening_test_gives_the_nmos_column(runs, tmp_path):

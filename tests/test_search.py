@@ -112,6 +112,11 @@ def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_fold
     finalists = rows_of(run, "finalists")
     assert "back" in {row["origin"] for row in finalists} and len(finalists) == 2, "the paper's and the best found one"
     assert "checkpoint" in output and str(run / "report.html") in output
+    assert "generation equals a full forward pass" in output
+    last = output.strip().splitlines()[-1]
+    assert last.endswith("because no speech was generated (evaluate.sentences=0)") and " (teacher " in last
+    for row in finalists:
+        assert [row[name] for name in ("not_stopped", "stopped_at_once", "failed", "alarm")] == [None] * 4
     assert (run / "report.html").stat().st_size > 10_000
     ledger = json.loads((run / "ledger.json").read_text())
     assert set(ledger["phases"]) >= {"cache", "align", "trials", "finalists"}

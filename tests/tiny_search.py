@@ -27,6 +27,7 @@ def write_search_space(folder: Path, **changes: object) -> Path:
     ]
     write_corpus(folder / "corpus.parquet", rows, tokenizer="tiny", made_by={"test": True})
     space: dict[str, dict[str, object]] = {
+        "student": {},
         "teacher": {"kind": "huggingface", "path": str(folder / "teacher")},
         "corpus": {"path": str(folder / "corpus.parquet")},
         "align": {"tokens": 400, "batch_tokens": 200},
