@@ -133,7 +133,7 @@ def test_files_of_an_evaluation(evaluated_run):
     folder, evaluations, _ = evaluated_run
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     assert summary["systems"]["AMAM"]["wer"] == evaluations["AMAM"].wer
-    assert summary["made_by"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(summary["made_by"]["versions"]["torch"])
     assert [(pair["a"], pair["b"]) for pair in summary["paired_differences"]] == [
         ("codec", "teacher"), ("codec", "AMAM"), ("teacher", "AMAM")
     ]  # fmt: skip

@@ -98,7 +98,9 @@ def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_fold
     if "ignore::DeprecationWarning" not in (pytestconfig.getoption("pythonwarnings") or ()):  # make test-oldest
         assert not deprecations(output, short_folder)
     sessions = json.loads((run / "environment.json").read_text())["sessions"]
-    assert len(sessions) == 2 and all(session["versions"]["torch"] == torch.__version__ for session in sessions)
+    assert len(sessions) == 2 and all(
+        torch.__version__.startswith(session["versions"]["torch"]) for session in sessions
+    )
     assert sessions[1]["command"][0] == "mamtra_ray.search" and "--resume" in sessions[1]["command"]
     assert "versions have changed" not in output
     after = {(row["layout"], row["rung"]): row for row in rows_of(run)}
