@@ -71,12 +71,13 @@ def granite_config(
     from transformers import GraniteMoeHybridConfig
 
     check_representable(config)
-    return GraniteMoeHybridConfig(
+    return GraniteMoeHybridConfig(  # type: ignore[call-arg]  (head_dim, see below)
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
+        # No field of this configuration, but read by its attention, as in all of transformers' decoders.
         head_dim=config.head_dim,
         layer_types=[LAYER_TYPES[letter] for letter in str(config.layout)],
         # No experts: each layer is its mixer and the shared MLP, as in a dense decoder.
