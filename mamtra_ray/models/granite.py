@@ -71,7 +71,7 @@ def granite_config(
     from transformers import GraniteMoeHybridConfig
 
     check_representable(config)
-    return GraniteMoeHybridConfig(  # type: ignore[call-arg]  (head_dim, see below)
+    return GraniteMoeHybridConfig(  # type: ignore[call-arg]  # head_dim, see below
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
