@@ -7,7 +7,10 @@ random keys, values and states, and draws greedily; stop ids are barred, so ever
     python benchmarks/generate.py            24 layers, contexts 512, 2048 and 8192, batches 1 and 8 (20 minutes, 8 GB)
     python benchmarks/generate.py --quick    4 layers, short contexts, about a minute; nothing is written
 
-"peak MB" is by how much decoding raises the process's resident memory above the weights, cache included.
+"peak MB" is by how much decoding raises the process's resident memory above the weights, cache included. "attention"
+and "products" are the shares of a decoding step that PyTorch's profiler finds in attention over the cache and in matrix
+products with the weights. "read, of teacher's" is what a step must read at least, weights and cache, beside what the
+teacher's must: where memory is the limit, no program can be faster by more than its inverse.
 """
 
 from __future__ import annotations
@@ -74,6 +77,10 @@ class Contestant:
     def weight_bytes(self) -> int:
         tensors = {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def cache_bytes(self, batch: int, context: int, dtype: torch.dtype) -> int:
+        """Of a cache filled to ``context``."""
+        return bytes_in_use(filled_cache(self, SHAPE, batch, context, dtype))
 
 
 def layouts_of(num_layers: int) -> dict[str, Layout]:
@@ -288,9 +295,11 @@ def decoding_rows(
 
     timings = paired({name: (lambda n=name: decode_from_filled(n)) for name in models}, rounds, clock=clock)
     rows = []
+    read = {name: one.weight_bytes + one.cache_bytes(batch, context, dtype) for name, one in models.items()}
     for name, contestant in models.items():
         peak = peak_bytes(lambda n=name: decode_from_filled(n))
         timing = timings[name]
+        attention, products = shares_of_a_step(contestant, batch, context, dtype)
         rows.append(
             {
                 "model": name,
@@ -300,12 +309,26 @@ def decoding_rows(
                 "times the teacher's": round(1 / timing.ratio, 2),
                 "low": round(1 / timing.ratio_high, 2),
                 "high": round(1 / timing.ratio_low, 2),
-                "cache MB": round(bytes_in_use(filled_cache(contestant, SHAPE, batch, context, dtype)) / 1e6, 1),
+                "attention": round(attention, 2),
+                "products": round(products, 2),
+                "read, of teacher's": round(read[name] / read["teacher"], 2),
+                "cache MB": round(contestant.cache_bytes(batch, context, dtype) / 1e6, 1),
                 "peak MB": round(peak / 1e6, 1),
                 "weights MB": round(contestant.weight_bytes / 1e6),
             }
         )
     return rows, drawn
+
+
+def shares_of_a_step(contestant: Contestant, batch: int, context: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Shares of decoding in attention and in matrix products with the weights."""
+    cache = filled_cache(contestant, SHAPE, batch, context, dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        contestant.decode(cache, batch, context, 2)
+    seconds = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    attention = sum(time for key, time in seconds.items() if "scaled_dot_product" in key)
+    products = sum(seconds.get(f"aten::{name}", 0.0) for name in ("mm", "addmm"))
+    return attention / sum(seconds.values()), products / sum(seconds.values())
 
 
 def reading_rows(models: dict[str, Contestant], context: int) -> list[dict[str, object]]:

@@ -46,7 +46,7 @@ def test_scales_of_a_quantized_checkpoint_are_not_dropped(tmp_path):
     [
         ("model.layers.1.self_attn.q_norm.weight", "no place for: model.layers.1.self_attn.q_norm.weight"),
         ("model.layers.4.mlp.up_proj.weight", "no place for: model.layers.4.mlp.up_proj.weight"),
-        ("value_head.weight", "does not know: value_head.weight"),
+        ("value_head.weight", "no place for: value_head.weight"),
         ("model.layers.0.self_attn.o_proj.bias", "no place for: model.layers.0.self_attn.o_proj.bias"),
     ],
 )

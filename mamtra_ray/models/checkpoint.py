@@ -84,15 +84,24 @@ def read_model(
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Assign ``tensors`` as the model's parameters; anything missing, left over or misshapen is refused by name."""
+    check_tensors(model, tensors, source)
+    model.load_state_dict(tensors, assign=True)
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, prefix: str = "") -> None:
+    """Whether ``tensors`` are the model's, all of them and no others; ``prefix`` stands before names in errors.
+
+    Raises:
+        InputError: one is missing, misshapen or left over.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in expected.items():
         if name not in tensors:
-            raise InputError(f"{source} has no tensor {name}")
+            raise InputError(f"{source} has no tensor {prefix}{name}")
         if tuple(tensors[name].shape) != shape:
-            raise InputError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+            raise InputError(f"{source}: {prefix}{name} has shape {tuple(tensors[name].shape)}, expected {shape}")
     if left_over := sorted(set(tensors) - set(expected)):
-        raise InputError(f"{source} has a tensor this model does not know: {left_over[0]}")
-    model.load_state_dict(tensors, assign=True)
+        raise InputError(f"{source} has a tensor that the model has no place for: {prefix}{left_over[0]}")
 
 
 def read_transformers_config(folder: Path) -> Any:

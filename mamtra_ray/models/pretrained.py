@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.models.checkpoint import read_transformers_config
+from mamtra_ray.models.checkpoint import check_tensors, read_transformers_config
 from mamtra_ray.models.decoder import Decoder
 from mamtra_ray.models.decoder_config import DecoderConfig
 
@@ -101,14 +101,7 @@ def split_checkpoint(
             decoder[name.removeprefix(prefix)] = tensor
         else:
             others[name] = tensor
-    expected = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
-    for name, shape in expected.items():
-        if name not in decoder:
-            raise InputError(f"{source} has no tensor {prefix}{name}")
-        if tuple(decoder[name].shape) != shape:
-            raise InputError(f"{source}: {prefix}{name} has shape {tuple(decoder[name].shape)}, expected {shape}")
-    if unknown := sorted(set(decoder) - set(expected)):
-        raise InputError(f"{source} has a tensor that the decoder has no place for: {prefix}{unknown[0]}")
+    check_tensors(Decoder(config), decoder, source, prefix)
     return decoder, others
 
 

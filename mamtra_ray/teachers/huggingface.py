@@ -79,7 +79,7 @@ def speech_lm_from_checkpoint(
     embedding_VD = decoder["embed_tokens.weight"]
     head_VD, bias_V = head_weight(others, embedding_VD, tied, source), others.pop("lm_head.bias", None)
     if others:
-        raise InputError(f"{source} has a tensor this model does not know: {min(others)}")
+        raise InputError(f"{source} has a tensor that the model has no place for: {min(others)}")
     tensors = {f"body.{name}": tensor for name, tensor in decoder.items()}
     # Cloned, so that the rows do not keep the whole matrix alive.
     tensors["body.embed_tokens.weight"] = embedding_VD[: vocabulary.size].clone()
