@@ -1,14 +1,17 @@
 """Reading foreign checkpoints: every tensor has a place or is named, and the head is the one transformers uses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, SPEECH, transformers_model, write_folder
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mamtra_ray.errors import InputError
+from mamtra_ray.models.pretrained import decoder_config, read_decoder_config
 from mamtra_ray.teachers import load_teacher
 
 
@@ -95,3 +98,43 @@ def test_stored_rotary_frequencies_are_compared(tmp_path):
 def test_rope_that_we_do_not_compute_is_refused_by_name(tmp_path, rope, message):
     with pytest.raises(InputError, match=message):
         load(changed_folder(tmp_path / "teacher", rope_parameters={"rope_theta": 1e4, **rope}))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize(
+    "drop", [(), ("rope_parameters",), ("rms_norm_eps", "hidden_act"), ("max_position_embeddings",)], ids=str
+)
+def test_config_files_with_and_without_defaults(tmp_path, kind, drop):
+    """A complete file is read without transformers, one that leaves something out with it: alike."""
+    path = changed_folder(tmp_path, kind) / "config.json"
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
+    path.write_text(json.dumps(content))
+    expected = AutoConfig.from_pretrained(tmp_path)
+    assert read_decoder_config(tmp_path) == (decoder_config(expected), expected.tie_word_embeddings)
+    older = {**content, "rope_theta": 5e5}
+    older.pop("rope_parameters", None)
+    path.write_text(json.dumps(older))
+    assert read_decoder_config(tmp_path)[0].rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "sliding-window"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers = '4' is no whole number"),
+        ({"hidden_size": 32.5}, "hidden_size = 32.5 is no positive whole number"),
+        ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"model_type": "gpt2"}, "'gpt2' cannot be a teacher body"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "RoPE type None is not supported"),
+    ],
+)
+def test_configs_that_the_decoder_cannot_take(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        load(changed_folder(tmp_path / "teacher", **changes))
+
+
+def test_the_demo_teacher_is_loaded_without_transformers():
+    """Its import would take every worker process of a search more than a second."""
+    code = "import sys, mamtra_ray.teachers as t; t.load_teacher('demo'); print('transformers' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamtra_ray.models.decoder_config import DecoderConfig
+from mamtra_ray.models.linear import Linear
 from mamtra_ray.models.pass_inputs import PassInputs
 from mamtra_ray.models.rope import rotate
 
@@ -22,10 +23,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.num_kv_heads = config.num_kv_heads
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.o_bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.o_bias)
 
     def forward(self, hidden_BLD: Tensor, inputs: PassInputs) -> Tensor:
         """Mix the positions of a sequence, or of its continuation: [B, L, D] -> [B, L, D]."""

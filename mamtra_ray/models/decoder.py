@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mamtra_ray.models.attention import Attention
 from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.models.decoder_config import DecoderConfig
+from mamtra_ray.models.linear import Embedding, Linear
 from mamtra_ray.models.mamba import MambaMixer
 from mamtra_ray.models.pass_inputs import PassInputs, pass_inputs
 
@@ -44,9 +45,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_BLD)) * self.up_proj(hidden_BLD))
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
         self.config = config
         self.rope = config.rope
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamtra_ray.models import ssd_cuda
+from mamtra_ray.models.linear import Conv1d, Linear
 from mamtra_ray.models.ssd import ssd_scan, ssd_step
 from mamtra_ray.models.ssd_inputs import compute_dtype
 
@@ -187,16 +188,16 @@ class MambaMixer(nn.Module):
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
         self.config = config
-        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_rows, bias=False)
+        self.in_proj = Linear(config.hidden_size, config.in_proj_rows, bias=False)
         # Holds weight [C, 1, K] and bias under the usual names; causal_conv_silu does the work.
-        self.conv1d = nn.Conv1d(
+        self.conv1d = Conv1d(
             config.conv_channels, config.conv_channels, config.conv_kernel, groups=config.conv_channels
         )
         self.dt_bias = nn.Parameter(torch.empty(config.num_states))
         self.A_log = nn.Parameter(torch.empty(config.num_states))
         self.D = nn.Parameter(torch.empty(config.num_heads))
         self.norm = nn.RMSNorm(config.inner_size, eps=config.norm_eps)
-        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.out_bias)
+        self.out_proj = Linear(config.inner_size, config.hidden_size, bias=config.out_bias)
         for parameter in (self.dt_bias, self.A_log, self.D):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]  # the mark that mamba-ssm's recipes read
         self.reset_parameters()
@@ -209,6 +210,8 @@ class MambaMixer(nn.Module):
         """
         for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
             module.reset_parameters()
+        if self.D.is_meta:
+            return  # values are loaded, see :mod:`mamtra_ray.models.linear`
         with torch.no_grad():
             dt_S = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
             self.dt_bias.copy_(dt_S + torch.log(-torch.expm1(-dt_S)))  # inverse of softplus

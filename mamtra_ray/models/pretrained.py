@@ -5,20 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mamtra_ray.artifacts import read_json
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.models.checkpoint import check_tensors, read_transformers_config
+from mamtra_ray.models.checkpoint import CONFIG_FILE, check_tensors, read_transformers_config
 from mamtra_ray.models.decoder import Decoder
 from mamtra_ray.models.decoder_config import DecoderConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_KEYS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters", "max_position_embeddings"),
+    "tie_word_embeddings",
+)
+"""What must stand in a config.json for it to need no defaults; files written by transformers 5 have them all."""
 _STORED_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FREQUENCIES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
@@ -29,12 +37,17 @@ def read_decoder_config(folder: Path) -> tuple[DecoderConfig, bool]:
     Raises:
         InputError: the file is missing or damaged, or describes a model that our decoder does not compute.
     """
+    content = read_json(Path(folder) / CONFIG_FILE)
+    if isinstance(content, dict) and all(content.get(key) is not None for key in _KEYS):
+        # Nothing to fill in: transformers, whose import takes every worker process longer than all the rest, would
+        # read the same.
+        return decoder_config(SimpleNamespace(**content)), content["tie_word_embeddings"] is True
     config = read_transformers_config(Path(folder))
     return decoder_config(config), bool(config.tie_word_embeddings)
 
 
-def decoder_config(config: PretrainedConfig) -> DecoderConfig:
-    """The all-attention shape of transformers' configuration of a Qwen2 or Llama model.
+def decoder_config(config: PretrainedConfig | SimpleNamespace) -> DecoderConfig:
+    """The all-attention shape of transformers' configuration of a Qwen2 or Llama model, or of a complete config.json.
 
     Raises:
         InputError: another architecture, or an option that our decoder has not.
@@ -44,7 +57,8 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
         raise InputError(f"model type {kind!r} cannot be a teacher body: expected qwen2 or llama")
     quantization = getattr(config, "quantization_config", None)
     unsupported = {
-        "sliding-window attention": getattr(config, "use_sliding_window", False),
+        "sliding-window attention": getattr(config, "use_sliding_window", False)
+        or set(getattr(config, "layer_types", None) or ()) - {"full_attention"},
         "biases in the MLP": getattr(config, "mlp_bias", False),
         f"activation {config.hidden_act!r} (only silu)": config.hidden_act != "silu",
         "quantized weights (quantization_config): dequantize the checkpoint first": quantization is not None,
@@ -52,6 +66,8 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
     for feature, present in unsupported.items():
         if present:
             raise InputError(f"this {kind} model uses {feature}, which the decoder lacks")
+    if isinstance(config.num_hidden_layers, bool) or not isinstance(config.num_hidden_layers, int):
+        raise InputError(f"num_hidden_layers = {config.num_hidden_layers!r} is no whole number")
     llama_bias = bool(getattr(config, "attention_bias", False))
     return DecoderConfig(
         layout=Layout("A" * config.num_hidden_layers),
@@ -62,7 +78,7 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=dict(config.rope_parameters),
+        rope_parameters=config.rope_parameters,
         max_position_embeddings=config.max_position_embeddings,
         qkv_bias=kind == "qwen2" or llama_bias,
         o_bias=kind == "llama" and llama_bias,

@@ -27,6 +27,7 @@ from mamtra_ray.models.checkpoint import load_into, read_model, write_model
 from mamtra_ray.models.decoder import Decoder
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.granite import read_granite, write_granite
+from mamtra_ray.models.linear import Linear
 from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.models.transfer import INITIALISATIONS, mixer_from_attention, mixer_from_library
 from mamtra_ray.teachers.sequences import SequenceFormat, Vocabulary
@@ -53,7 +54,7 @@ class SpeechLM(nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.body = Decoder(config)
-        self.head = nn.Linear(config.hidden_size, vocabulary.speech_size, bias=head_bias, device="meta")
+        self.head = Linear(config.hidden_size, vocabulary.speech_size, bias=head_bias, device="meta")
         self.body.embed_tokens.requires_grad_(False)
         self.head.requires_grad_(False)
 
