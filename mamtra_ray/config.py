@@ -67,7 +67,7 @@ class CorpusConfig(_Section):
     """Parquet file or folder made by `python -m mamtra_ray.corpus`; none for the packaged demo corpus."""
     train_tokens: int | None = Field(160_000, gt=0)
     """Use only the first utterances that together hold this many speech tokens; none for all."""
-    validation_tokens: int = Field(8_000, gt=0)
+    validation_tokens: int = Field(4_000, gt=0)
     """Speech tokens of the validation split on which CE and KL are measured."""
 
 
@@ -94,7 +94,7 @@ class StudentConfig(_Section):
 
 
 class AlignConfig(_Section):
-    tokens: int = Field(150_000, gt=0)
+    tokens: int = Field(80_000, gt=0)
     """Training tokens (padding excluded) with which all layers' mixers learn their attention's output."""
     batch_tokens: int = Field(500, gt=0)
     """Padded tokens of a batch, over all workers; on a CPU small batches learn more in the same time."""
@@ -118,7 +118,7 @@ class ProbeConfig(_Section):
 class SearchConfig(_Section):
     ratios: Annotated[tuple[str, ...], _Several] = ("1:1",)
     """Budgets, attention to Mamba: a layout of each is found, compared and exported."""
-    strategies: Annotated[tuple[str, ...], _Several] = ("block_beginning", "back")
+    strategies: Annotated[tuple[str, ...], _Several] = ("block_beginning",)
     """The paper's placements that are always among the candidates, at every budget: patterns, and importance_wer,
     importance_cosine, importance_kl, which keep the layers that lose most words when replaced, turn their input most,
     or have the highest KL divergence when replaced."""
@@ -126,7 +126,7 @@ class SearchConfig(_Section):
     """Layouts that Tune starts in all, the paper's placements among them."""
     sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
     """Optuna's sampler; grid tries exactly the strategies at the ratios."""
-    rung_tokens: Annotated[tuple[int, ...], _Several] = (10_000, 20_000)
+    rung_tokens: Annotated[tuple[int, ...], _Several] = (8_000, 16_000)
     """Training tokens at which successive halving compares trials, ascending; the last one ends a trial."""
     reduction_factor: int = Field(2, ge=2)
     """One of this many trials passes a rung."""
@@ -151,7 +151,7 @@ class SearchConfig(_Section):
 
 
 class DistillConfig(_Section):
-    tokens: int = Field(80_000, gt=0)
+    tokens: int = Field(45_000, gt=0)
     """Training tokens of a finalist (and of `python -m mamtra_ray.distill`)."""
     batch_tokens: int = Field(2_000, gt=0)
     """Padded tokens of a batch, over all workers together (paper: 40,000)."""
@@ -180,7 +180,7 @@ class DistillConfig(_Section):
     """Ray Train workers of a finalist."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast type of the forward pass."""
-    checkpoint_tokens: int = Field(40_000, gt=0)
+    checkpoint_tokens: int = Field(45_000, gt=0)
     """A resumable checkpoint every so many tokens."""
 
 
