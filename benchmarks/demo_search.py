@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measurement import write_result
+from measurement import LONG_DEMO, write_result
 
 from mamtra_ray.progress import table
 from mamtra_ray.run_folder import Score, read_run
 
 FULL = [
+    *LONG_DEMO,
     "search.ratios=1:1,1:3",
     "search.strategies=block_beginning,block_end,front,middle,back,sandwich",
     "search.trials=24",

@@ -19,6 +19,15 @@ import torch
 from mamtra_ray.artifacts import write_json
 
 RESULTS = Path(__file__).parent / "results"
+LONG_DEMO = [
+    "align.tokens=150000",
+    "corpus.validation_tokens=8000",
+    "search.rung_tokens=10000,20000",
+    "search.strategies=block_beginning,back",
+    "distill.tokens=80000",
+    "distill.checkpoint_tokens=40000",
+]
+"""The demo with budgets that leave less to chance than the five minutes of `make search`: what results here are of."""
 
 
 @dataclass(frozen=True)

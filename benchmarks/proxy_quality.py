@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import ray
 import torch
-from measurement import print_table, write_result
+from measurement import LONG_DEMO, print_table, write_result
 from scipy.stats import spearmanr
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help="run folder (default: runs/proxy_quality)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    config = load_config(options.space, options.overrides)
+    config = load_config(options.space, [*([] if options.space else LONG_DEMO), *options.overrides])
     config = quick(config) if options.quick else config
     folder = options.run or Path("runs") / ("proxy_quality_quick" if options.quick else "proxy_quality")
     session = start_session(config, folder, ("cache", "align", "probe", "distil", "speech"), None)

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import contextlib
 
 import numpy as np
-from measurement import print_table, quartiles, write_result
+from measurement import LONG_DEMO, print_table, quartiles, write_result
 from scipy.stats import spearmanr
 from search_methods import Method, Scores, SpentError, additive_costs, methods
 
@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help="run folder (default: runs/search_quality)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    config = load_config(options.space, options.overrides)
+    config = load_config(options.space, [*([] if options.space else LONG_DEMO), *options.overrides])
     config = quick(config) if options.quick else config
     seeds = 1 if options.quick else options.seeds
     folder = options.run or Path("runs") / ("search_quality_quick" if options.quick else "search_quality")
