@@ -45,7 +45,7 @@ def test_half_precision(dtype):
         assert torch.equal(found, expected), f"seed {seed}"
 
 
-@pytest.mark.parametrize("seeds", GROUPS, ids=str)
+@pytest.mark.parametrize("seeds", GROUPS[::2], ids=str)
 def test_padded_and_cached(seeds):
     """Padding on either side, the whole prompt at once, in two parts, and one position at a time."""
     for seed in seeds:
@@ -65,7 +65,7 @@ def test_padded_and_cached(seeds):
                 assert difference.abs().max() <= 1e-10, f"seed {seed}, {side}, {len(cuts) - 1} parts"
 
 
-@pytest.mark.parametrize("seeds", GROUPS, ids=str)
+@pytest.mark.parametrize("seeds", GROUPS[::3], ids=str)
 def test_cached_and_padded_hybrids(seeds):
     """No other library computes these: a hybrid's own full forward of each row alone is the measure."""
     for seed in seeds:

@@ -17,6 +17,7 @@ from tiny_models import VOCABULARY, transformers_model, write_folder
 from tiny_whisper import write_tiny_whisper
 
 from mamtra_ray import evaluate, evaluation_pool
+from mamtra_ray.cluster import Cluster
 from mamtra_ray.config import load_config
 from mamtra_ray.corpus import write_corpus
 from mamtra_ray.environment import versions
@@ -312,7 +313,7 @@ def test_a_student_that_has_diverged_fails_by_name_and_stops_nobody(place, tmp_p
             yield chunk, *worker.run(chunk)
 
     monkeypatch.setattr(evaluate, "evaluated", in_this_process)
-    monkeypatch.setattr(evaluate, "connect", lambda _: None)
+    monkeypatch.setattr(evaluate, "connect", lambda _: Cluster({"CPU": 1.0}, "off"))
     spoil(place, tmp_path / "diverged", "body.norm.weight")
     overrides = [f"{key}={value}" for key, value in settings_of(place).items()]
     systems = [f"--system=bad={tmp_path / 'diverged'}", f"--system=good={place / 'student'}"]

@@ -28,7 +28,7 @@ def test_papers_layouts_and_the_best_found_of_every_budget_go_on():
         row("AMMM", 0, 2.0, "probe"),
         row("MAMM", 0, 2.5),
     ]
-    search = SearchConfig(ratios=("1:1", "1:3"), finalists=1)
+    search = SearchConfig(ratios=("1:1", "1:3"), strategies=("block_beginning", "back"), finalists=1)
     chosen = choose_finalists(search, 4, paper_candidates(search, 4), rows)
     assert sorted((str(candidate.layout), candidate.origin) for candidate in chosen) == [
         ("AAMM", "optuna"),
