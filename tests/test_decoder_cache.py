@@ -77,6 +77,18 @@ def test_long_decoding_equals_transformers_cache(teacher):
             torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("rows", [5, 8, 32, 33])
+def test_large_batches_decode_what_a_full_forward_gives(teacher, rows):
+    """Decoding steps of many rows take another way through the linear layers, in float32 and without gradients."""
+    ids = torch.randint(VOCABULARY.size, (rows, 12), generator=torch.Generator().manual_seed(rows))
+    student = make_student(teacher, "AMMA")
+    with torch.no_grad():
+        expected, cache = student(ids), student.new_cache()
+        for position in range(12):
+            step = student(ids[:, position : position + 1], past_key_values=cache)
+            torch.testing.assert_close(step[:, 0], expected[:, position], atol=1e-5, rtol=1e-5)
+
+
 def test_models_can_be_sent_to_other_processes(teacher):
     student = make_student(teacher, "AMMA")
     received = pickle.loads(pickle.dumps(student))

@@ -1,4 +1,4 @@
-"""Layers that draw no values where none are kept.
+"""Linear, convolution and embedding layers: no values where none are kept, and fast products for a decoding batch.
 
 A decoder is built on the ``meta`` device and its tensors are loaded. Random values drawn there are thrown away, but the
 first draw makes PyTorch load the Python code of its meta kernels, a second of every worker process's start.
@@ -6,11 +6,27 @@ first draw makes PyTorch load the Python code of its meta kernels, a second of e
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+_DECODING_ROWS = range(5, 33)
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, without values on the ``meta`` device."""
+    """``nn.Linear``, without values on the ``meta`` device.
+
+    One decoding step of 5 to 32 rows on a CPU multiplies the other way round, weight times rows: MKL then reads the
+    weights up to 1.4 times as fast (measured in float32 with AVX-512, one thread), and reading them is what such a step
+    spends most of its time on. Equal up to rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        is_step = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] in _DECODING_ROWS
+        if is_step and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            y_BO = (self.weight @ x[:, 0].t().contiguous()).t()
+            return (y_BO if self.bias is None else y_BO + self.bias)[:, None]
+        return super().forward(x)
 
     def reset_parameters(self) -> None:
         """As PyTorch does, elsewhere."""
