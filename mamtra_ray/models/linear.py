@@ -24,7 +24,8 @@ class Linear(nn.Linear):
         """[..., in] -> [..., out]."""
         is_step = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] in _DECODING_ROWS
         if is_step and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            y_BO = (self.weight @ x[:, 0].t().contiguous()).t()
+            # Contiguous again, or the fused attention kernel would refuse what is made of it.
+            y_BO = (self.weight @ x[:, 0].t().contiguous()).t().contiguous()
             return (y_BO if self.bias is None else y_BO + self.bias)[:, None]
         return super().forward(x)
 
