@@ -85,6 +85,7 @@ def speaking_space(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_search_with_alarms_is_complete_but_no_success(speaking_space, ray_cluster, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "alarmed"
     arguments = ["--space", str(speaking_space), "--run", str(run)]
