@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.generate import generate
@@ -48,6 +46,8 @@ class ExportCheck:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and advice of transformers on our screen."""
+    from transformers.utils import logging
+
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -95,6 +95,8 @@ def check_export(folder: Path, student: SpeechLM, sequence: SequenceFormat) -> E
 
 
 def _plain_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
     wrong = {name: sorted(map(str, tensors)) for name, tensors in report.items() if tensors}
