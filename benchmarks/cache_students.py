@@ -16,18 +16,20 @@ from measurement import quartiles
 from state_sharing import spoken
 from torch import Tensor
 
+from mamtra_ray.align.mixer_training import MixerTraining
 from mamtra_ray.config import AlignConfig, DistillConfig
-from mamtra_ray.corpus import Utterance
+from mamtra_ray.corpus.table import Utterance
+from mamtra_ray.distill.training import Distillation, validate
 from mamtra_ray.layouts import from_strategy
 from mamtra_ray.losses import IGNORE, HiddenTargets, TopKTargets
-from mamtra_ray.mixer_training import MixerTraining
-from mamtra_ray.shared_batches import DistillBatch, batches
-from mamtra_ray.shared_cache import SharedCache
+from mamtra_ray.speech.demo_codec import load_codec
 from mamtra_ray.speech.recognizer import load_recognizer
-from mamtra_ray.speech.vocoder import load_codec
 from mamtra_ray.speech.wer import WerResult, bootstrap_interval, paired_difference, word_error_rate
-from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
-from mamtra_ray.training import Distillation, validate
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
+from mamtra_ray.teacher_cache.batches import DistillBatch, batches
+from mamtra_ray.teacher_cache.shared import SharedCache
+from mamtra_ray.teachers.teacher import Teacher
 
 CPU = torch.device("cpu")
 
@@ -61,11 +63,11 @@ class Lesson:
         return self.training.student
 
 
-def endless(source: Source, teacher: Teacher, batch_tokens: int) -> Iterator[DistillBatch]:
+def endless(source: Source, teacher: Teacher, tokens_per_batch: int) -> Iterator[DistillBatch]:
     """Epoch after epoch; equal for all sources but for the teacher's rows."""
     epoch = 0
     while True:
-        for batch in batches(source.shared, teacher.sequence, batch_tokens=batch_tokens, seed=0, epoch=epoch):
+        for batch in batches(source.shared, teacher.sequence, tokens_per_batch=tokens_per_batch, seed=0, epoch=epoch):
             yield batch if source.targets == "cache" else _retargeted(batch, teacher, source.targets)
         epoch += 1
 
@@ -74,7 +76,7 @@ def aligned_mixers(teacher: Teacher, source: Source, tokens: int) -> dict[int, d
     """One mixer per layer that has learnt its attention's output: where all students start."""
     config = AlignConfig(tokens=tokens)
     training = MixerTraining(teacher.model, config, "per_query_head", CPU)
-    stream = endless(source, teacher, config.batch_tokens)
+    stream = endless(source, teacher, config.tokens_per_batch)
     training.fit_output_projections([next(stream) for _ in range(10)])
     while training.position.tokens < tokens:
         training.step(next(stream))
@@ -91,7 +93,7 @@ def distil_in_turns(
         config = DistillConfig(tokens=tokens, embedding_weight=source.embedding_weight)
         student = make_student(teacher.model, layout, "aligned", mixers)
         lessons[source.name] = Lesson(Distillation(student, config, tokens, CPU))
-        streams[source.name] = endless(source, teacher, config.batch_tokens)
+        streams[source.name] = endless(source, teacher, config.tokens_per_batch)
     names = list(lessons)
     step = 0
     while lessons[names[0]].training.position.tokens < tokens:
@@ -106,7 +108,7 @@ def distil_in_turns(
 
 def scores(lesson: Lesson, baseline: Lesson, held_out: SharedCache, teacher: Teacher) -> dict[str, Any]:
     """Held-out CE and KL, and the time of a step (without the first ones) over the baseline's."""
-    held = validate(lesson.student, batches(held_out, teacher.sequence, batch_tokens=4_000, seed=0, epoch=0))
+    held = validate(lesson.student, batches(held_out, teacher.sequence, tokens_per_batch=4_000, seed=0, epoch=0))
     ratios = [own / base for own, base in zip(lesson.seconds, baseline.seconds, strict=True)]
     median, low, high = quartiles(ratios[1:])
     return {

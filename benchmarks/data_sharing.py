@@ -43,16 +43,17 @@ import ray.data
 import torch
 from measurement import print_table, quartiles, write_result
 
-from mamtra_ray.cache_formats import HiddenFormat
 from mamtra_ray.config import Config, DistillConfig
+from mamtra_ray.distill.training import Distillation
 from mamtra_ray.layouts import from_strategy
 from mamtra_ray.losses import IGNORE, HiddenTargets
-from mamtra_ray.shared_batches import DistillBatch, _batch, batches, padding_waste, plan_epoch
-from mamtra_ray.shared_cache import SharedCache, share_cache
-from mamtra_ray.teacher_cache import build_cache
+from mamtra_ray.speech_lm.sequences import SequenceFormat
+from mamtra_ray.speech_lm.student import make_student
+from mamtra_ray.teacher_cache.batches import DistillBatch, _batch, batches, padding_waste, plan_epoch
+from mamtra_ray.teacher_cache.build import build_cache
+from mamtra_ray.teacher_cache.formats import HiddenFormat
+from mamtra_ray.teacher_cache.shared import SharedCache, share_cache
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import SequenceFormat, make_student
-from mamtra_ray.training import Distillation
 
 BATCH_TOKENS = 2_000
 SOURCES = ("object store", "pyarrow per epoch", "Ray read_parquet per epoch", "online teacher")
@@ -63,17 +64,17 @@ def epoch_of(
 ) -> Iterator[DistillBatch]:
     """One epoch of batches from a source."""
     if source == "object store":
-        yield from batches(shared, sequence, batch_tokens=BATCH_TOKENS, seed=0, epoch=epoch)
+        yield from batches(shared, sequence, tokens_per_batch=BATCH_TOKENS, seed=0, epoch=epoch)
         return
     if source == "online teacher":
-        for batch in batches(shared, sequence, batch_tokens=BATCH_TOKENS, seed=0, epoch=epoch):
+        for batch in batches(shared, sequence, tokens_per_batch=BATCH_TOKENS, seed=0, epoch=epoch):
             with torch.no_grad():
                 hidden_ND = teacher.model.hidden_states(batch.input_ids_BL)[batch.labels_BL != IGNORE]
             yield DistillBatch(**{**vars(batch), "teacher_targets": HiddenTargets(hidden_ND)})
         return
     names = [f"{folder}/{name}" for name, _ in shared.manifest.split_shards("train")]
     columns = ["text_tokens", "speech_tokens", "hidden"]
-    plan = plan_epoch(shared, sequence, batch_tokens=BATCH_TOKENS, seed=0, epoch=epoch)[0]
+    plan = plan_epoch(shared, sequence, tokens_per_batch=BATCH_TOKENS, seed=0, epoch=epoch)[0]
     stored = HiddenFormat(shared.manifest.hidden_size)
     if source == "pyarrow per epoch":
         tables = [pq.read_table(name, columns=columns, use_threads=False) for name in names]
@@ -103,7 +104,7 @@ class Trial:
         self.shared, self.folder, self.source = shared, folder, source
         layers = self.teacher.model.layout.num_layers
         student = make_student(self.teacher.model, from_strategy("block_beginning", layers, "1:1"))
-        self.training = Distillation(student, DistillConfig(batch_tokens=BATCH_TOKENS), 10**6, torch.device("cpu"))
+        self.training = Distillation(student, DistillConfig(tokens_per_batch=BATCH_TOKENS), 10**6, torch.device("cpu"))
         self.idle_megabytes = private_megabytes()
 
     def read(self, epoch: int) -> dict[str, float]:
@@ -225,7 +226,7 @@ def main() -> None:
         print(
             f"{shared.num_utterances} utterances, {shared.labelled_positions:,} positions, "
             f"{shared.num_bytes / 1e6:.0f} MB in the object store, padding "
-            f"{100 * padding_waste(shared, load_teacher(**teacher).sequence, batch_tokens=BATCH_TOKENS):.1f} %"
+            f"{100 * padding_waste(shared, load_teacher(**teacher).sequence, tokens_per_batch=BATCH_TOKENS):.1f} %"
         )
     ray.shutdown()
     print_table(table)
@@ -236,7 +237,7 @@ def main() -> None:
             tokens=options.tokens,
             rounds=options.rounds,
             train_rounds=options.train_rounds,
-            batch_tokens=BATCH_TOKENS,
+            tokens_per_batch=BATCH_TOKENS,
             shared_megabytes=round(shared.num_bytes / 1e6),
         )
 

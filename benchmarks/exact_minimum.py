@@ -24,10 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from measurement import print_table, write_result
 
-from mamtra_ray.constraints import Constraints, layouts_to_matrix, sample_layouts
-from mamtra_ray.optimum import best_layouts
-from mamtra_ray.quadratic import Quadratic
-from mamtra_ray.surrogate import fit_surrogate
+from mamtra_ray.layouts.constraints import Constraints, layouts_to_matrix, sample_layouts
+from mamtra_ray.surrogate.optimum import best_layouts
+from mamtra_ray.surrogate.quadratic import Quadratic
+from mamtra_ray.surrogate.surrogate import fit_surrogate
 
 # (layers, fewest and most attention layers); one number of attention layers is one budget.
 CASES = ((24, 0, 24), (28, 0, 28), (36, 18, 18), (36, 9, 9), (48, 24, 24), (48, 12, 12), (64, 32, 32), (64, 16, 16))

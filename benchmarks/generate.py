@@ -37,12 +37,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from mamtra_ray.efficiency import ARCHITECTURES, published_layouts
-from mamtra_ray.efficiency_architectures import Architecture
-from mamtra_ray.generate import Prefilled, decode, prefill
+from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.layouts import Layout, from_strategy
 from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.models.mamba import MixerState
-from mamtra_ray.teachers.base import SpeechLM, Vocabulary, make_student
+from mamtra_ray.speech_lm.generate import Prefilled, decode, prefill
+from mamtra_ray.speech_lm.sequences import Vocabulary
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 
 SHAPE = ARCHITECTURES["cosyvoice2"]
 QUICK_LAYERS = 4

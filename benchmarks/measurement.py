@@ -25,7 +25,7 @@ LONG_DEMO = [
     "search.rung_tokens=10000,20000",
     "search.strategies=block_beginning,back",
     "distill.tokens=80000",
-    "distill.checkpoint_tokens=40000",
+    "distill.checkpoint_every_tokens=40000",
 ]
 """The demo with budgets that leave less to chance than the five minutes of `make search`: what results here are of."""
 

@@ -28,8 +28,8 @@ from measurement import print_table, quartiles, write_result
 from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes, published_layouts, total_parameters
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.decoder_config import DecoderConfig
-from mamtra_ray.teachers.base import SpeechLM
-from mamtra_ray.teachers.sequences import Vocabulary
+from mamtra_ray.speech_lm.sequences import Vocabulary
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
 SHAPE = ARCHITECTURES["cosyvoice2"]
 VOCABULARY = Vocabulary(text_size=0, speech_size=6564, control_size=2, eos_id=6561, stop_ids=(6561, 6562, 6563))

@@ -19,7 +19,7 @@ import numpy as np
 from measurement import print_table, write_result
 from scipy import stats
 
-from mamtra_ray.opinion_scores import half_width
+from mamtra_ray.listening_test.opinion_scores import half_width
 
 MEAN, SPREAD = 3.6, (0.35, 0.2, 0.7)
 DESIGNS = [(15, 50, 0.0, False), (15, 50, 0.0, True), (6, 10, 0.0, False), (15, 50, 0.5, False)]

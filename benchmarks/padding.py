@@ -17,11 +17,11 @@ import argparse
 import numpy as np
 from measurement import print_table, write_result
 
-from mamtra_ray.cache_manifest import CacheManifest
-from mamtra_ray.corpus import read_corpus, token_counts
-from mamtra_ray.shared_batches import plan_epoch
-from mamtra_ray.shared_cache import WINDOW_BYTES, SharedCache
-from mamtra_ray.teachers.sequences import SequenceFormat, Vocabulary
+from mamtra_ray.corpus.table import read_corpus, token_counts
+from mamtra_ray.speech_lm.sequences import SequenceFormat, Vocabulary
+from mamtra_ray.teacher_cache.batches import plan_epoch
+from mamtra_ray.teacher_cache.manifest import CacheManifest
+from mamtra_ray.teacher_cache.shared import WINDOW_BYTES, SharedCache
 
 BLOCK_BYTES = 64 << 20
 EPOCHS = 3
@@ -60,12 +60,12 @@ def waste(batches: list[np.ndarray], lengths: np.ndarray) -> float:
     return 100 * (1 - sum(int(lengths[rows].sum()) for rows in batches) / padded)
 
 
-def shuffled(lengths: np.ndarray, batch_tokens: int, seed: int) -> list[np.ndarray]:
+def shuffled(lengths: np.ndarray, tokens_per_batch: int, seed: int) -> list[np.ndarray]:
     batches: list[list[int]] = [[]]
     longest = 0
     for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         longest = max(longest, int(lengths[row]))
-        if batches[-1] and longest * (len(batches[-1]) + 1) > batch_tokens:
+        if batches[-1] and longest * (len(batches[-1]) + 1) > tokens_per_batch:
             batches.append([])
             longest = int(lengths[row])
         batches[-1].append(row)
@@ -87,19 +87,19 @@ def main() -> None:
     rows = []
     for name, (shared, sizes) in corpora.items():
         lengths = 2 + shared.num_text + shared.num_speech
-        for batch_tokens in sizes:
+        for tokens_per_batch in sizes:
             found: dict[str, list[float]] = {"ours": [], "shuffled": [], "fixed count": []}
             for epoch in range(EPOCHS):
-                plan = plan_epoch(shared, sequence, batch_tokens=batch_tokens, seed=0, epoch=epoch)
+                plan = plan_epoch(shared, sequence, tokens_per_batch=tokens_per_batch, seed=0, epoch=epoch)
                 batches = [batch for window in plan for batch in window]
                 found["ours"].append(waste(batches, lengths))
-                found["shuffled"].append(waste(shuffled(lengths, batch_tokens, epoch), lengths))
+                found["shuffled"].append(waste(shuffled(lengths, tokens_per_batch, epoch), lengths))
                 order = np.random.default_rng(epoch).permutation(len(lengths))
                 found["fixed count"].append(waste(np.array_split(order, len(batches)), lengths))
             percentages = {f"{kind} %": round(float(np.mean(values)), 2) for kind, values in found.items()}
             largest = {"ours, largest %": round(max(found["ours"]), 2)}
             shape = {"utterances": len(lengths), "mean length": round(float(lengths.mean()), 1)}
-            rows.append({"corpus": name, **shape, "batch tokens": batch_tokens, **percentages, **largest})
+            rows.append({"corpus": name, **shape, "batch tokens": tokens_per_batch, **percentages, **largest})
     print_table(rows)
     write_result("padding", rows, settings={"epochs": EPOCHS})
 

@@ -1,4 +1,4 @@
-"""The paper's grid, initialisations and loss ablation on the demo teacher: Tables 1, 2 and 4, Figures 3 to 6.
+"""The paper's grid, initializations and loss ablation on the demo teacher: Tables 1, 2 and 4, Figures 3 to 6.
 
     python benchmarks/paper_grid.py            8 placements at 4 ratios, and 7 runs more; about an hour on one core
     python benchmarks/paper_grid.py --quick    two runs of one layout, few tokens; nothing is written
@@ -7,7 +7,7 @@ Runs ``python -m mamtra_ray.search`` once for each thing that differs, in ``runs
 there, so the same command continues a stopped one), then ``python -m mamtra_ray.report`` over all of them. Writes
 benchmarks/results/paper_grid.json, and the report's figures and tables to ``docs/paper_grid``.
 Scaled down from the paper: 24,000 tokens a placement instead of 15 epochs of 585 hours, from aligned mixers; the
-initialisations and the losses are compared over 60,000 tokens at one layout. With twelve layers some placements of a
+initializations and the losses are compared over 60,000 tokens at one layout. With twelve layers some placements of a
 ratio are the same layout; it is trained once.
 """
 
@@ -25,30 +25,30 @@ from typing import Any
 from measurement import print_table, write_result
 
 from mamtra_ray.artifacts import read_json
-from mamtra_ray.correlations import pearson, spearman
 from mamtra_ray.layouts import PATTERNS, from_strategy
-from mamtra_ray.report import write_report
-from mamtra_ray.run_folder import Run, read_run
+from mamtra_ray.report.report import write_report
+from mamtra_ray.run.folder import Run, read_run
+from mamtra_ray.surrogate.correlations import pearson, spearman
 
 RATIOS = ("1:1", "1:3", "1:5", "1:11")
 CRITERIA = ("wer", "cosine")
 STRATEGIES = (*PATTERNS, *(f"importance_{criterion}" for criterion in CRITERIA))
 ONE_LAYOUT = ["search.ratios=1:1", "search.strategies=block_beginning", "distill.tokens=60000"]
-INITIALISATIONS = ("transfer", "xavier", "kaiming", "aligned")
+INITIALIZATIONS = ("transfer", "xavier", "kaiming", "aligned")
 LOSSES = ("ce", "logits", "embedding")
 RUNS = {
     "placements": [
         f"search.ratios={','.join(RATIOS)}", "distill.tokens=24000", f"search.strategies={','.join(STRATEGIES)}",
     ],
-    **{f"from_{name}": [*ONE_LAYOUT, f"student.initialisation={name}"] for name in INITIALISATIONS},
+    **{f"from_{name}": [*ONE_LAYOUT, f"student.initialization={name}"] for name in INITIALIZATIONS},
     **{
-        f"without_{term}": [*ONE_LAYOUT, "student.initialisation=transfer", f"distill.{term}_weight=0"]
+        f"without_{term}": [*ONE_LAYOUT, "student.initialization=transfer", f"distill.{term}_weight=0"]
         for term in LOSSES
     },
 }  # fmt: skip
 # The placements are finalists whatever their short score, so the trials are as short as can be.
 COMMON = [
-    "search.sampler=grid", "probe.masks=0", "search.rung_tokens=2000", "distill.workers=1",
+    "search.sampler=grid", "probe.num_layouts=0", "search.rung_tokens=2000", "distill.workers=1",
     "evaluate.sentences=30", "evaluate.audio_examples=0",
 ]  # fmt: skip
 QUICK = ["distill.tokens=4000", "evaluate.sentences=4"]
@@ -80,16 +80,16 @@ def main() -> None:
         return
     rows = placements(runs["placements"])
     correlated = correlations(rows)
-    initialisations = one_layout(runs, [f"from_{name}" for name in INITIALISATIONS])
+    initializations = one_layout(runs, [f"from_{name}" for name in INITIALIZATIONS])
     losses = one_layout(runs, ["from_transfer", *(f"without_{term}" for term in LOSSES)])
-    for table in (rows, correlated, initialisations, losses):
+    for table in (rows, correlated, initializations, losses):
         print_table(table)
     write_result(
         "paper_grid",
         rows,
         reference=asdict(reference) if (reference := runs["placements"].reference) else None,
         correlations=correlated,
-        initialisations=initialisations,
+        initializations=initializations,
         losses=losses,
         seconds={name: sum(phase["seconds"] for phase in run.ledger.values()) for name, run in runs.items()},
     )

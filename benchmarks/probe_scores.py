@@ -29,14 +29,18 @@ from measurement import LONG_DEMO, print_table, write_result
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from mamtra_ray.align.mixer_library import load_library
+from mamtra_ray.align.phase import make_library
 from mamtra_ray.config import load_config
-from mamtra_ray.corpus import Utterance, read_corpus, utterances
-from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker
+from mamtra_ray.corpus.table import Utterance, read_corpus, utterances
+from mamtra_ray.evaluate.worker import Chunk, EvaluationWorker
 from mamtra_ray.losses import IGNORE
-from mamtra_ray.mixer_library import load_library
-from mamtra_ray.session import make_cache, make_library, start_session
+from mamtra_ray.run.session import start_session
 from mamtra_ray.speech.wer import word_error_rate
-from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
+from mamtra_ray.teacher_cache.phase import make_cache
+from mamtra_ray.teachers.teacher import Teacher
 
 RESULT = Path(__file__).parent / "results" / "proxy_quality.json"
 PROBE = "KL (the probe)"

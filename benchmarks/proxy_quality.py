@@ -28,15 +28,18 @@ import torch
 from measurement import LONG_DEMO, print_table, write_result
 from scipy.stats import spearmanr
 
+from mamtra_ray.align.phase import make_library
 from mamtra_ray.artifacts import read_manifest, write_manifest
 from mamtra_ray.config import Config, load_config
-from mamtra_ray.constraints import Constraints, sample_layouts
-from mamtra_ray.distill import DistillJob, distill
-from mamtra_ray.evaluate import evaluate_systems
-from mamtra_ray.evaluation_results import Evaluation
+from mamtra_ray.distill.job import DistillJob
+from mamtra_ray.distill.workers import distill
+from mamtra_ray.evaluate.evaluation import evaluate_systems
+from mamtra_ray.evaluate.results import Evaluation
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
-from mamtra_ray.probe_pool import ProbePool
-from mamtra_ray.session import Session, make_cache, make_library, start_session
+from mamtra_ray.layouts.constraints import Constraints, sample_layouts
+from mamtra_ray.probe.pool import ProbePool
+from mamtra_ray.run.session import Session, start_session
+from mamtra_ray.teacher_cache.phase import make_cache
 
 RATIOS = ("1:1", "1:3")
 SCORES = ("probe KL", "probe CE", "short CE", "final CE", "WER")

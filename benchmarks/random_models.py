@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mamtra_ray.efficiency_architectures import Architecture
+from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.decoder_config import DecoderConfig
-from mamtra_ray.teachers.base import SpeechLM, Vocabulary
+from mamtra_ray.speech_lm.sequences import Vocabulary
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
 
 def random_teacher(

@@ -20,9 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from measurement import print_table, quartiles, write_result
 
-from mamtra_ray.corpus import read_corpus
+from mamtra_ray.corpus.table import read_corpus
+from mamtra_ray.speech.demo_codec import load_codec
 from mamtra_ray.speech.recognizer import WHISPER_WINDOW_SECONDS, load_recognizer
-from mamtra_ray.speech.vocoder import load_codec
 from mamtra_ray.speech.wer import bootstrap_interval, paired_difference, word_error_rate
 
 WINDOWS = (WHISPER_WINDOW_SECONDS, 20, 15, 12, 10)

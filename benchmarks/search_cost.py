@@ -21,7 +21,8 @@ from measurement import print_table, write_result
 
 from mamtra_ray.artifacts import read_json
 from mamtra_ray.config import load_config
-from mamtra_ray.run_folder import FINALIST_COLUMNS, FINALISTS, read_rows
+from mamtra_ray.run.folder import FINALIST_COLUMNS, read_rows
+from mamtra_ray.run.names import FINALISTS
 
 RUN = Path("runs") / "search_cost"
 LIBRITTS_TOKENS = 52_650_000
@@ -71,12 +72,12 @@ def planned() -> list[dict[str, Any]]:
     work = {
         "cache": 2 * LIBRITTS_TOKENS,
         "align": 8 * config.align.tokens,
-        "probe": 2 * config.probe.masks * config.probe.validation_tokens,
+        "probe": 2 * config.probe.num_layouts * config.probe.validation_tokens,
         "trials": 6 * trained,
     }
     final, paper = 6 * config.distill.tokens, 6 * PAPER_EPOCHS * LIBRITTS_TOKENS
     work["search before the finalists"] = sum(work.values())
-    work[f"distilling all {config.probe.masks} probed layouts"] = config.probe.masks * final
+    work[f"distilling all {config.probe.num_layouts} probed layouts"] = config.probe.num_layouts * final
     return [
         {
             "step": step,

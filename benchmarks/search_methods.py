@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import optuna
 
-from mamtra_ray.acquisition import fit_log, next_layouts
-from mamtra_ray.candidates import layout_from_params, param_space
 from mamtra_ray.config import SearchConfig
-from mamtra_ray.constraints import Constraints, sample_layouts
 from mamtra_ray.layouts import STRATEGIES, Layout, from_strategy
+from mamtra_ray.layouts.constraints import Constraints, sample_layouts
+from mamtra_ray.search.parameter_space import layout_from_params, param_space
+from mamtra_ray.surrogate.acquisition import fit_log, next_layouts
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -29,17 +29,19 @@ from measurement import LONG_DEMO, print_table, quartiles, write_result
 from scipy.stats import spearmanr
 from search_methods import Method, Scores, SpentError, additive_costs, methods
 
-from mamtra_ray.acquisition import fit_log
+from mamtra_ray.align.mixer_library import load_library
+from mamtra_ray.align.phase import make_library
 from mamtra_ray.config import Config, load_config
-from mamtra_ray.constraints import Constraints, sample_layouts
-from mamtra_ray.importance import layer_importance
 from mamtra_ray.layouts import Layout
-from mamtra_ray.mask_scoring import MaskScorer
-from mamtra_ray.mixer_library import load_library
-from mamtra_ray.probe_pool import ProbePool, first_utterances
-from mamtra_ray.session import Session, make_cache, make_library, start_session
-from mamtra_ray.shared_batches import batches
-from mamtra_ray.shared_cache import SharedCache
+from mamtra_ray.layouts.constraints import Constraints, sample_layouts
+from mamtra_ray.probe.layout_scoring import MaskScorer
+from mamtra_ray.probe.pool import ProbePool, first_utterances
+from mamtra_ray.run.session import Session, start_session
+from mamtra_ray.search.importance import layer_importance
+from mamtra_ray.surrogate.acquisition import fit_log
+from mamtra_ray.teacher_cache.batches import batches
+from mamtra_ray.teacher_cache.phase import make_cache
+from mamtra_ray.teacher_cache.shared import SharedCache
 
 RATIOS = ("1:1", "1:2", "1:3")
 EVALUATIONS = (100, 200, 400, 600)
@@ -153,7 +155,7 @@ def cost_rows(session: Session, library: Path, validation: SharedCache, layouts:
     teacher, config = session.teacher, session.config
     mixers = load_library(library, teacher_fingerprint=teacher.fingerprint)
     held_out = first_utterances(validation, config.probe.validation_tokens)
-    made = list(batches(held_out, teacher.sequence, batch_tokens=4096, seed=0, epoch=0))
+    made = list(batches(held_out, teacher.sequence, tokens_per_batch=4096, seed=0, epoch=0))
     import torch
 
     scorer = MaskScorer(teacher.model, mixers, config.student.state_sharing, torch.device("cpu"))

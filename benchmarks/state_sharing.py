@@ -29,19 +29,21 @@ from measurement import print_table, write_result
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mamtra_ray.align.mixer_training import MixerTraining
 from mamtra_ray.config import AlignConfig, DistillConfig
-from mamtra_ray.corpus import Utterance, read_corpus, utterances
-from mamtra_ray.generate import generate
+from mamtra_ray.corpus.table import Utterance, read_corpus, utterances
+from mamtra_ray.distill.training import Distillation, validate
 from mamtra_ray.layouts import Layout, from_strategy
 from mamtra_ray.losses import IGNORE, HiddenTargets
-from mamtra_ray.mixer_training import MixerTraining
 from mamtra_ray.models.mamba import StateSharing, state_bytes
+from mamtra_ray.speech.demo_codec import load_codec
 from mamtra_ray.speech.recognizer import load_recognizer
-from mamtra_ray.speech.vocoder import load_codec
 from mamtra_ray.speech.wer import bootstrap_interval, paired_difference, word_error_rate
+from mamtra_ray.speech_lm.generate import generate
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import demo
-from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
-from mamtra_ray.training import Distillation, validate
+from mamtra_ray.teachers.teacher import Teacher
 
 SHARINGS: tuple[StateSharing, StateSharing] = ("per_query_head", "per_kv_head")
 
@@ -74,7 +76,7 @@ def make_batch(teacher: Teacher, rows: list[Utterance]) -> Batch:
     )
 
 
-def endless_batches(teacher: Teacher, rows: list[Utterance], batch_tokens: int, seed: int) -> Iterator[Batch]:
+def endless_batches(teacher: Teacher, rows: list[Utterance], tokens_per_batch: int, seed: int) -> Iterator[Batch]:
     """Utterances of similar length together, in a new order every epoch."""
     random = np.random.default_rng(seed)
     while True:
@@ -82,7 +84,7 @@ def endless_batches(teacher: Teacher, rows: list[Utterance], batch_tokens: int, 
         by_length = sorted(order.tolist(), key=lambda i: len(rows[i].speech_tokens) + random.uniform(0, 20))
         chosen: list[list[Utterance]] = [[]]
         for i in by_length:
-            if (len(chosen[-1]) + 1) * (len(rows[i].speech_tokens) + 40) > batch_tokens and chosen[-1]:
+            if (len(chosen[-1]) + 1) * (len(rows[i].speech_tokens) + 40) > tokens_per_batch and chosen[-1]:
                 chosen.append([])
             chosen[-1].append(rows[i])
         for j in random.permutation(len(chosen)):
@@ -96,7 +98,7 @@ def aligned_mixers(
     trainings = {
         sharing: MixerTraining(teacher.model, config, sharing, torch.device("cpu"), seed=seed) for sharing in SHARINGS
     }
-    batches = endless_batches(teacher, rows, config.batch_tokens, seed)
+    batches = endless_batches(teacher, rows, config.tokens_per_batch, seed)
     first = [next(batches) for _ in range(10)]
     for training in trainings.values():
         training.fit_output_projections(first)
@@ -120,7 +122,7 @@ def distilled(
         student = make_student(teacher.model, layout, "aligned", libraries[sharing], sharing, seed)
         trainings[sharing] = Distillation(student, config, tokens, torch.device("cpu"))
     seconds: dict[StateSharing, list[float]] = {sharing: [] for sharing in SHARINGS}
-    batches = endless_batches(teacher, rows, config.batch_tokens, seed + 1)
+    batches = endless_batches(teacher, rows, config.tokens_per_batch, seed + 1)
     while trainings[SHARINGS[0]].position.tokens < tokens:
         batch = next(batches)
         turn = trainings[SHARINGS[0]].position.step % 2

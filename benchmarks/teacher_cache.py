@@ -56,17 +56,19 @@ from cache_students import (
 from measurement import paired, print_table, write_result
 from torch import Tensor, nn
 
-from mamtra_ray.cache_formats import RowFormat, format_settings, row_format
-from mamtra_ray.cache_manifest import CacheManifest, PlannedShard, encode_shard, finished_shard, write_manifest
-from mamtra_ray.cache_storage import Storage
 from mamtra_ray.config import CacheConfig
-from mamtra_ray.corpus import corpus_identity, read_corpus, utterances
-from mamtra_ray.hidden_quantizer import QUANTIZER_FILE, calibrate, quantizer_bytes, token_context
+from mamtra_ray.corpus.table import corpus_identity, read_corpus, utterances
 from mamtra_ray.losses import HiddenTargets, LossWeights, TopKTargets, distillation_loss
-from mamtra_ray.shared_cache import SharedCache, share_cache
-from mamtra_ray.teacher_pass import labelled_hidden_states, sha256, shard_rows
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
+from mamtra_ray.teacher_cache.formats import RowFormat, format_settings, row_format
+from mamtra_ray.teacher_cache.manifest import CacheManifest, PlannedShard, encode_shard, finished_shard, write_manifest
+from mamtra_ray.teacher_cache.quantizer import QUANTIZER_FILE, calibrate, quantizer_bytes, token_context
+from mamtra_ray.teacher_cache.shared import SharedCache, share_cache
+from mamtra_ray.teacher_cache.storage import Storage
+from mamtra_ray.teacher_cache.worker import labelled_hidden_states, sha256, shard_rows
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
+from mamtra_ray.teachers.teacher import Teacher
 
 COSYVOICE_WIDTH, COSYVOICE_SPEECH = 896, 6564
 FORMATS = {

@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM
 from mamtra_ray.efficiency import ARCHITECTURES
 from mamtra_ray.layouts import from_strategy
 from mamtra_ray.losses import HiddenTargets, cross_entropy, distillation_loss, embedding_mse, skewed_forward_kl
-from mamtra_ray.teachers.base import SpeechLM, make_student
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 
 
 @dataclass(frozen=True)

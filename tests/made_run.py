@@ -1,4 +1,4 @@
-"""A run folder with every file of :mod:`mamtra_ray.run_folder`, made in milliseconds, for tests of its readers."""
+"""A run folder with every file of :mod:`mamtra_ray.run.folder`, made in milliseconds, for tests of its readers."""
 
 import random
 import wave
@@ -10,19 +10,12 @@ from mamtra_ray.artifacts import write_json
 from mamtra_ray.config import load_config, save_config
 from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes, decode_flops, parameters
 from mamtra_ray.layouts import Layout, from_strategy
-from mamtra_ray.run_folder import (
-    AUDIO,
-    BEST_LAYOUT,
-    CONFIG,
+from mamtra_ray.run.folder import (
     CURVE_COLUMNS,
-    CURVES,
     FINALIST_COLUMNS,
-    FINALISTS,
     LEDGER,
-    PROBE,
     PROBE_COLUMNS,
     TRIAL_COLUMNS,
-    TRIALS,
     AudioIndex,
     Clip,
     Reference,
@@ -32,6 +25,7 @@ from mamtra_ray.run_folder import (
     write_reference,
     write_rows,
 )
+from mamtra_ray.run.names import AUDIO, BEST_LAYOUT, CONFIG, CURVES, FINALISTS, PROBE, TRIALS
 
 DEMO = ARCHITECTURES["demo"]
 STRATEGIES = ("block_beginning", "back", "sandwich")

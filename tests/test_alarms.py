@@ -4,15 +4,8 @@ import math
 
 import pytest
 
-from mamtra_ray.alarms import (
-    EndOfSpeech,
-    Measured,
-    alarm_text,
-    chosen_alarms,
-    end_of_speech,
-    finalist_alarms,
-    teacher_alarms,
-)
+from mamtra_ray.evaluate.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms
+from mamtra_ray.speech.end_of_speech import EndOfSpeech, end_of_speech
 
 GOOD = EndOfSpeech(0.0, 0.0, 0.0)
 TEACHER = Measured("teacher", 1.0, 0.014, 0.003, 0.03, GOOD)

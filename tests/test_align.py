@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from tiny_cache import cache_without_ray, tiny_config
 from tiny_models import SEQUENCE, transformers_model, write_folder
 
-from mamtra_ray import align as align_module
-from mamtra_ray.align import AlignJob, align, align_mixers, library_made_by, load_library
+from mamtra_ray.align import alignment as align_module
+from mamtra_ray.align.alignment import AlignJob, align, align_mixers, library_made_by
+from mamtra_ray.align.mixer_library import MANIFEST, WEIGHTS, load_library, read_library_manifest
+from mamtra_ray.align.mixer_training import MixerTraining, Position, attention_taps
 from mamtra_ray.config import AlignConfig, Config
 from mamtra_ray.errors import InputError
-from mamtra_ray.mixer_library import MANIFEST, WEIGHTS, read_library_manifest
-from mamtra_ray.mixer_training import MixerTraining, Position, attention_taps
 from mamtra_ray.models.transfer import mixer_from_attention
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_taps_see_what_transformers_attention_reads_and_writes(teacher):
 
 
 def test_one_step_of_all_layers_is_one_step_of_each(teacher):
-    batch, config = batch_of([9, 5, 7]), AlignConfig(tokens=1000, batch_tokens=30)
+    batch, config = batch_of([9, 5, 7]), AlignConfig(tokens=1000, tokens_per_batch=30)
     training = MixerTraining(teacher.model, config, "per_query_head", CPU)
     rate = training.learning_rate()
     training.step(batch)
@@ -120,7 +120,7 @@ def test_padding_changes_no_error(teacher):
 
 
 def test_a_saved_training_goes_on_bit_for_bit(teacher, tmp_path):
-    config = AlignConfig(tokens=400, batch_tokens=40)
+    config = AlignConfig(tokens=400, tokens_per_batch=40)
     whole, first, second = (MixerTraining(teacher.model, config, "per_query_head", CPU) for _ in range(3))
     for seed in range(6):
         whole.step(batch_of([9, 12], seed))
@@ -140,13 +140,13 @@ def test_a_saved_training_goes_on_bit_for_bit(teacher, tmp_path):
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory, ray_cluster):
     """Configuration, teacher and shared cache of the tiny teacher."""
-    from mamtra_ray.corpus import corpus_identity, read_corpus
-    from mamtra_ray.shared_cache import share_cache
+    from mamtra_ray.corpus.table import corpus_identity, read_corpus
+    from mamtra_ray.teacher_cache.shared import share_cache
 
     folder = tmp_path_factory.mktemp("align")
     config = tiny_config(folder)
     config = Config.model_validate(
-        config.model_dump() | {"align": {"tokens": 4000, "batch_tokens": 150, "learning_rate": 0.01}}
+        config.model_dump() | {"align": {"tokens": 4000, "tokens_per_batch": 150, "learning_rate": 0.01}}
     )
     cache_without_ray(config, folder / "cache")
     teacher = load_teacher(config.teacher.kind, config.teacher.path)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mamtra_ray.cache_formats import HiddenFormat, QuantizedHiddenFormat, TopKFormat, row_format
 from mamtra_ray.errors import InputError
-from mamtra_ray.hidden_quantizer import calibrate, entropy, quantizer_bytes, read_quantizer, token_context
 from mamtra_ray.losses import HiddenTargets, LossWeights, TopKTargets, distillation_loss
+from mamtra_ray.teacher_cache.formats import HiddenFormat, QuantizedHiddenFormat, TopKFormat, row_format
+from mamtra_ray.teacher_cache.quantizer import calibrate, entropy, quantizer_bytes, read_quantizer, token_context
 
 WIDTH, SPEECH = 24, 300
 CPU = torch.device("cpu")

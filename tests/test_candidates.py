@@ -4,21 +4,13 @@ import itertools
 
 import optuna
 import pytest
+from mamtra_ray.search.candidates import check_budgets, meets_constraints
 
-from mamtra_ray.candidates import (
-    Candidate,
-    check_budgets,
-    layout_from_params,
-    meets_constraints,
-    paper_candidates,
-    param_space,
-    params_from_layout,
-    sampler,
-    without_repeats,
-)
 from mamtra_ray.config import SearchConfig
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import Candidate, paper_candidates, without_repeats
+from mamtra_ray.search.parameter_space import layout_from_params, param_space, params_from_layout, sampler
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import ray
 import yaml
 
-from mamtra_ray import metrics
+from mamtra_ray.search import metrics
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
 

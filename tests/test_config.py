@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from mamtra_ray.search.candidates import check_budgets
 
-from mamtra_ray.candidates import check_budgets
 from mamtra_ray.config import Config, explain, load_config, save_config
 from mamtra_ray.errors import InputError
 
@@ -79,9 +79,9 @@ def test_bad_file(tmp_path, content):
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["distill.embedding_levels=3"], "layer 3, which cache.layers does not keep"),
-        (["distill.embedding_levels=[]"], "at least 1"),
-        (["distill.embedding_levels=first"], "embedding_levels"),
+        (["distill.hidden_layers=3"], "layer 3, which cache.layers does not keep"),
+        (["distill.hidden_layers=[]"], "at least 1"),
+        (["distill.hidden_layers=first"], "embedding_levels"),
         (["cache.layers=-1"], "counted from 0"),
         (["cache.layers=2,2"], "different layers"),
         (["cache.layers=2", "cache.format=topk"], "cache.format hidden"),
@@ -90,8 +90,8 @@ def test_bad_file(tmp_path, content):
 def test_levels_of_the_embedding_loss_must_be_in_the_cache(overrides, problem):
     with pytest.raises(InputError, match=problem):
         load_config(None, overrides)
-    config = load_config(None, ["cache.layers=3,5", "distill.embedding_levels=final,5"])
-    assert config.cache.layers == (3, 5) and config.distill.embedding_levels == ("final", 5)
+    config = load_config(None, ["cache.layers=3,5", "distill.hidden_layers=final,5"])
+    assert config.cache.layers == (3, 5) and config.distill.hidden_layers == ("final", 5)
 
 
 def test_every_key_is_explained():

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mamtra_ray.corpus import (
+from mamtra_ray.corpus.table import (
     Utterance,
     check_vocabulary,
     corpus_identity,

@@ -12,16 +12,18 @@ from tiny_cosyvoice import CODES, LAYERS, TEXT, WIDTH, qwen, upstream_state, wri
 from torch.nn.functional import embedding, linear
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from mamtra_ray import export, teachers
+from mamtra_ray import teachers
 from mamtra_ray.config import load_config, save_config
 from mamtra_ray.errors import InputError
-from mamtra_ray.finalists import student_folder
-from mamtra_ray.generate import GREEDY, Sampling, generate
+from mamtra_ray.export import checkpoint as export
 from mamtra_ray.layouts import Layout
+from mamtra_ray.losses import IGNORE
 from mamtra_ray.models.decoder_config import DecoderConfig
-from mamtra_ray.run_folder import CONFIG, FINALIST_COLUMNS, FINALISTS, write_rows
+from mamtra_ray.run.folder import FINALIST_COLUMNS, write_rows
+from mamtra_ray.run.names import CONFIG, FINALISTS, student_folder
+from mamtra_ray.speech_lm.generate import GREEDY, Sampling, generate
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import cosyvoice2_drop_in, load_teacher
-from mamtra_ray.teachers.base import IGNORE, make_student
 from mamtra_ray.teachers.cosyvoice2 import (
     bistream_example,
     expected_shapes,

@@ -11,8 +11,9 @@ from kaldi_features import fbank
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech import cosyvoice_vocoder
-from mamtra_ray.speech.codecs import Voice, vocoder_of_teacher
 from mamtra_ray.speech.cosyvoice_vocoder import CosyVoiceVocoder, load_cosyvoice_vocoder, prompt_mel, speaker_features
+from mamtra_ray.speech.vocoders import vocoder_of_teacher
+from mamtra_ray.speech.voice import Voice
 
 
 def noise(seconds, rate, seed=0):

@@ -12,8 +12,8 @@ from tiny_models import SPEECH, VOCABULARY, transformers_model, write_folder
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.decoder_config import DecoderConfig
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 LENGTH = 29
 GENERATOR = torch.Generator().manual_seed(1)

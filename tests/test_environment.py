@@ -10,11 +10,11 @@ import torch
 import transformers
 
 import mamtra_ray
-from mamtra_ray import environment
 from mamtra_ray.config import load_config
-from mamtra_ray.environment import ENVIRONMENT, checkout_commit, note_session, versions
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate import deciding_versions
+from mamtra_ray.evaluate.evaluation import deciding_versions
+from mamtra_ray.runtime import environment
+from mamtra_ray.runtime.environment import ENVIRONMENT, checkout_commit, note_session, versions
 
 
 def sessions(folder):

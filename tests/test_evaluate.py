@@ -16,23 +16,25 @@ import torch
 from tiny_models import VOCABULARY, transformers_model, write_folder
 from tiny_whisper import write_tiny_whisper
 
-from mamtra_ray import evaluate, evaluation_pool
-from mamtra_ray.cluster import Cluster
 from mamtra_ray.config import load_config
-from mamtra_ray.corpus import write_corpus
-from mamtra_ray.environment import versions
+from mamtra_ray.corpus.table import write_corpus
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate import check_evaluation, compare, evaluate_systems
-from mamtra_ray.evaluation_results import RATES, scored, write_summary
-from mamtra_ray.evaluation_worker import Chunk, EvaluationWorker, sampling_of
-from mamtra_ray.generate import COSYVOICE2, Sampling, generate
-from mamtra_ray.generation_check import GenerationCheckError
-from mamtra_ray.run_folder import read_audio_index
+from mamtra_ray.evaluate import evaluation as evaluate
+from mamtra_ray.evaluate import pool as evaluation_pool
+from mamtra_ray.evaluate.evaluation import check_evaluation, compare, evaluate_systems
+from mamtra_ray.evaluate.results import RATES, scored, write_summary
+from mamtra_ray.evaluate.worker import Chunk, EvaluationWorker, sampling_of
+from mamtra_ray.run.folder import read_audio_index
+from mamtra_ray.runtime.cluster import Cluster
+from mamtra_ray.runtime.environment import versions
 from mamtra_ray.speech import tokenizer as tk
-from mamtra_ray.speech.vocoder import Codec, DecoderConfig, TokenDecoder, load_codec
+from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder, load_codec
 from mamtra_ray.speech.whisper import recognizer_from_name
+from mamtra_ray.speech_lm.generate import COSYVOICE2, Sampling, generate
+from mamtra_ray.speech_lm.generation_check import GenerationCheckError
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import llasa, load_teacher
-from mamtra_ray.teachers.base import SpeechLM, make_student
 
 TEXTS = ["a bad cab", "dead bee", "ace", "a cab added", "fade"]
 
@@ -339,7 +341,7 @@ def test_an_error_of_generation_is_the_rows_failure(place, monkeypatch):
     def refuse(*_):
         raise InputError("the logits of row 1 are not finite")
 
-    monkeypatch.setattr("mamtra_ray.generate.generate", refuse)
+    monkeypatch.setattr("mamtra_ray.speech_lm.generate.generate", refuse)
     # The check itself has its own name for generate, from before.
     rows, _, _ = worker.run(Chunk("AMAM", place / "student", tuple(sentences), frozenset()))
     assert [row["failure"] for row in rows] == ["the logits of row 1 are not finite"] * 2
@@ -556,7 +558,7 @@ import json
 import sys
 from pathlib import Path
 import ray
-from mamtra_ray import evaluate
+from mamtra_ray.evaluate import evaluation as evaluate
 from mamtra_ray.config import load_config
 
 if __name__ == "__main__":

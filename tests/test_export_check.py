@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from test_granite import CASES, make_exportable
 from tiny_models import SEQUENCE, VOCABULARY, transformers_model, write_folder
 
-from mamtra_ray import export, export_check
 from mamtra_ray.config import TeacherConfig
-from mamtra_ray.export import export_student
-from mamtra_ray.export_check import ExportCheckError, check_export
-from mamtra_ray.generation_check import NonFiniteLogitsError
+from mamtra_ray.export import check as export_check
+from mamtra_ray.export import checkpoint as export
+from mamtra_ray.export.check import ExportCheckError, check_export
+from mamtra_ray.export.checkpoint import export_student
+from mamtra_ray.speech_lm.generation_check import NonFiniteLogitsError
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 ROW = {"ce": 1.25, "tokens": 1000, "wer": 0.1, "wer_low": 0.05, "wer_high": 0.2}
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from mamtra_ray import finalists
-from mamtra_ray.candidates import paper_candidates
 from mamtra_ray.config import Config, SearchConfig
-from mamtra_ray.distill import DistillJob, Report
+from mamtra_ray.distill.job import DistillJob, Report
 from mamtra_ray.errors import InputError
-from mamtra_ray.finalists import choose_best, choose_finalists, distill_finalist, log_to_tensorboard
 from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import paper_candidates
+from mamtra_ray.search import finalists
+from mamtra_ray.search.finalists import choose_best, choose_finalists, distill_finalist, log_to_tensorboard
 
 
 def row(layout: str, rung: int, ce: float, origin: str = "optuna") -> dict:

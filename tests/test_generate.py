@@ -9,10 +9,10 @@ from tiny_models import SEQUENCE, VOCABULARY, transformers_model, write_folder
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.generate import COSYVOICE2, GREEDY, Sampling, generate
-from mamtra_ray.sampling import next_tokens, uniform_numbers
+from mamtra_ray.speech_lm.generate import COSYVOICE2, GREEDY, Sampling, generate
+from mamtra_ray.speech_lm.sampling import next_tokens, uniform_numbers
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 PROMPTS = [SEQUENCE.prompt([5, 6, 7, 8, 9]), SEQUENCE.prompt([1], [2, 3], [10, 11, 12]), SEQUENCE.prompt([4, 4])]
 BOUNDS = [(3, 25), (0, 12), (6, 30)]

@@ -10,24 +10,24 @@ import torch
 import transformers
 from tiny_models import SEQUENCE, VOCABULARY, transformers_model, write_folder
 
-from mamtra_ray import generate as generation
-from mamtra_ray import generation_check
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluation_pool import result_of
-from mamtra_ray.generation_check import (
+from mamtra_ray.evaluate.pool import result_of
+from mamtra_ray.models.cache import DecoderCache
+from mamtra_ray.models.rope import Rope
+from mamtra_ray.speech_lm import generate as generation
+from mamtra_ray.speech_lm import generation_check
+from mamtra_ray.speech_lm.generation_check import (
     GenerationCheckError,
     NonFiniteLogitsError,
     check_generation,
-    check_teacher_and_hybrid,
-    check_teacher_on_worker,
     compared,
     disturb,
     tolerance,
 )
-from mamtra_ray.models.cache import DecoderCache
-from mamtra_ray.models.rope import Rope
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import SpeechLM, make_student
+from mamtra_ray.teachers.generation_check import check_teacher_and_hybrid, check_teacher_on_worker
 
 
 @pytest.fixture(scope="module")

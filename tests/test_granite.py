@@ -12,9 +12,10 @@ from tiny_models import SEQUENCE, SPEECH, VOCABULARY, transformers_model, write_
 from torch import nn
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.generate import generate
+from mamtra_ray.speech_lm.generate import generate
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import SpeechLM, make_student
 
 IDS = torch.randint(VOCABULARY.size, (2, 21), generator=torch.Generator().manual_seed(1))
 CASES = {

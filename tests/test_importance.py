@@ -9,11 +9,12 @@ from test_probe import batches_of, setup, validation  # noqa: F401 (fixtures)
 from tiny_cache import random_rows
 from tiny_models import transformers_model
 
-from mamtra_ray import importance
-from mamtra_ray.importance import layer_importance, single_replacements
 from mamtra_ray.layouts import Layout, from_strategy
-from mamtra_ray.mask_scoring import cosine_importance
-from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, read_rows
+from mamtra_ray.probe.layout_scoring import cosine_importance
+from mamtra_ray.run.folder import PROBE_COLUMNS, read_rows
+from mamtra_ray.run.names import PROBE
+from mamtra_ray.search.importance import layer_importance, single_replacements
+from mamtra_ray.search.pipeline import importance
 
 
 def test_cosine_importance_is_one_minus_the_mean_cosine_of_transformers_layers(setup):  # noqa: F811
@@ -61,7 +62,7 @@ def test_words_lost_are_the_difference_to_the_teacher(setup, validation, tmp_pat
     spoken = {}
 
     def fake(config, systems, folder, on_progress):
-        from mamtra_ray.teachers.base import SpeechLM
+        from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
         for name, student in systems.items():
             assert str(SpeechLM.load(student).layout) == name

@@ -12,9 +12,11 @@ from browser import needs_chromium, told_by
 from made_run import TEXTS, made_run
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.listening_test import choose_stimuli, main, make_test, score_test
-from mamtra_ray.opinion_scores import Rating, half_width, opinion_scores, read_key, read_scores
-from mamtra_ray.run_folder import AUDIO, read_run
+from mamtra_ray.listening_test.__main__ import main
+from mamtra_ray.listening_test.opinion_scores import Rating, half_width, opinion_scores, read_key, read_scores
+from mamtra_ray.listening_test.page import choose_stimuli, make_test, score_test
+from mamtra_ray.run.folder import read_run
+from mamtra_ray.run.names import AUDIO
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Xcodec2Config, Xcodec2Model
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.generate import GREEDY, generate
+from mamtra_ray.losses import IGNORE
 from mamtra_ray.models.pretrained import decoder_config
-from mamtra_ray.speech.codecs import vocoder_of_teacher
 from mamtra_ray.speech.speech_tokenizers import speech_tokenizer_of_teacher
+from mamtra_ray.speech.vocoders import vocoder_of_teacher
+from mamtra_ray.speech_lm.generate import GREEDY, generate
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import IGNORE, make_student
 from mamtra_ray.teachers.llasa import load_tokenizer
 
 NUM_CODES = 50

@@ -7,9 +7,9 @@ import torch
 from tiny_models import transformers_model
 
 from mamtra_ray import teachers
-from mamtra_ray.generate import GREEDY, generate
+from mamtra_ray.speech_lm.generate import GREEDY, generate
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 GUIDE = Path(__file__).parent.parent / "docs" / "new_teacher.md"
 

@@ -11,13 +11,16 @@ from tiny_models import VOCABULARY
 from tiny_search import write_search_space
 from tiny_whisper import write_tiny_whisper
 
-from mamtra_ray import generation_check, outcome, search
 from mamtra_ray.errors import InputError
-from mamtra_ray.outcome import choose, verdict_lines
-from mamtra_ray.run_folder import FINALISTS, Reference, Score, read_run
+from mamtra_ray.run.folder import Reference, Score, read_run
+from mamtra_ray.run.names import FINALISTS
+from mamtra_ray.search import outcome
+from mamtra_ray.search import pipeline as search
+from mamtra_ray.search.outcome import choose, verdict_lines
+from mamtra_ray.search.verdict import EXIT_UNUSABLE
 from mamtra_ray.speech import tokenizer as tk
-from mamtra_ray.speech.vocoder import Codec, DecoderConfig, TokenDecoder
-from mamtra_ray.verdict import EXIT_UNUSABLE
+from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder
+from mamtra_ray.speech_lm import generation_check
 
 
 def row(layout, ratio="1:1", ce=1.0, wer=0.02, alarm=None, **more):
@@ -81,7 +84,7 @@ def speaking_space(tmp_path):
         distill__tokens=200,
         distill__workers=1,
         distill__checkpoint_tokens=200,
-        student__initialisation="transfer",
+        student__initialization="transfer",
     )
 
 

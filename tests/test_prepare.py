@@ -16,19 +16,19 @@ import pytest
 import soundfile
 import torch
 
-from mamtra_ray import prepare
 from mamtra_ray.artifacts import read_json
-from mamtra_ray.cluster import Cluster
 from mamtra_ray.config import load_config
-from mamtra_ray.corpus import read_corpus
+from mamtra_ray.corpus import preparation as prepare
+from mamtra_ray.corpus.preparation import prepare_corpus
+from mamtra_ray.corpus.sources import Recording, cosyvoice_shards, length_stress, libritts, seed_tts_eval
+from mamtra_ray.corpus.table import read_corpus
+from mamtra_ray.corpus.tokenization_worker import TokenizationWorker, Tokenizers
 from mamtra_ray.errors import InputError
-from mamtra_ray.prepare import prepare_corpus
-from mamtra_ray.recordings import Recording, cosyvoice_shards, length_stress, libritts, seed_tts_eval
+from mamtra_ray.runtime.cluster import Cluster
 from mamtra_ray.speech import speech_tokenizers
 from mamtra_ray.speech import tokenizer as tk
-from mamtra_ray.speech.vocoder import Codec, DecoderConfig, TokenDecoder, load_codec
+from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder, load_codec
 from mamtra_ray.teachers.demo_grammar import tokenize_text
-from mamtra_ray.tokenization_worker import TokenizationWorker, Tokenizers
 
 RATE = 16_000
 
@@ -370,7 +370,7 @@ def test_paths_in_a_corpus_hold_from_anywhere(tmp_path, codec_path, monkeypatch,
             yield index, *worker.tokenized(recordings)
 
     monkeypatch.setattr(prepare, "_tokenized", in_this_process)
-    monkeypatch.setattr("mamtra_ray.cluster.connect", lambda address: Cluster({}, "off"))
+    monkeypatch.setattr("mamtra_ray.runtime.cluster.connect", lambda address: Cluster({}, "off"))
     monkeypatch.chdir(tmp_path)
     soundfile.write(tmp_path / "prompt.wav", sound(3), RATE, subtype="FLOAT")
     (tmp_path / "meta.lst").write_text("a|find the camera|prompt.wav|open the window\n")
@@ -401,8 +401,8 @@ import sys
 from pathlib import Path
 import ray
 from mamtra_ray.config import load_config
-from mamtra_ray.prepare import prepare_corpus
-from mamtra_ray.recordings import libritts
+from mamtra_ray.corpus.preparation import prepare_corpus
+from mamtra_ray.corpus.sources import libritts
 
 if __name__ == "__main__":
     root, output, codec = map(Path, sys.argv[1:])

@@ -9,22 +9,25 @@ import torch
 import torch.nn.functional as F
 from tiny_cache import cache_without_ray, random_rows, tiny_config
 
-from mamtra_ray import probe, shared_batches, shared_cache
-from mamtra_ray.acquisition import CONFIDENT, confidence, fit_log, next_layouts, ranked_layouts
+from mamtra_ray.align.mixer_library import LibraryManifest, save_library
 from mamtra_ray.config import Config
-from mamtra_ray.constraints import Constraints, layouts_to_matrix, sample_layouts
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.constraints import Constraints, layouts_to_matrix, sample_layouts
 from mamtra_ray.losses import HiddenTargets
-from mamtra_ray.mask_scoring import MaskScorer, ProbeRow
-from mamtra_ray.mixer_library import LibraryManifest, save_library
 from mamtra_ray.models.transfer import mixer_from_attention
-from mamtra_ray.probe import outcome_table, probe_masks, propose
-from mamtra_ray.probe_pool import first_utterances
-from mamtra_ray.quadratic import Quadratic
-from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, latest_scores, read_rows
+from mamtra_ray.probe import probing as probe
+from mamtra_ray.probe.layout_scoring import MaskScorer, ProbeRow
+from mamtra_ray.probe.pool import first_utterances
+from mamtra_ray.probe.probing import outcome_table, probe_masks, propose
+from mamtra_ray.run.folder import PROBE_COLUMNS, latest_scores, read_rows
+from mamtra_ray.run.names import PROBE
+from mamtra_ray.speech_lm.student import make_student
+from mamtra_ray.surrogate.acquisition import CONFIDENT, confidence, fit_log, next_layouts, ranked_layouts
+from mamtra_ray.surrogate.quadratic import Quadratic
+from mamtra_ray.teacher_cache import batches as shared_batches
+from mamtra_ray.teacher_cache import shared as shared_cache
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 CPU = torch.device("cpu")
 FOUR_LAYERS = [Layout("".join(letters)) for letters in itertools.product("AM", repeat=4)]
@@ -57,7 +60,7 @@ def setup(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def validation(setup, ray_cluster):
-    from mamtra_ray.corpus import corpus_identity, read_corpus
+    from mamtra_ray.corpus.table import corpus_identity, read_corpus
 
     corpus_hash = corpus_identity(read_corpus(setup.config.corpus.path)).corpus_hash
     return shared_cache.share_cache(
@@ -112,7 +115,7 @@ def test_padded_batches_score_like_single_rows(setup, validation):
     layouts = [Layout("AMMA"), Layout("MMAM")]
     together, alone = (
         scorer.score(
-            layouts, shared_batches.batches(validation, setup.teacher.sequence, batch_tokens=size, seed=0, epoch=0)
+            layouts, shared_batches.batches(validation, setup.teacher.sequence, tokens_per_batch=size, seed=0, epoch=0)
         )
         for size in (400, 1)
     )
@@ -151,7 +154,7 @@ def test_probing_stops_and_goes_on_without_paying_twice(setup, validation, tmp_p
     assert all(row.tokens == held_out.labelled_positions for row in rows)
 
     scorer = MaskScorer(setup.teacher.model, setup.library, "per_query_head", CPU)
-    batches = shared_batches.batches(held_out, setup.teacher.sequence, batch_tokens=400, seed=0, epoch=0)
+    batches = shared_batches.batches(held_out, setup.teacher.sequence, tokens_per_batch=400, seed=0, epoch=0)
     truth = {row.layout: row.kl for row in scorer.score(allowed, batches)}
     for row in rows:
         assert row.kl == pytest.approx(truth[row.layout], rel=1e-3)

@@ -3,8 +3,9 @@
 import pytest
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.records import TrialRecords
-from mamtra_ray.run_folder import TRIAL_COLUMNS, TRIALS, read_rows
+from mamtra_ray.run.folder import TRIAL_COLUMNS, read_rows
+from mamtra_ray.run.names import TRIALS
+from mamtra_ray.search.trial_table import TrialRecords
 
 COSTS = {kept: {"cache_bytes": 10 * kept, "decode_flops": kept, "parameters": 100 + kept} for kept in range(5)}
 

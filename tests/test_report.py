@@ -15,24 +15,18 @@ from browser import needs_chromium, told_by
 from made_run import made_run, quality
 from scipy import stats
 
-from mamtra_ray import paper_results
-from mamtra_ray.alarms import COLUMNS
 from mamtra_ray.config import save_config
-from mamtra_ray.correlations import pearson, spearman
 from mamtra_ray.efficiency import ARCHITECTURES
 from mamtra_ray.errors import InputError
+from mamtra_ray.evaluate.alarms import COLUMNS
 from mamtra_ray.layouts import Layout
-from mamtra_ray.opinion_scores import OpinionScore, read_scores, write_scores
-from mamtra_ray.report import build_report, main, write_report
-from mamtra_ray.report_search import pareto_front, rank_agreement
-from mamtra_ray.run_folder import (
-    AUDIO_INDEX,
-    CURVES,
+from mamtra_ray.listening_test.opinion_scores import OpinionScore, read_scores, write_scores
+from mamtra_ray.report import paper_results
+from mamtra_ray.report.__main__ import main
+from mamtra_ray.report.report import build_report, write_report
+from mamtra_ray.report.search import pareto_front, rank_agreement
+from mamtra_ray.run.folder import (
     FINALIST_COLUMNS,
-    FINALISTS,
-    PROBE,
-    REFERENCE,
-    TRIALS,
     read_architecture,
     read_rows,
     read_run,
@@ -40,15 +34,17 @@ from mamtra_ray.run_folder import (
     write_reference,
     write_rows,
 )
+from mamtra_ray.run.names import AUDIO_INDEX, CURVES, FINALISTS, PROBE, REFERENCE, TRIALS
+from mamtra_ray.surrogate.correlations import pearson, spearman
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Path]:
-    """One plain run, one with another initialisation, one without a part of the loss."""
+    """One plain run, one with another initialization, one without a part of the loss."""
     base = tmp_path_factory.mktemp("runs")
     return [
         made_run(base / "plain"),
-        made_run(base / "xavier", ("student.initialisation=xavier",), penalty=0.1, seed=1),
+        made_run(base / "xavier", ("student.initialization=xavier",), penalty=0.1, seed=1),
         made_run(base / "no_ce", ("distill.ce_weight=0",), penalty=0.2, seed=2),
     ]
 
@@ -173,16 +169,16 @@ def test_comparisons_need_runs_that_differ_in_one_thing(runs, tmp_path):
     def section(of, slug):
         return next(s for s in build_report([read_run(path) for path in of]).sections if s.slug == slug)
 
-    assert "student.initialisation=xavier" in section(runs[:1], "convergence").missing
+    assert "student.initialization=xavier" in section(runs[:1], "convergence").missing
     assert "distill.ce_weight=0" in section(runs[:1], "loss_ablation").missing
-    # The run without CE differs in the loss, so it is no third initialisation, and the reverse.
+    # The run without CE differs in the loss, so it is no third initialization, and the reverse.
     assert {row["series"] for row in section(runs, "convergence").figures[0].rows} == {"aligned", "xavier"}
     # Nor is one that trains for another number of tokens, even if it comes first.
     shorter = Path(shutil.copytree(runs[0], tmp_path / "shorter"))
     config = read_run(shorter).config
     less = config.model_copy(update={"distill": config.distill.model_copy(update={"tokens": 17})})
     save_config(less, shorter / "config.yaml")
-    assert "differ in the initialisation" in section([shorter, runs[1]], "convergence").missing
+    assert "differ in the initialization" in section([shorter, runs[1]], "convergence").missing
     assert {row["series"] for row in section([shorter, *runs], "convergence").figures[0].rows} == {"aligned", "xavier"}
     ablation = section(runs, "loss_ablation").tables[0].rows
     assert [(row["run"], row["components"]) for row in ablation] == [("plain", "all"), ("no_ce", "without ce")]

@@ -16,12 +16,12 @@ import pytest
 import torch
 from tiny_search import write_search_space
 
-from mamtra_ray import search
-from mamtra_ray.cluster import check_resources, connect
 from mamtra_ray.config import Config, load_config, save_config
 from mamtra_ray.errors import InputError
-from mamtra_ray.session import check_run_folder
-from mamtra_ray.teachers.base import SpeechLM
+from mamtra_ray.run.session import check_run_folder
+from mamtra_ray.runtime.cluster import check_resources, connect
+from mamtra_ray.search import pipeline as search
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
 LOAD_WITHOUT_US = """
 import sys, torch
@@ -195,7 +195,7 @@ def test_too_few_resources_are_said_before_anything_starts():
     with pytest.raises(InputError, match=r"distill\.workers.* 2 workers x 1 CPU = 2, but the cluster has 1"):
         check_resources(Config(), {"CPU": 1.0})
     with pytest.raises(InputError, match="1 GPU = 1, but the cluster has 0"):
-        check_resources(load_config(None, ["search.gpus_per_worker=1"]), {"CPU": 2.0})
+        check_resources(load_config(None, ["resources.gpus_per_worker=1"]), {"CPU": 2.0})
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999"])

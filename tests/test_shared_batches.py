@@ -13,16 +13,16 @@ import torch
 from tiny_cache import cache_without_ray, random_rows, tiny_config
 from tiny_models import SEQUENCE
 
-from mamtra_ray.cache_manifest import CacheManifest, write_manifest
-from mamtra_ray.cache_storage import Storage
 from mamtra_ray.config import Config
-from mamtra_ray.corpus import read_corpus, utterances
+from mamtra_ray.corpus.table import read_corpus, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE, HiddenTargets, LossWeights, TopKTargets, distillation_loss
-from mamtra_ray.shared_batches import _prefetched, batches, padding_waste, plan_epoch
-from mamtra_ray.shared_cache import SharedCache, share_cache
+from mamtra_ray.speech_lm.student import make_student
+from mamtra_ray.teacher_cache.batches import _prefetched, batches, padding_waste, plan_epoch
+from mamtra_ray.teacher_cache.manifest import CacheManifest, write_manifest
+from mamtra_ray.teacher_cache.shared import SharedCache, share_cache
+from mamtra_ray.teacher_cache.storage import Storage
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import make_student
 
 TESTS = Path(__file__).parent
 
@@ -45,7 +45,7 @@ def planned_cache(num_utterances: int = 400, num_blocks: int = 1, window_blocks:
 
 
 def epoch(shared: SharedCache, **options: int) -> list[list[int]]:
-    arguments = {"batch_tokens": 2_000, "seed": 0, "epoch": 0, **options}
+    arguments = {"tokens_per_batch": 2_000, "seed": 0, "epoch": 0, **options}
     return [rows.tolist() for window in plan_epoch(shared, SEQUENCE, **arguments) for rows in window]
 
 
@@ -71,12 +71,12 @@ def test_padding_is_below_five_percent() -> None:
     plan = epoch(shared)
     waste = 1 - lengths.sum() / sum(lengths[rows].max() * len(rows) for rows in plan)
     assert waste < 0.05
-    assert padding_waste(shared, SEQUENCE, batch_tokens=2_000) == pytest.approx(waste)
+    assert padding_waste(shared, SEQUENCE, tokens_per_batch=2_000) == pytest.approx(waste)
 
 
 def test_an_utterance_longer_than_a_batch_is_a_batch_of_its_own() -> None:
     shared = planned_cache(20)
-    assert sorted(epoch(shared, batch_tokens=10)) == [[row] for row in range(20)]
+    assert sorted(epoch(shared, tokens_per_batch=10)) == [[row] for row in range(20)]
 
 
 def test_same_seed_and_epoch_give_the_same_batches_and_others_do_not() -> None:
@@ -113,17 +113,17 @@ def test_ranks_have_equally_many_batches_of_equal_length(world_size: int) -> Non
 
 def test_more_ranks_than_batches_leave_no_rank_without_work() -> None:
     shared = planned_cache(2)
-    ranks = [epoch(shared, batch_tokens=10_000, rank=rank, world_size=4) for rank in range(4)]
+    ranks = [epoch(shared, tokens_per_batch=10_000, rank=rank, world_size=4) for rank in range(4)]
     assert ranks == [ranks[0]] * 4 and sorted(ranks[0][0]) == [0, 1]
 
 
 def test_windows_use_few_blocks_at_a_time() -> None:
     shared = planned_cache(num_blocks=9, window_blocks=3)
-    plan = plan_epoch(shared, SEQUENCE, batch_tokens=2_000, seed=0, epoch=0)
+    plan = plan_epoch(shared, SEQUENCE, tokens_per_batch=2_000, seed=0, epoch=0)
     used = [set(shared.block_of_row[np.concatenate(window)].tolist()) for window in plan]
     assert [len(blocks) for blocks in used] == [3, 3, 3]
     assert set.union(*used) == set(range(9))
-    other = plan_epoch(shared, SEQUENCE, batch_tokens=2_000, seed=0, epoch=1)
+    other = plan_epoch(shared, SEQUENCE, tokens_per_batch=2_000, seed=0, epoch=1)
     assert used != [set(shared.block_of_row[np.concatenate(window)].tolist()) for window in other]
 
 
@@ -157,7 +157,7 @@ def test_batches_are_the_padded_training_examples(ray_cluster: None, made: dict)
     shared = shared_of(made)
     assert shared.num_utterances == 40 and shared.labelled_positions == shared.speech_tokens + 40
     seen = []
-    for batch in batches(shared, SEQUENCE, batch_tokens=150, seed=0, epoch=0):
+    for batch in batches(shared, SEQUENCE, tokens_per_batch=150, seed=0, epoch=0):
         assert batch.input_ids_BL.dtype == batch.labels_BL.dtype == torch.int64
         assert batch.num_padded == batch.input_ids_BL.numel()
         assert batch.num_real == int(batch.attention_mask_BL.sum())
@@ -172,7 +172,7 @@ def test_batches_are_the_padded_training_examples(ray_cluster: None, made: dict)
 
 def test_skipping_batches_goes_on_exactly_there(ray_cluster: None, made: dict) -> None:
     shared = dataclasses.replace(shared_of(made))
-    options = {"batch_tokens": 150, "seed": 3, "epoch": 2, "rank": 1, "world_size": 2}
+    options = {"tokens_per_batch": 150, "seed": 3, "epoch": 2, "rank": 1, "world_size": 2}
     whole = list(batches(shared, SEQUENCE, **options))
     for skip in (0, 1, len(whole) - 1, len(whole), len(whole) + 5):
         rest = list(batches(shared, SEQUENCE, skip_batches=skip, **options))
@@ -202,7 +202,7 @@ def test_distilling_from_the_cache_is_distilling_with_the_teacher(ray_cluster: N
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-3)
         losses[source] = []
         for number in range(2):
-            for batch in batches(shared, SEQUENCE, batch_tokens=150, seed=0, epoch=number):
+            for batch in batches(shared, SEQUENCE, tokens_per_batch=150, seed=0, epoch=number):
                 labelled_BL = batch.labels_BL != IGNORE
                 targets = batch.teacher_targets
                 if source == "online":
@@ -224,7 +224,7 @@ def test_layers_that_the_cache_keeps(ray_cluster: None, tmp_path: Path) -> None:
     manifest = cache_without_ray(config, tmp_path / "cache")
     teacher = load_teacher(config.teacher.kind, config.teacher.path).model
     shared = shared_of({"layers": (config, tmp_path / "cache", manifest)}, "layers")
-    for batch in batches(shared, SEQUENCE, batch_tokens=150, seed=0, epoch=0):
+    for batch in batches(shared, SEQUENCE, tokens_per_batch=150, seed=0, epoch=0):
         labelled_BL = batch.labels_BL != IGNORE
         with torch.no_grad():
             hidden_BLD, outputs = teacher.hidden_states(batch.input_ids_BL, return_layers=True)
@@ -238,7 +238,7 @@ def test_layers_that_the_cache_keeps(ray_cluster: None, tmp_path: Path) -> None:
 def test_top_k_batches_hold_the_teachers_probabilities(ray_cluster: None, made: dict) -> None:
     config = made["topk"][0]
     teacher = load_teacher(config.teacher.kind, config.teacher.path).model
-    batch = next(batches(shared_of(made, "topk"), SEQUENCE, batch_tokens=150, seed=0, epoch=0))
+    batch = next(batches(shared_of(made, "topk"), SEQUENCE, tokens_per_batch=150, seed=0, epoch=0))
     assert isinstance(batch.teacher_targets, TopKTargets)
     with torch.no_grad():
         exact = teacher(batch.input_ids_BL)[batch.labels_BL != IGNORE].softmax(-1)
@@ -276,11 +276,11 @@ def test_a_handle_is_small_and_works_in_another_process(ray_cluster: None, made:
     shared = shared_of(made)
     # Ray sends a block of less than 100 kB along with its reference, so these tiny ones do not count.
     assert len(ray.cloudpickle.dumps(dataclasses.replace(shared, blocks=()))) < 5_000
-    expected = [batch.labels_BL.tolist() for batch in batches(shared, SEQUENCE, batch_tokens=300, seed=1, epoch=0)]
+    expected = [batch.labels_BL.tolist() for batch in batches(shared, SEQUENCE, tokens_per_batch=300, seed=1, epoch=0)]
 
     @ray.remote
     def labels(handle: SharedCache) -> list:
-        return [batch.labels_BL.tolist() for batch in batches(handle, SEQUENCE, batch_tokens=300, seed=1, epoch=0)]
+        return [batch.labels_BL.tolist() for batch in batches(handle, SEQUENCE, tokens_per_batch=300, seed=1, epoch=0)]
 
     assert ray.get(labels.remote(shared)) == expected
 
@@ -306,10 +306,10 @@ SMALL_STORE = """
 import sys
 from pathlib import Path
 import numpy as np, pyarrow as pa, ray
-from mamtra_ray.cache_manifest import *
-from mamtra_ray.cache_storage import Storage
-from mamtra_ray.shared_batches import _Column, batches
-from mamtra_ray.shared_cache import share_cache
+from mamtra_ray.teacher_cache.manifest import *
+from mamtra_ray.teacher_cache.storage import Storage
+from mamtra_ray.teacher_cache.batches import _Column, batches
+from mamtra_ray.teacher_cache.shared import share_cache
 from tiny_models import SEQUENCE
 
 WIDTH, ROWS, SHARDS = 512, 100, 16
@@ -338,7 +338,7 @@ assert np.shares_memory(one.data, two.data) and not one.data.flags.writeable, "m
 del one, two
 for epoch in range(2):
     seen = []
-    for batch in batches(shared, SEQUENCE, batch_tokens=5_000, seed=0, epoch=epoch):
+    for batch in batches(shared, SEQUENCE, tokens_per_batch=5_000, seed=0, epoch=epoch):
         values = batch.teacher_targets.hidden_ND
         assert (values == values[:, :1]).all()
         seen += values[:, 0].unique().tolist()

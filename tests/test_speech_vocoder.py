@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mamtra_ray.errors import InputError
+from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder, griffin_lim, load_codec, write_wav
 from mamtra_ray.speech.tokenizer import FRAMES_PER_TOKEN, NUM_MELS, SAMPLE_RATE, Tokenizer, log_mel
-from mamtra_ray.speech.vocoder import Codec, DecoderConfig, TokenDecoder, griffin_lim, load_codec, write_wav
 
 
 @pytest.fixture

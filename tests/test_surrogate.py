@@ -5,14 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from mamtra_ray import optimum
-from mamtra_ray.constraints import Constraints, LinearCost, layouts_to_matrix, sample_layouts
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.mixed_integer import solve_with_milp
-from mamtra_ray.optimum import best_layouts, enumerate_layouts
-from mamtra_ray.quadratic import Quadratic
-from mamtra_ray.surrogate import fit_surrogate
+from mamtra_ray.layouts.constraints import Constraints, LinearCost, layouts_to_matrix, sample_layouts
+from mamtra_ray.surrogate import optimum
+from mamtra_ray.surrogate.mixed_integer import solve_with_milp
+from mamtra_ray.surrogate.optimum import best_layouts, enumerate_layouts
+from mamtra_ray.surrogate.quadratic import Quadratic
+from mamtra_ray.surrogate.surrogate import fit_surrogate
 
 
 def random_quadratic(num_layers, seed=0):

@@ -9,8 +9,11 @@ from torch import nn
 from transformers import GPT2Config
 
 from mamtra_ray.errors import InputError
+from mamtra_ray.losses import IGNORE
+from mamtra_ray.speech_lm.sequences import Vocabulary
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.base import IGNORE, SpeechLM, Vocabulary, make_student
 
 IDS = torch.randint(VOCABULARY.size, (2, 21), generator=torch.Generator().manual_seed(1))
 

@@ -21,8 +21,14 @@ import torch
 from tiny_cache import cache_without_ray, random_rows, tiny_config
 from tiny_models import SEQUENCE, SPEECH, transformers_model
 
-from mamtra_ray import teacher_cache
-from mamtra_ray.cache_manifest import (
+from mamtra_ray.config import Config
+from mamtra_ray.corpus.table import read_corpus
+from mamtra_ray.errors import InputError
+from mamtra_ray.teacher_cache import build as teacher_cache
+from mamtra_ray.teacher_cache.__main__ import main
+from mamtra_ray.teacher_cache.batches import batches
+from mamtra_ray.teacher_cache.build import build_cache
+from mamtra_ray.teacher_cache.manifest import (
     MANIFEST,
     PlannedShard,
     complete_manifest,
@@ -30,15 +36,10 @@ from mamtra_ray.cache_manifest import (
     unlisted_shard,
     write_manifest,
 )
-from mamtra_ray.cache_storage import LOCK_FILE, Storage
-from mamtra_ray.config import Config
-from mamtra_ray.corpus import read_corpus
-from mamtra_ray.errors import InputError
-from mamtra_ray.hidden_quantizer import QUANTIZER_FILE
-from mamtra_ray.shared_batches import batches
-from mamtra_ray.shared_cache import share_cache
-from mamtra_ray.teacher_cache import build_cache, main
-from mamtra_ray.teacher_pass import CacheJob, ShardWriter
+from mamtra_ray.teacher_cache.quantizer import QUANTIZER_FILE
+from mamtra_ray.teacher_cache.shared import share_cache
+from mamtra_ray.teacher_cache.storage import LOCK_FILE, Storage
+from mamtra_ray.teacher_cache.worker import CacheJob, ShardWriter
 
 TESTS = Path(__file__).parent
 
@@ -345,7 +346,7 @@ def test_a_finished_cache_is_reused_on_a_full_disk(cache: tuple[Config, Path], n
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
-from mamtra_ray.cache_storage import Storage
+from mamtra_ray.teacher_cache.storage import Storage
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 Storage.of(sys.argv[1]).write("train-00002.parquet", b"a" * 100_000)
 """
@@ -499,7 +500,7 @@ def test_s3_holds_the_same_bytes(
     assert LOCK_FILE not in storage.names()
     made_by = manifest.made_by
     shared = share_cache(uri, teacher_fingerprint=made_by["teacher"], corpus_hash=made_by["corpus"])
-    assert sum(batch.num_tokens for batch in batches(shared, SEQUENCE, batch_tokens=500, seed=0, epoch=0)) == sum(
+    assert sum(batch.num_tokens for batch in batches(shared, SEQUENCE, tokens_per_batch=500, seed=0, epoch=0)) == sum(
         shard.speech_tokens + shard.utterances for _, shard in manifest.split_shards("train")
     )
     storage.write("train-00001.parquet", storage.read("train-00001.parquet").to_pybytes()[:-9])
@@ -511,7 +512,7 @@ def test_s3_holds_the_same_bytes(
 
 
 def test_a_lease_is_waited_for_and_expires(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mamtra_ray.cache_storage.LEASE_SECONDS", 4.0)
+    monkeypatch.setattr("mamtra_ray.teacher_cache.storage.LEASE_SECONDS", 4.0)
     storage = Storage.of(s3.format("leased"))
     dead = {"host": "elsewhere", "pid": 7, "token": "x", "renewed": time.time()}
     storage.write(LOCK_FILE, json.dumps(dead).encode())
@@ -519,15 +520,15 @@ def test_a_lease_is_waited_for_and_expires(s3: str, monkeypatch: pytest.MonkeyPa
     with storage.locked():
         assert time.time() - began >= 3.9
         # Held: a second one waits in vain, because the holder is alive.
-        monkeypatch.setattr("mamtra_ray.cache_storage.LEASE_SECONDS", 1e4)
-        monkeypatch.setattr("mamtra_ray.cache_storage.time.monotonic", iter([0.0, 1e6]).__next__)
+        monkeypatch.setattr("mamtra_ray.teacher_cache.storage.LEASE_SECONDS", 1e4)
+        monkeypatch.setattr("mamtra_ray.teacher_cache.storage.time.monotonic", iter([0.0, 1e6]).__next__)
         with pytest.raises(InputError, match=f"process {os.getpid()}"), storage.locked():
             pass
 
 
 def test_a_lost_lease_is_neither_renewed_nor_deleted(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that slept for longer than its lease must not take it back from the one that took over."""
-    monkeypatch.setattr("mamtra_ray.cache_storage._RENEW_SECONDS", 0.05)
+    monkeypatch.setattr("mamtra_ray.teacher_cache.storage._RENEW_SECONDS", 0.05)
     storage = Storage.of(s3.format("lost"))
     other = json.dumps({"host": "elsewhere", "pid": 7, "token": "x", "renewed": time.time()}).encode()
     with storage.locked():

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mamtra_ray.corpus import read_corpus, utterances
+from mamtra_ray.corpus.table import read_corpus, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.teachers.demo_grammar import tokenize_text
 from mamtra_ray.teachers.text import save_text_tokenizer, text_tokenizer

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from made_run import DEMO, made_run
 
-from mamtra_ray import tradeoff
-from mamtra_ray.cache_manifest import CacheManifest
-from mamtra_ray.constraints import Constraints
-from mamtra_ray.cost_by_rung import cost_by_rung
 from mamtra_ray.efficiency import cache_bytes, decode_flops
 from mamtra_ray.layouts import Layout
-from mamtra_ray.run_folder import PROBE, PROBE_COLUMNS, read_rows, read_run, write_rows
+from mamtra_ray.layouts.constraints import Constraints
+from mamtra_ray.run.folder import PROBE_COLUMNS, read_rows, read_run, write_rows
+from mamtra_ray.run.names import PROBE
+from mamtra_ray.search.costs import cost_by_rung
+from mamtra_ray.teacher_cache.manifest import CacheManifest
+from mamtra_ray.tradeoff import tradeoff
 
 EVERY = [Layout("".join(letters)) for letters in itertools.product("AM", repeat=12)]
 COST_IN_FULL = {

@@ -15,13 +15,15 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from mamtra_ray.artifacts import write_json
 from mamtra_ray.config import DistillConfig
+from mamtra_ray.distill.training import Distillation, validate
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE, HiddenTargets
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import huggingface
-from mamtra_ray.teachers.base import SpeechLM, Teacher, make_student
-from mamtra_ray.training import Distillation, validate
+from mamtra_ray.teachers.teacher import Teacher
 
-CONFIG = DistillConfig(learning_rate=3e-3, warmup_fraction=0.25, batch_tokens=40)
+CONFIG = DistillConfig(learning_rate=3e-3, warmup_fraction=0.25, tokens_per_batch=40)
 CPU = torch.device("cpu")
 
 

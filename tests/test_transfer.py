@@ -87,9 +87,9 @@ def test_the_new_parts_start_as_in_mamba2(attention):
     assert hidden.grad.isfinite().all() and hidden.grad.abs().max() < 10
 
 
-@pytest.mark.parametrize(("initialisation", "std"), [("xavier", (2 / (D + D)) ** 0.5), ("kaiming", (1 / D) ** 0.5)])
-def test_random_baselines(attention, initialisation, std):
-    mixer = mixer_from_attention(attention, CONFIG, initialisation, seed=0)
+@pytest.mark.parametrize(("initialization", "std"), [("xavier", (2 / (D + D)) ** 0.5), ("kaiming", (1 / D) ** 0.5)])
+def test_random_baselines(attention, initialization, std):
+    mixer = mixer_from_attention(attention, CONFIG, initialization, seed=0)
     assert mixer.out_proj.weight.std().item() == pytest.approx(std, rel=0.1)
     rows = CONFIG.in_proj_slices()["C"]
     assert (mixer.in_proj.weight[rows] - attention.q_proj.weight).abs().max() > 0.1

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from ray.tune.schedulers import TrialScheduler
 
 from mamtra_ray.config import SearchConfig
-from mamtra_ray.tuning import HalvingInsideBudgets
+from mamtra_ray.search.tuning import HalvingInsideBudgets
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 

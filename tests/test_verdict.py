@@ -2,8 +2,8 @@
 
 import pytest
 
-from mamtra_ray.alarms import Measured
-from mamtra_ray.verdict import Outcome, is_unusable, verdict
+from mamtra_ray.evaluate.alarms import Measured
+from mamtra_ray.search.verdict import Outcome, is_unusable, verdict
 
 TEACHER = Measured("teacher", 1.164, 0.014, 0.003, 0.03)
 HEARD = Measured("AMMAMMMAAAMA", 1.165, 0.008, 0.0, 0.018)

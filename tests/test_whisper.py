@@ -6,10 +6,10 @@ import torch
 from tiny_whisper import write_tiny_whisper
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from mamtra_ray.corpus import read_corpus
+from mamtra_ray.corpus.table import read_corpus
 from mamtra_ray.errors import InputError
+from mamtra_ray.speech.demo_codec import load_codec
 from mamtra_ray.speech.recognizer import load_recognizer
-from mamtra_ray.speech.vocoder import load_codec
 from mamtra_ray.speech.wer import word_error_rate
 from mamtra_ray.speech.whisper import recognizer_from_name
 

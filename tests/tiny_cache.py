@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCABULARY, transformers_model, write_folder
 
-from mamtra_ray.cache_formats import format_settings
-from mamtra_ray.cache_manifest import CacheManifest, finished_shard, plan_shards, write_manifest
-from mamtra_ray.cache_storage import Storage
 from mamtra_ray.config import Config
-from mamtra_ray.corpus import corpus_identity, read_corpus, token_counts, write_corpus
-from mamtra_ray.teacher_pass import CacheJob, TeacherPass
+from mamtra_ray.corpus.table import corpus_identity, read_corpus, token_counts, write_corpus
+from mamtra_ray.teacher_cache.formats import format_settings
+from mamtra_ray.teacher_cache.manifest import CacheManifest, finished_shard, plan_shards, write_manifest
+from mamtra_ray.teacher_cache.storage import Storage
+from mamtra_ray.teacher_cache.worker import CacheJob, TeacherPass
 from mamtra_ray.teachers import load_teacher
 
 

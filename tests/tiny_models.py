@@ -7,7 +7,7 @@ import transformers
 from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from mamtra_ray.teachers.base import SequenceFormat, Vocabulary
+from mamtra_ray.speech_lm.sequences import SequenceFormat, Vocabulary
 from mamtra_ray.teachers.huggingface import write_format
 
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"

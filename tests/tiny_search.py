@@ -7,7 +7,7 @@ import yaml
 from tiny_models import VOCABULARY, transformers_model, write_folder
 
 from mamtra_ray.config import Config, load_config
-from mamtra_ray.corpus import write_corpus
+from mamtra_ray.corpus.table import write_corpus
 
 
 def write_search_space(folder: Path, **changes: object) -> Path:
@@ -30,10 +30,10 @@ def write_search_space(folder: Path, **changes: object) -> Path:
         "student": {},
         "teacher": {"kind": "huggingface", "path": str(folder / "teacher")},
         "corpus": {"path": str(folder / "corpus.parquet")},
-        "align": {"tokens": 400, "batch_tokens": 200},
+        "align": {"tokens": 400, "tokens_per_batch": 200},
         "probe": {"masks": 0},
         "search": {"trials": 3, "strategies": ["back"], "rung_tokens": [300, 600]},
-        "distill": {"tokens": 600, "batch_tokens": 200, "checkpoint_tokens": 300, "workers": 2},
+        "distill": {"tokens": 600, "tokens_per_batch": 200, "checkpoint_tokens": 300, "workers": 2},
         "evaluate": {"sentences": 0},
     }
     for name, value in changes.items():

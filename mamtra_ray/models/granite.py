@@ -120,7 +120,7 @@ def write_granite(
         folder: made if missing.
         config: of the hybrid.
         tensors: the SpeechLM's state (``body.*``, ``head.*``).
-        vocabulary: the fields of :class:`~mamtra_ray.teachers.base.Vocabulary`.
+        vocabulary: the fields of :class:`~mamtra_ray.speech_lm.speech_lm.Vocabulary`.
     """
     from transformers import GenerationConfig
 

@@ -70,7 +70,7 @@ def decoder_config(config: PretrainedConfig | SimpleNamespace) -> DecoderConfig:
         raise InputError(f"num_hidden_layers = {config.num_hidden_layers!r} is no whole number")
     llama_bias = bool(getattr(config, "attention_bias", False))
     return DecoderConfig(
-        layout=Layout("A" * config.num_hidden_layers),
+        layout=Layout.all_attention(config.num_hidden_layers),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,

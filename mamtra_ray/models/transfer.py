@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.models.mamba import MambaMixer, MixerConfig
 
-INITIALISATIONS = ("transfer", "xavier", "kaiming", "aligned")
+INITIALIZATIONS = ("transfer", "xavier", "kaiming", "aligned")
 
 
 class Attention(Protocol):
@@ -31,7 +31,7 @@ class Attention(Protocol):
 
 @torch.no_grad()
 def mixer_from_attention(
-    attention: Attention, config: MixerConfig, initialisation: str = "transfer", seed: int = 0
+    attention: Attention, config: MixerConfig, initialization: str = "transfer", seed: int = 0
 ) -> MambaMixer:
     """A new mixer of the attention's device and dtype; the attention is not changed.
 
@@ -45,23 +45,23 @@ def mixer_from_attention(
     Args:
         attention: module with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
         config: the mixer's shape, which must fit the attention's.
-        initialisation: ``transfer``, ``xavier`` or ``kaiming``.
+        initialization: ``transfer``, ``xavier`` or ``kaiming``.
         seed: of the random parts; equal seeds give equal mixers on every device.
     """
-    if initialisation not in ("transfer", "xavier", "kaiming"):
-        raise InputError(f"unknown initialisation {initialisation!r}: {nearest_name(initialisation, INITIALISATIONS)}")
+    if initialization not in ("transfer", "xavier", "kaiming"):
+        raise InputError(f"unknown initialization {initialization!r}: {nearest_name(initialization, INITIALIZATIONS)}")
     weight = attention.q_proj.weight
     # Drawn in float32 on the CPU, so that a seed means the same weights everywhere.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mixer = MambaMixer(config)
-        if initialisation == "xavier":
+        if initialization == "xavier":
             nn.init.xavier_uniform_(mixer.in_proj.weight)
             nn.init.xavier_uniform_(mixer.out_proj.weight)
-        elif initialisation == "kaiming":
+        elif initialization == "kaiming":
             nn.init.kaiming_uniform_(mixer.in_proj.weight, nonlinearity="linear")
             nn.init.kaiming_uniform_(mixer.out_proj.weight, nonlinearity="linear")
-    if initialisation == "transfer":
+    if initialization == "transfer":
         _copy_projections(attention, mixer)
     return mixer.to(weight.device, weight.dtype)
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.speech.codecs import Voice
 from mamtra_ray.speech.resampling import read_audio, resampled
+from mamtra_ray.speech.voice import Voice
 
 SAMPLE_RATE = 24_000
 NUM_CODES = 6561

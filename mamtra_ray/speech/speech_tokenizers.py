@@ -41,7 +41,7 @@ def speech_tokenizer_of_teacher(kind: str, teacher_path: Path | None, path: Path
         InputError: none is known for this kind, or its file or package is missing.
     """
     if kind == "demo" or (path and path.suffix == ".safetensors"):
-        from mamtra_ray.speech.vocoder import load_codec
+        from mamtra_ray.speech.demo_codec import load_codec
 
         return DemoTokenizer(load_codec(path))
     if kind == "cosyvoice2" or (path and path.suffix == ".onnx"):

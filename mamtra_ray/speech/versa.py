@@ -45,7 +45,7 @@ class VersaSuite:
             return []
         if self.needs_prompt and not all(prompts):
             raise InputError("VERSA: a metric of speakers needs a prompt's recording for every utterance")
-        from mamtra_ray.speech.vocoder import write_wav
+        from mamtra_ray.speech.demo_codec import write_wav
 
         names = [f"utterance{index:05d}" for index in range(len(waveforms))]
         with tempfile.TemporaryDirectory() as folder:

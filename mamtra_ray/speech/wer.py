@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mamtra_ray.errors import InputError, nearest_name
+from mamtra_ray.speech.error_rate import ErrorRate
 from mamtra_ray.speech.normalization import PUBLISHED
 
 # fmt: off
@@ -145,11 +146,9 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Corpus WER of a minus that of b on the same utterances, with its bootstrap interval (fractions)."""
+    """Corpus WER of a minus that of b on the same utterances."""
 
-    difference: float
-    low: float
-    high: float
+    difference: ErrorRate
     probability_a_not_worse: float
     """Share of the bootstrap samples in which a's WER is at most b's."""
 
@@ -167,7 +166,8 @@ def paired_difference(
     rates = _resampled_rates(np.stack([a.errors, b.errors]).astype(np.float64), a.words, seed, num_draws)
     differences = rates[0] - rates[1]
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
-    return PairedDifference(a.wer - b.wer, float(low), float(high), float((differences <= 0).mean()))
+    difference = ErrorRate(a.wer - b.wer, float(low), float(high))
+    return PairedDifference(difference, float((differences <= 0).mean()))
 
 
 def _resampled_rates(errors_SN: np.ndarray, words_N: np.ndarray, seed: int, num_draws: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.speech.codecs import Voice
+from mamtra_ray.speech.voice import Voice
 
 
 @dataclass(frozen=True)

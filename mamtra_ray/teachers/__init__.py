@@ -11,7 +11,7 @@ from mamtra_ray.errors import InputError, nearest_name
 if TYPE_CHECKING:
     import torch
 
-    from mamtra_ray.teachers.base import Teacher
+    from mamtra_ray.teachers.teacher import Teacher
 
 LOADERS = {
     "demo": "mamtra_ray.teachers.demo",
@@ -38,11 +38,22 @@ def load_teacher(
     """
     import torch
 
-    if kind not in LOADERS:
-        raise InputError(f"unknown teacher {kind!r}: {nearest_name(kind, LOADERS)}")
-    if path is None and kind != "demo":
-        raise InputError(f"teacher {kind!r} needs the path of its checkpoint folder")
+    check_kind(kind, path)
     module = importlib.import_module(LOADERS[kind])
     teacher: Teacher = module.load(None if path is None else Path(path), dtype or torch.float32, device)
     teacher.model.eval()
     return teacher
+
+
+def check_kind(kind: str, path: Path | str | None) -> None:
+    """Refuse a kind that has no loader, and one without the folder that it needs; loads nothing.
+
+    Raises:
+        InputError: one of these.
+    """
+    if kind not in LOADERS:
+        raise InputError(f"teacher.kind: unknown teacher {kind!r}: {nearest_name(kind, LOADERS)}")
+    if path is None and kind != "demo":
+        raise InputError(f"teacher {kind!r} needs teacher.path, the folder of its checkpoint")
+    if path is not None and not Path(path).is_dir():
+        raise InputError(f"teacher.path: {path} is no folder")

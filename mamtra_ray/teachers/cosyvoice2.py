@@ -19,11 +19,14 @@ from torch import Tensor
 
 from mamtra_ray.artifacts import read_manifest, write_manifest, write_text, written_atomically
 from mamtra_ray.errors import InputError
+from mamtra_ray.losses import IGNORE
 from mamtra_ray.models.checkpoint import load_into
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.pretrained import read_decoder_config, split_checkpoint
-from mamtra_ray.sampling import COSYVOICE2
-from mamtra_ray.teachers.base import IGNORE, SequenceFormat, SpeechLM, Teacher, Vocabulary
+from mamtra_ray.speech_lm.sampling import COSYVOICE2
+from mamtra_ray.speech_lm.sequences import SequenceFormat, Vocabulary
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.teachers.teacher import Teacher
 
 WEIGHTS = "llm.pt"
 BODY_FOLDER = "CosyVoice-BlankEN"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mamtra_ray.models.checkpoint import load_into
-from mamtra_ray.sampling import COSYVOICE2, next_tokens
+from mamtra_ray.speech_lm.sampling import COSYVOICE2, next_tokens
 from mamtra_ray.teachers.cosyvoice2 import (
     LENGTH_PER_TEXT_TOKEN,
     SPEECH_PER_BLOCK,

@@ -27,7 +27,9 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.models.checkpoint import read_sharded_tensors
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.pretrained import head_weight, read_decoder_config, split_checkpoint
-from mamtra_ray.teachers.base import SequenceFormat, SpeechLM, Teacher, Vocabulary
+from mamtra_ray.speech_lm.sequences import SequenceFormat, Vocabulary
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.teachers.teacher import Teacher
 
 FORMAT_FILE = "speech_lm.json"
 SCHEMA_VERSION = 1

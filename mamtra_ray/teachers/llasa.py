@@ -16,8 +16,9 @@ import torch
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.checkpoint import read_sharded_tensors
 from mamtra_ray.models.pretrained import read_decoder_config
-from mamtra_ray.teachers.base import SequenceFormat, Teacher, Vocabulary
+from mamtra_ray.speech_lm.sequences import SequenceFormat, Vocabulary
 from mamtra_ray.teachers.huggingface import speech_lm_from_checkpoint
+from mamtra_ray.teachers.teacher import Teacher
 
 TOKENS_PER_SECOND = 50.0
 MAX_LENGTH = 2048

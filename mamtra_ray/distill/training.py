@@ -1,0 +1,237 @@
+"""One student's distillation with Eq. 5, on one process or one of several: steps, validation, checkpoints.
+
+Knows PyTorch but not Ray: ``workers.py`` runs it in Ray Train workers and in Tune trials.
+
+Shapes: B batch, L length, D model width, N labelled positions of a batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mamtra_ray.config import DistillConfig
+from mamtra_ray.losses import IGNORE, LossWeights, distillation_loss
+from mamtra_ray.runtime.training import (
+    Position,
+    autocast,
+    learning_rate_factor,
+    read_state,
+    save_state,
+    sum_over_workers,
+)
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+
+
+class Batch(Protocol):
+    """What a step needs; ``teacher_cache.batches.DistillBatch`` is one."""
+
+    @property
+    def input_ids_BL(self) -> Tensor:
+        """Unified ids, padded right."""
+
+    @property
+    def labels_BL(self) -> Tensor:
+        """Speech ids, or IGNORE."""
+
+    @property
+    def teacher_targets(self) -> Any:
+        """The teacher's rows for the labelled positions, in the order of ``labels_BL[labels_BL != IGNORE]``."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Labelled positions."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores on the validation split, per token, in nats."""
+
+    ce: float
+    """Cross-entropy with the corpus tokens."""
+    kl: float
+    """KL(teacher || student), not skewed."""
+    tokens: int
+
+
+class _Objective(nn.Module):
+    """Student and Eq. 5 as one module, so that DistributedDataParallel sees a single forward pass."""
+
+    def __init__(self, student: SpeechLM, config: DistillConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.weights = LossWeights(ce=config.ce_weight, logits=config.kl_weight, emb=config.hidden_weight)
+        self.skew = config.kl_skew
+        self.levels = config.hidden_layers
+
+    def forward(self, batch: Batch, num_tokens: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The terms of Eq. 5 as sums over this batch divided by ``num_tokens``; a tuple, as DDP wants it."""
+        # Padded right, so no position sees padding: without a mask attention takes its faster causal path.
+        labelled_BL = batch.labels_BL != IGNORE
+        layers = [level for level in self.levels if level != "final"] if self.weights.emb else []
+        hidden_BLD = self.student.hidden_states(batch.input_ids_BL, return_layers=bool(layers))
+        layers_ND: dict[int, Tensor] = {}
+        if layers:
+            hidden_BLD, outputs = hidden_BLD
+            layers_ND = {layer: outputs[layer][labelled_BL] for layer in layers}
+        terms = distillation_loss(
+            hidden_BLD[labelled_BL],
+            self.student.head,
+            batch.labels_BL[labelled_BL],
+            batch.teacher_targets,
+            self.weights,
+            alpha=self.skew,
+            num_tokens=num_tokens,
+            levels=self.levels,
+            student_layers_ND=layers_ND,
+        )
+        return terms.total, terms.ce, terms.logits, terms.emb
+
+
+class Distillation:
+    """A student in training: optimizer, schedule and position.
+
+    Args:
+        student: starts from this; moved to ``device``.
+        config: optimizer, schedule and loss weights.
+        total_tokens: the schedule ends here.
+        device: where it trains.
+        world_size: processes that train together; above 1 a process group must be initialized.
+        made_by: what the training depends on; a saved state of another training is refused.
+    """
+
+    def __init__(
+        self,
+        student: SpeechLM,
+        config: DistillConfig,
+        total_tokens: int,
+        device: torch.device,
+        world_size: int = 1,
+        made_by: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config, self.total_tokens, self.device, self.world_size = config, total_tokens, device, world_size
+        self.student = student.to(device).train()
+        objective = _Objective(self.student, config)
+        self.objective: nn.Module = objective
+        if world_size > 1:
+            # All trained tensors take part in every step, so no search for unused ones is needed.
+            self.objective = nn.parallel.DistributedDataParallel(
+                objective, device_ids=[device] if device.type == "cuda" else None
+            )
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            fused=True,  # on the CPU too: benchmarks/train_step.py
+        )
+        self.made_by = dict(made_by or {}) | {"layout": str(student.layout), "total_tokens": str(total_tokens)}
+        self.position = Position()
+        self.seconds = 0.0
+        """Of training, over all sessions; kept by whoever holds the stopwatch."""
+
+    def learning_rate(self) -> float:
+        """Learning rate of the next step: linear warm-up, then cosine to a tenth, or constant."""
+        done = (self.position.tokens + 0.5 * self.config.tokens_per_batch) / self.total_tokens
+        factor = learning_rate_factor(done, self.config.warmup_fraction, self.config.schedule)
+        return self.config.learning_rate * factor
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        tokens = sum_over_workers(batch.num_tokens, self.world_size, self.device)
+        with autocast(self.device, self.config.precision):
+            # DDP averages gradients over the processes, so each divides by its share of all tokens.
+            total, ce, logits, emb = self.objective(batch, tokens / self.world_size)
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in self.student.parameters() if p.requires_grad], self.config.max_grad_norm
+        )
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()} at step {self.position.step}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position = self.position.after(tokens)
+        return {"total": float(total.detach()), "ce": float(ce), "logits": float(logits), "emb": float(emb)}
+
+    def next_epoch(self) -> None:
+        """Call when the batches of an epoch are used up."""
+        self.position = self.position.next_epoch()
+
+    def save(self, folder: Path) -> None:
+        """Write student, optimizer and position; :meth:`load` goes on with the next step bit for bit."""
+        self.student.save(folder / "student")
+        save_state(folder, self.optimizer.state_dict(), self.position, self.made_by, seconds=self.seconds)
+
+    def load(self, folder: Path) -> None:
+        """Take student weights, optimizer and position from :meth:`save`'s folder.
+
+        Raises:
+            InputError: a state of another training (the first difference is named), or a damaged one.
+        """
+        state, position, content = read_state(folder, self.made_by, self.device)
+        self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
+        self.optimizer.load_state_dict(state)
+        self.position, self.seconds = position, float(content["seconds"])
+
+
+@torch.no_grad()
+def validate(student: SpeechLM, batches: Iterator[Batch]) -> HeldOut:
+    """CE with the corpus and KL to the teacher over all ``batches`` (every token counts the same)."""
+    was_training = student.training
+    student.eval()
+    weights = LossWeights(ce=1.0, logits=1.0, emb=0.0)
+    ce = kl = 0.0
+    tokens = 0
+    for batch in batches:
+        labelled_BL = batch.labels_BL != IGNORE
+        hidden_ND = student.hidden_states(batch.input_ids_BL)[labelled_BL]
+        labels_N = batch.labels_BL[labelled_BL]
+        # alpha = 0 turns the skewed KL into KL(teacher || student).
+        terms = distillation_loss(hidden_ND, student.head, labels_N, batch.teacher_targets, weights, alpha=0.0)
+        ce += float(terms.ce) * len(labels_N)
+        kl += float(terms.logits) * len(labels_N)
+        tokens += len(labels_N)
+    student.train(was_training)
+    return HeldOut(ce / tokens, kl / tokens, tokens)
+
+
+class Stopwatch:
+    """Seconds spent waiting for data and in all, for the share of time a training waits."""
+
+    def __init__(self) -> None:
+        self.started = self.last_tick = time.perf_counter()
+        self.waited = 0.0
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass ``batches`` through, adding up how long each one took to arrive."""
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def a_second_passed(self) -> bool:
+        """True at most once a second."""
+        now = time.perf_counter()
+        if now - self.last_tick < 1.0:
+            return False
+        self.last_tick = now
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Since the stopwatch was made."""
+        return time.perf_counter() - self.started

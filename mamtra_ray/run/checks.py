@@ -1,0 +1,94 @@
+"""What a dry run can say about the user's files in a second: no torch, no Ray, no tensor is read.
+
+What it refuses, the run would refuse. What a run needs to load (a tensor of another shape, a damaged shard) it leaves
+to the run, which checks that before anything long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from mamtra_ray.config import Config
+from mamtra_ray.corpus.table import CorpusIdentity, check_vocabulary, corpus_identity, read_corpus
+from mamtra_ray.efficiency import closed_form
+from mamtra_ray.efficiency.architectures import Architecture
+from mamtra_ray.errors import InputError
+from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.teachers.outline import TeacherOutline, teacher_outline
+
+
+@dataclass(frozen=True)
+class CheckedInputs:
+    """What was found."""
+
+    teacher: TeacherOutline
+    corpus: CorpusIdentity
+    train: pa.Table
+    validation: pa.Table
+    space: SearchSpace
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the teacher."""
+        return self.teacher.architecture.num_layers
+
+    @property
+    def architecture(self) -> Architecture:
+        """Shape of the teacher."""
+        return self.teacher.architecture
+
+    def body_parameters(self) -> int:
+        """Of the teacher's decoder, without tables."""
+        return closed_form.parameters(self.architecture, Layout.all_attention(self.num_layers))
+
+
+def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
+    """Check teacher, corpus, layouts, and with ``speech`` what an evaluation needs.
+
+    Raises:
+        InputError: the first thing that the run would refuse.
+    """
+    outline = teacher_outline(config.teacher.kind, config.teacher.path, config.student.state_sharing)
+    layers = outline.architecture.num_layers
+    space = SearchSpace(
+        layers, config.search.ratios, frozenset(config.search.keep_attention), frozenset(config.search.always_mamba)
+    )
+    if outside := [layer for layer in config.cache.layers if layer >= layers]:
+        raise InputError(f"cache.layers has layer {outside[0]}, the teacher only 0 to {layers - 1}")
+    train, validation = (read_corpus(config.corpus.path, split) for split in ("train", "validation"))
+    for table in (train, validation):
+        check_vocabulary(table, outline.text_size, outline.speech_size)
+    if config.cache.format == "topk" and config.cache.top_k >= outline.speech_size:
+        raise InputError(f"cache.top_k={config.cache.top_k} must be below the {outline.speech_size} speech ids")
+    if speech and config.evaluate.sentences:
+        _check_speech(config, outline)
+    return CheckedInputs(outline, corpus_identity(train), train, validation, space)
+
+
+def _check_speech(config: Config, outline: TeacherOutline) -> None:
+    evaluate = config.evaluate
+    test = read_corpus(evaluate.corpus or config.corpus.path, "test")
+    check_vocabulary(test, outline.text_size, outline.speech_size)
+    _folder(evaluate.recognizer.partition(":")[2], "evaluate.recognizer", "a folder with Whisper weights")
+    for metric in evaluate.metrics:
+        _exists(metric.partition(":")[2], f"evaluate.metrics={metric}")
+    _exists(evaluate.codec or "", "evaluate.codec")
+    if evaluate.codec is None and config.teacher.kind not in ("demo", "cosyvoice2"):
+        raise InputError(
+            f"teacher {config.teacher.kind!r} does not say how its tokens sound: give evaluate.codec (a CosyVoice 2 "
+            "folder, an Xcodec2 folder, or a demo codec file), or evaluate.sentences=0 for no WER"
+        )
+
+
+def _exists(path: str, key: str) -> None:
+    if path and not Path(path).exists():
+        raise InputError(f"{key}: {path} does not exist")
+
+
+def _folder(path: str, key: str, what: str) -> None:
+    if path and not Path(path).is_dir():
+        raise InputError(f"{key}: {path} is not {what}")

@@ -1,0 +1,82 @@
+"""A table that grows: rows are appended to a journal, and become a Parquet file when a phase begins or ends.
+
+``trials.parquet`` has a ``trials.jsonl`` beside it while trials run. A row is on disk before :meth:`Journal.append`
+returns; a line cut off by a crash was never acknowledged and is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Generic
+
+from mamtra_ray.errors import InputError
+from mamtra_ray.run.rows import Row, columns, read_table, row_from_columns, write_table
+
+TRIAL_KEY = ("settings_hash", "layout", "rung")
+CURVE_KEY = ("trial_id", "layout", "rung", "step")
+"""Fields that tell the rows of these tables apart: a later row with the same ones takes an earlier one's place."""
+
+
+class Journal(Generic[Row]):
+    """Rows of one kind, on disk and in memory.
+
+    Args:
+        path: the Parquet file; the journal lies beside it.
+        kind: of the rows.
+        key: fields by which a later row replaces an earlier one; none: every row stays.
+    """
+
+    def __init__(self, path: Path, kind: type[Row], key: tuple[str, ...] = ()) -> None:
+        self.path, self.kind, self.key = path, kind, key
+        self.rows = read_journal(path, kind, key)
+        self.compact()
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows, durably."""
+        rows = list(rows)
+        lines = "".join(json.dumps(columns(row)) + "\n" for row in rows)
+        with _journal_of(self.path).open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows = _merged(self.rows, rows, self.key)
+
+    def compact(self) -> None:
+        """Write all rows to the Parquet file, and begin a new journal."""
+        if self.rows or self.path.exists():
+            write_table(self.path, self.rows, self.kind)
+        _journal_of(self.path).unlink(missing_ok=True)
+
+
+def read_journal(path: Path, kind: type[Row], key: tuple[str, ...] = ()) -> list[Row]:
+    """All rows: those of the Parquet file, then those of the journal.
+
+    Raises:
+        InputError: one of them is damaged.
+    """
+    rows, journal = read_table(path, kind), _journal_of(path)
+    if not journal.exists():
+        return rows
+    lines = journal.read_bytes().split(b"\n")
+    added = []
+    for number, line in enumerate(lines[:-1]):  # what follows the last line end was cut off
+        try:
+            added.append(row_from_columns(kind, json.loads(line)))
+        except (ValueError, KeyError, TypeError, InputError) as error:
+            raise InputError(f"{journal}, line {number + 1}, is damaged: {error}") from None
+    return _merged(rows, added, key)
+
+
+def _journal_of(path: Path) -> Path:
+    return path.with_suffix(".jsonl")
+
+
+def _merged(rows: list[Row], added: list[Row], key: tuple[str, ...]) -> list[Row]:
+    """``added`` after ``rows``; a row with the key of an earlier one takes its place."""
+    if not key:
+        return [*rows, *added]
+    by_key = {tuple(getattr(row, name) for name in key): row for row in [*rows, *added]}
+    return list(by_key.values())

@@ -1,0 +1,52 @@
+"""The names of everything in a run folder, and nothing else: light enough for a command line. ::
+
+runs/<name>/
+  config.yaml         the resolved search space                          (the only file a run must have)
+  identity.json       fingerprints of the teacher and the corpus
+  architecture.json   the teacher's shape, for costs in closed form      efficiency.Architecture
+  trials.parquet      one row per layout and rung                        rows.TrialRow
+  probe.parquet       one row per layout scored by a forward pass        rows.ProbeRow
+  curves.parquet      training loss along the way                        rows.CurvePoint
+  finalists.parquet   one row per layout that was distilled long         rows.FinalistRow
+  reference.json      the teacher's scores, and what the codec costs     Reference
+  environment.json    versions and machine of every session              environment
+  costs.json          seconds of every phase; layouts, tokens, FLOPs, bytes of every rung
+  audio/index.json    which audio/<system>/<utterance_id>.wav says what  AudioIndex
+  best/               the checkpoint; its layout.json says which finalist it is
+  report.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG = "config.yaml"
+IDENTITY = "identity.json"
+ARCHITECTURE = "architecture.json"
+TRIALS = "trials.parquet"
+PROBE = "probe.parquet"
+CURVES = "curves.parquet"
+FINALISTS = "finalists.parquet"
+FINALIST_RESULTS = "finalists/*/result.json"
+REFERENCE = "reference.json"
+COSTS = "costs.json"
+AUDIO = "audio"
+AUDIO_INDEX = "audio/index.json"
+BEST = "best"
+BEST_LAYOUT = "best/layout.json"
+REPORT = "report.html"
+LOCK = ".lock"
+
+ORIGINAL, CODEC, TEACHER = "original", "codec", "teacher"
+"""Systems of the audio that are no student: the recording, its round trip through the codec, the teacher.
+A student's system name is its layout string."""
+
+
+def student_folder(run_folder: Path, layout: object) -> Path:
+    """Where a finalist's distilled student lies."""
+    return run_folder / "finalists" / str(layout) / "student"
+
+
+def trial_states(run_folder: Path) -> Path:
+    """Where unfinished trials keep their training states, by layout."""
+    return run_folder / "trial_states"

@@ -1,0 +1,170 @@
+"""Which settings a verb runs with and in which folder: the same rules for all verbs.
+
+- ``--run DIR`` of a run that is there: its settings (``DIR/config.yaml``), overrides on top.
+- ``--space`` or no ``--run``: a new run, or the same one again.
+- What finished results contradict is refused, with the key, before anything is computed.
+- Only a verb that creates or resumes a run writes its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mamtra_ray.config import Config, load_config
+from mamtra_ray.errors import InputError
+from mamtra_ray.run.names import CONFIG, FINALIST_RESULTS, TRIALS
+
+# Settings that a trial's score and a finalist's student depend on. Paths are left out: what they lead to has an
+# identity of its own, which is compared when it is loaded (run/identity.py).
+_OF_STUDENTS = (
+    "seed",
+    "teacher.kind",
+    "corpus.train_tokens",
+    "corpus.validation_tokens",
+    "cache.format",
+    "cache.top_k",
+    "cache.bits",
+    "cache.layers",
+    *(f"student.{key}" for key in ("initialization", "state_sharing")),
+    *(f"align.{key}" for key in ("tokens", "tokens_per_batch", "learning_rate", "precision")),
+    *(f"distill.{key}" for key in ("tokens_per_batch", "learning_rate", "schedule", "warmup_fraction")),
+    *(f"distill.{key}" for key in ("weight_decay", "max_grad_norm", "ce_weight", "kl_weight", "hidden_weight")),
+    *(f"distill.{key}" for key in ("hidden_layers", "kl_skew", "precision")),
+)
+_OF_TRIALS = (*_OF_STUDENTS, "search.rung_tokens")
+_OF_FINALISTS = (*_OF_STUDENTS, "distill.tokens")
+_UNUSED = {
+    "cache.top_k": ("cache.format", "topk"),
+    "cache.bits": ("cache.format", "hidden_quantized"),
+    **{f"align.{key}": ("student.initialization", "aligned") for key in ("tokens", "tokens_per_batch")},
+    **{f"align.{key}": ("student.initialization", "aligned") for key in ("learning_rate", "precision")},
+}
+"""Keys that count only where another key has this value."""
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """Settings and folder of a verb's call."""
+
+    config: Config
+    folder: Path
+    """Absolute."""
+    writes_config: bool
+    """Whether this call creates the run, or changes its settings."""
+
+
+def open_run(
+    space: str | None,
+    folder: Path | None,
+    overrides: Sequence[str],
+    *,
+    creates: bool = True,
+    resume: bool = False,
+) -> OpenRun:
+    """The settings and the folder of a verb; nothing is written yet.
+
+    Args:
+        space: ``--space``.
+        folder: ``--run``; none: ``runs/<name>``.
+        overrides: ``key=value``.
+        creates: whether the verb may begin a run; one that may not needs a folder with a run, or a space to begin one.
+        resume: whether changed settings are wanted (verb ``search``).
+
+    Raises:
+        InputError: a bad file or key; a folder that is no run and not empty; another run's folder; a changed setting
+            that finished results contradict.
+    """
+    saved = (folder / CONFIG) if folder is not None else None
+    if saved is not None and _exists(saved) and space is None:
+        before = load_config(saved, ())
+        config = load_config(saved, overrides)
+        folder = saved.parent
+        changed = changed_keys(before, config)
+        _check_results(folder, before, config)
+        return OpenRun(config, folder.absolute(), writes_config=resume and bool(changed))
+    if folder is not None and space is None and not creates:
+        raise InputError(f"{folder} holds no run (it has no {CONFIG}); give --space to begin one there")
+    config = load_config(space, overrides)
+    folder = folder if folder is not None else Path("runs") / config.name
+    return OpenRun(config, folder.absolute(), _check_new(config, folder, resume))
+
+
+def _check_new(config: Config, folder: Path, resume: bool) -> bool:
+    """Whether ``config`` must be written to ``folder``; refuses a folder with other contents."""
+    saved = folder / CONFIG
+    if not _exists(saved):
+        if resume:
+            raise InputError(f"{folder} holds no run to resume (it has no {CONFIG})")
+        if _exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} is not empty and no run (it has no {CONFIG}); give another folder to --run")
+        return True
+    before = load_config(saved)
+    changed = changed_keys(before, config)
+    if not changed:
+        return False
+    if resume:
+        _check_results(folder, before, config)
+        return True
+    if _has_trials(folder) or _has_finalists(folder):
+        key = changed[0]
+        raise InputError(
+            f"{folder} holds a run with another configuration ({key}: {_value(before, key)!r}, not "
+            f"{_value(config, key)!r}); add --resume to go on with the new one, or give another folder to --run"
+        )
+    return True  # stopped before anything was computed: what its error asked for may be changed
+
+
+def _check_results(folder: Path, before: Config, now: Config) -> None:
+    """Refuse changes that make finished results wrong."""
+    for has_results, keys, what in (
+        (_has_trials(folder), _OF_TRIALS, "trials"),
+        (_has_finalists(folder), _OF_FINALISTS, "finalists"),
+    ):
+        for key in keys if has_results else ():
+            old, new = _value(before, key), _value(now, key)
+            if old == new or not (_counts(before, key) or _counts(now, key)):
+                continue
+            raise InputError(
+                f"{key} is {new!r}, but {folder} has {what} made with {old!r}: leave it, or begin another run "
+                "with --run and --space"
+            )
+
+
+def _counts(config: Config, key: str) -> bool:
+    other, value = _UNUSED.get(key, (None, None))
+    return other is None or _value(config, other) == value
+
+
+def _has_trials(folder: Path) -> bool:
+    return (folder / TRIALS).exists()
+
+
+def _has_finalists(folder: Path) -> bool:
+    return any(folder.glob(FINALIST_RESULTS))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--run {str(path.parent)[:80]!r} cannot be a folder: {str(error)[:80]}") from None
+
+
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """Dotted keys whose values differ, in the order of the file."""
+    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    return [key for key in new if new[key] != old.get(key)]
+
+
+def _value(config: Config, key: str) -> Any:
+    return _flat(config.model_dump())[key]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

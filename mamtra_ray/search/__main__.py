@@ -1,0 +1,45 @@
+"""Verb ``search``: from a teacher and a corpus to the best hybrid of every ratio.
+
+Exit codes: 0 a result that can be used; 2 input or an installation that cannot; 3 the run is complete and its report
+written, but nothing it found can be used (:mod:`mamtra_ray.search.verdict`); 130 stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mamtra_ray.config import explain
+from mamtra_ray.config.command_line import verb_parser
+from mamtra_ray.errors import exit_code_2_on_input_error
+from mamtra_ray.run.open_run import open_run
+
+
+@exit_code_2_on_input_error
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the verb."""
+    parser = verb_parser("search", "From a teacher and a corpus to the best hybrid of every ratio.")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run, also with other settings")
+    parser.add_argument("--explain", action="store_true", help="print every key of a search-space file and stop")
+    options = parser.parse_intermixed_args(arguments)
+    if options.explain:
+        print(explain())
+        return 0
+    run = open_run(options.space, options.run, options.overrides, resume=options.resume)
+    if options.dry_run:
+        from mamtra_ray.run.checks import check_inputs
+        from mamtra_ray.search.plan import print_plan
+
+        print_plan(run.config, run.folder, check_inputs(run.config, speech=True))
+        return 0
+
+    from mamtra_ray.search.pipeline import search
+
+    try:
+        return search(run, options.address)
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: python -m mamtra_ray.search --resume --run {run.folder}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The last rung: the paper's placements and the best found layouts, distilled longer on Ray Train and heard."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from tensorboardX import SummaryWriter
+
+from mamtra_ray.artifacts import read_manifest, write_manifest
+from mamtra_ray.distill.job import Report, student_made_by
+from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
+from mamtra_ray.errors import InputError
+from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import Candidate, SearchSpace, without_repeats
+from mamtra_ray.run.names import student_folder
+from mamtra_ray.run.rows import FINALIST_CURVE, CurvePoint, FinalistRow, TrialRow
+from mamtra_ray.run.session import Session
+from mamtra_ray.runtime.progress import every_second
+from mamtra_ray.search.trial import TrialSettings
+
+_RESULT_VERSION = 2
+
+
+def choose_finalists(
+    space: SearchSpace, papers: Sequence[Candidate], rows: Sequence[TrialRow], found_per_ratio: int
+) -> list[Candidate]:
+    """The paper's placements of every ratio, then the best found layouts of every ratio.
+
+    Rows are compared at the highest rung they reached first, then by CE: a layout that successive halving let go on
+    is ahead of one it stopped.
+    """
+    from_paper = {candidate.layout for candidate in papers}
+    finalists = list(papers)
+    for ratio in space.ratios:
+        kept = space.num_attention(ratio)
+        best: dict[Layout, TrialRow] = {}
+        for row in sorted(rows, key=lambda row: row.rung):
+            if row.layout.num_attention == kept and row.layout not in from_paper:
+                best[row.layout] = row
+        ranked = sorted(best.values(), key=lambda row: (-row.rung, row.ce))
+        finalists += [Candidate(row.layout, row.origin) for row in ranked[:found_per_ratio]]
+    return without_repeats(finalists)
+
+
+def distill_finalist(
+    settings: TrialSettings, layout: Layout, folder: Path, on_progress: Callable[[int], None]
+) -> Report:
+    """Distill ``layout`` with the full token budget; ``folder/student`` holds the result, ``result.json`` the scores.
+
+    A finished result of the same training is read back; a stopped training goes on from its last checkpoint.
+    """
+    total = settings.settings.tokens
+    job = settings.job(layout, checkpoints_at(total, settings.settings.checkpoint_every_tokens), settings.table)
+    made_by = student_made_by(settings.data, settings.student, settings.settings, settings.seed) | {
+        "layout": str(layout),
+        "total_tokens": str(total),
+    }
+    result = folder / "result.json"
+    if result.exists():
+        manifest = read_manifest(result, "finalist", _RESULT_VERSION)
+        if manifest["made_by"] == made_by:
+            return Report(**manifest["report"])
+        other = next(key for key in made_by if manifest["made_by"].get(key) != made_by[key])
+        raise InputError(
+            f"{folder} was distilled with another {other.replace('_', ' ')}; move it away, or begin another run"
+        )
+    ray.get(settings.table.note_tokens.remote(str(layout), 0))
+    with every_second(lambda: on_progress(ray.get(settings.table.tokens_of.remote(str(layout))))):
+        report = distill_on_workers(
+            job,
+            folder,
+            workers=settings.settings.workers,
+            worker=settings.worker,
+            callbacks=[_CurveToTable(settings.table, layout, len(settings.search.rung_tokens))],
+        )
+    # The curve is in curves.parquet. A loss term that is switched off is NaN there, which JSON does not know.
+    report = dataclasses.replace(report, curve=[])
+    write_manifest(result, "finalist", _RESULT_VERSION, made_by, report=dataclasses.asdict(report))
+    return report
+
+
+class _CurveToTable(ray.train.UserCallback):
+    """Every report's part of the training curve is on disk before the training goes on from its checkpoint."""
+
+    def __init__(self, table: Any, layout: Layout, rung: int) -> None:
+        self.table, self.layout, self.rung = table, layout, rung
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        ray.get(self.table.add_curve.remote(FINALIST_CURVE, self.layout, self.rung, metrics[0]["curve"]))
+
+
+def distill_the_finalists(
+    session: Session, settings: TrialSettings, papers: list[Candidate], rows: list[TrialRow]
+) -> list[FinalistRow]:
+    """Every finalist with the full token budget; rows of ``finalists.parquet`` without their WER."""
+    finalists = choose_finalists(settings.space, papers, rows, settings.search.finalists)
+    tokens = settings.settings.tokens
+    results = []
+    with session.screen.phase(
+        "finalists", f"{len(finalists)} layouts on {settings.settings.workers} Ray Train workers"
+    ):
+        for index, candidate in enumerate(finalists):
+            layout = candidate.layout
+
+            def on_progress(done: int, index: int = index, candidate: Candidate = candidate) -> None:
+                note = f"{candidate.origin} {candidate.layout}"
+                session.screen.count(index * tokens + min(done, tokens), tokens * len(finalists), "tokens", note)
+
+            report = distill_finalist(settings, layout, student_folder(session.folder, layout).parent, on_progress)
+            curve = ray.get(settings.table.curve_of.remote(FINALIST_CURVE, layout))
+            log_to_tensorboard(session.folder / "tensorboard" / str(layout), curve)
+            session.screen.say(f"    {candidate.origin} {layout}: CE {report.ce:.3f} (from {report.ce_start:.3f})")
+            results.append(finalist_row(candidate, report, session.costs(layout)))
+        ray.get(settings.table.compact.remote())
+    return results
+
+
+def finalist_row(candidate: Candidate, report: Report, costs: Mapping[str, Any]) -> FinalistRow:
+    """The row of a finalist that was not heard yet."""
+    return FinalistRow(
+        layout=candidate.layout,
+        origin=candidate.origin,
+        tokens=report.tokens,
+        steps=report.step,
+        seconds=report.seconds,
+        ce=report.ce,
+        kl=report.kl,
+        ce_start=report.ce_start,
+        **costs,
+    )
+
+
+def log_to_tensorboard(folder: Path, curve: Sequence[CurvePoint]) -> None:
+    """The training curve of a finalist, by tokens."""
+    with SummaryWriter(str(folder)) as writer:
+        for point in curve:
+            for name in ("total", "ce", "kl", "hidden"):
+                value = getattr(point, name)
+                if not math.isnan(value):  # a term that is switched off
+                    writer.add_scalar(f"loss/{name}", value, point.tokens)
+
+
+def choose_best(rows: Sequence[FinalistRow]) -> FinalistRow:
+    """The finalist to export among those of one ratio: one without an ``alarm``, if there is any.
+
+    A WER from a few dozen sentences is noisy, so it only rules layouts out: among those whose WER lies within the
+    95 % interval of the lowest one, the lowest held-out CE wins. Without a WER the CE decides alone.
+    """
+    rows = [row for row in rows if not row.alarm] or list(rows)
+    heard = [(row.wer, row) for row in rows if row.wer is not None]
+    if heard:
+        lowest, _ = min(heard, key=lambda pair: (pair[0].value, pair[1].ce))
+        rows = [row for wer, row in heard if wer.value <= lowest.high]
+    return min(rows, key=lambda row: (not math.isfinite(row.ce), row.ce))

@@ -1,0 +1,195 @@
+"""The end of a search: from distilled finalists to what a user gets.
+
+Speech and WER, alarms, the best of every ratio, its checkpoint, and the words on the screen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mamtra_ray.distill.training import validate
+from mamtra_ray.distill.workers import VALIDATION_BATCHES
+from mamtra_ray.errors import InputError
+from mamtra_ray.evaluate.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms
+from mamtra_ray.evaluate.evaluation import evaluate_systems
+from mamtra_ray.evaluate.results import Evaluation
+from mamtra_ray.export.checkpoint import export_student
+from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.run.folder import Reference, Score
+from mamtra_ray.run.names import BEST, CODEC, TEACHER, TRIALS, student_folder
+from mamtra_ray.run.rows import FinalistRow
+from mamtra_ray.run.session import Session
+from mamtra_ray.runtime.progress import table
+from mamtra_ray.search.finalists import choose_best
+from mamtra_ray.search.metrics import SearchMetrics
+from mamtra_ray.search.verdict import Outcome, verdict
+from mamtra_ray.teacher_cache.batches import batches
+from mamtra_ray.teacher_cache.shared import SharedCache
+
+
+def measure_wer(
+    session: Session, finalists: Sequence[FinalistRow], validation: SharedCache, metrics: SearchMetrics
+) -> tuple[list[FinalistRow], Reference]:
+    """Let teacher and finalists speak and a recognizer listen.
+
+    Returns:
+        The finalists' rows with their error rates and alarms, and what to compare them with.
+    """
+    config, teacher = session.config, session.teacher
+    size = VALIDATION_BATCHES * config.distill.tokens_per_batch
+    held_out = batches(validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0)
+    reference = Reference(validate(teacher.model, held_out).ce, config.evaluate.sentences)
+    teacher_measured = Measured(TEACHER, reference.teacher_ce)
+    if config.evaluate.sentences:
+        heard = _hear(session, finalists)
+        finalists = [_with_speech(row, heard[str(row.layout)]) for row in finalists]
+        metrics.best_wer.set(min(row.wer.value for row in finalists if row.wer))
+        teacher_measured = heard[TEACHER].measured(reference.teacher_ce)
+        alarms = teacher_alarms(teacher_measured, heard[CODEC].measured() if CODEC in heard else None)
+        reference = dataclasses.replace(
+            reference,
+            teacher=_score(heard[TEACHER]),
+            codec=_score(heard[CODEC]) if CODEC in heard else None,
+            teacher_alarm=alarm_text(alarms),
+        )
+    return [
+        dataclasses.replace(row, alarm=alarm_text(finalist_alarms(measured_of(row), teacher_measured)))
+        for row in finalists
+    ], reference
+
+
+def _hear(session: Session, finalists: Sequence[FinalistRow]) -> dict[str, Evaluation]:
+    config, folder, screen = session.config, session.folder, session.screen
+    systems: dict[str, Path | None] = {str(row.layout): student_folder(folder, row.layout) for row in finalists}
+    with screen.phase("speech", f"{config.evaluate.sentences} sentences by teacher and finalists"):
+        return evaluate_systems(
+            config,
+            systems,
+            folder,
+            teacher=session.shared_teacher,
+            worker=session.worker,
+            on_progress=lambda done, total: screen.count(done, total, "utterances"),
+        )
+
+
+def _score(evaluation: Evaluation) -> Score:
+    return Score(evaluation.wer, evaluation.cer, dict(evaluation.metrics))
+
+
+def _with_speech(row: FinalistRow, evaluation: Evaluation) -> FinalistRow:
+    paired = evaluation.difference_to_teacher
+    return dataclasses.replace(
+        row,
+        wer=evaluation.wer,
+        cer=evaluation.cer,
+        wer_difference=paired.difference if paired else None,
+        ends=evaluation.measured().ends,
+        metrics=dict(evaluation.metrics),
+    )
+
+
+def measured_of(row: FinalistRow) -> Measured:
+    """A finalist as :mod:`mamtra_ray.evaluate.alarms` looks at it."""
+    return Measured(str(row.layout), row.ce, row.wer, row.ends)
+
+
+def choose(finalists: Sequence[FinalistRow], space: SearchSpace) -> tuple[list[FinalistRow], dict[str, FinalistRow]]:
+    """By ratio the finalist to export; one that is far worse than a finalist beside it gets an alarm for that.
+
+    Returns:
+        All finalists, and the chosen ones by ratio.
+    """
+    rows, best = {row.layout: row for row in finalists}, {}
+    for ratio in space.ratios:
+        same_ratio = [row for row in rows.values() if row.layout.num_attention == space.num_attention(ratio)]
+        row = choose_best(same_ratio)
+        far_worse = alarm_text(chosen_alarms(measured_of(row), map(measured_of, same_ratio)))
+        alarm = "; ".join(filter(None, (row.alarm, far_worse))) or None
+        best[ratio] = rows[row.layout] = dataclasses.replace(row, alarm=alarm)
+    return list(rows.values()), best
+
+
+def export(session: Session, best: Mapping[str, FinalistRow]) -> tuple[dict[Layout, Path], list[InputError]]:
+    """The best finalist of every ratio as a checkpoint for plain transformers; ``best/`` is the first ratio's.
+
+    Returns:
+        Folders by layout, and why others could not be written: what a search found is worth a report all the same.
+    """
+    folders, refusals = {}, []
+    with session.screen.phase("export", "a checkpoint that plain transformers loads"):
+        for index, (ratio, row) in enumerate(best.items()):
+            folder = session.folder / (BEST if index == 0 else f"{BEST}-{ratio.replace(':', '-')}")
+            student = student_folder(session.folder, row.layout)
+            try:
+                export_student(student, folder, row, session.teacher, session.config.teacher)
+                folders[row.layout] = folder
+            except InputError as error:
+                refusals.append(error)
+    return folders, refusals
+
+
+def print_summary(
+    session: Session,
+    finalists: Sequence[FinalistRow],
+    reference: Reference,
+    best: Mapping[str, FinalistRow],
+    folders: Mapping[Layout, Path],
+    report: Path,
+) -> None:
+    """A table of the outcome, where everything lies, how to go on, and in plain words whether the result is good."""
+    teacher = Layout.all_attention(session.num_layers)
+    all_attention = session.costs(teacher)["cache_bytes"]
+    rows = [["1:0", teacher, "teacher", f"{reference.teacher_ce:.3f}", _wer(reference.teacher), "100 %"]]
+    for row in finalists:
+        origin = row.origin + (" *" if row.layout in folders else "")
+        cache = f"{row.cache_bytes / all_attention:.0%}"
+        rows.append([row.layout.ratio, row.layout, origin, f"{row.ce:.3f}", str(row.wer or ""), cache])
+    if reference.codec is not None:
+        rows.append(["", "", "codec round trip", "", _wer(reference.codec), ""])
+    context, folder = session.config.context_length, session.folder
+    more = 2 * session.config.search.trials
+    lines = [
+        "",
+        table(["ratio", "layout", "from", "CE", "WER [95 %]", f"cache at {context:,}"], rows),
+        "* exported",
+        "",
+        *[f"checkpoint  {path}  ({layout})" for layout, path in folders.items()],
+        f"report      {report}",
+        f"trials      {folder / TRIALS}",
+        "",
+        f"more trials:     python -m mamtra_ray.search --resume --run {folder} search.trials={more}",
+        f"another layout:  python -m mamtra_ray.export --run {folder} --layout {finalists[0].layout}",
+        "",
+        *verdict_lines(finalists, reference, best, all_attention),
+    ]
+    session.screen.say("\n".join(lines))
+
+
+def verdict_lines(
+    finalists: Sequence[FinalistRow],
+    reference: Reference,
+    best: Mapping[str, FinalistRow],
+    teacher_cache_bytes: float,
+) -> list[str]:
+    """Alarms of all systems, then for every ratio whether its result is good."""
+    score = reference.teacher
+    teacher = Measured(TEACHER, reference.teacher_ce, score.wer if score else None)
+    alarms = {str(row.layout): row.alarm for row in finalists} | {"the teacher": reference.teacher_alarm}
+    lines = [f"alarm: {name} {text}" for name, text in alarms.items() if text]
+    for row in best.values():
+        outcome = Outcome(
+            best=measured_of(row),
+            alarm=row.alarm,
+            is_any_without_alarm=any(not one.alarm for one in finalists if one.layout.ratio == row.layout.ratio),
+            difference=row.wer_difference,
+            cache_share=row.cache_bytes / teacher_cache_bytes,
+        )
+        lines.append(verdict(outcome, teacher, reference.teacher_alarm, reference.evaluation_sentences))
+    return lines
+
+
+def _wer(score: Score | None) -> str:
+    return "" if score is None else str(score.wer)

@@ -1,0 +1,155 @@
+"""A Tune trial: distill one layout rung by rung, or repeat what is already known about it at no cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from mamtra_ray.config import DistillConfig, SearchConfig, StudentConfig
+from mamtra_ray.distill.job import DistillData, DistillJob, Report
+from mamtra_ray.distill.workers import distill, trainer_for
+from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.run.rows import RUNNING, TrialRow
+from mamtra_ray.runtime.resources import WorkerResources
+from mamtra_ray.runtime.training import has_state
+from mamtra_ray.search.parameter_space import layout_from_params
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What all trials and finalists of a search share; goes to the object store once."""
+
+    space: SearchSpace
+    search: SearchConfig
+    settings: DistillConfig
+    student: StudentConfig
+    data: DistillData
+    worker: WorkerResources
+    seed: int
+    costs: dict[int, dict[str, float]]
+    """Cost columns of a layout by its number of attention layers."""
+    states: Path
+    """Where a trial leaves its training state after a rung; on a cluster, a folder that all nodes share."""
+    table: Any
+    """Handle of the :class:`mamtra_ray.search.trial_table.TrialTable` actor."""
+
+    def job(self, layout: Layout, report_at: tuple[int, ...], progress: Any = None) -> DistillJob:
+        """The distillation of ``layout`` up to ``report_at[-1]`` tokens."""
+        return DistillJob(layout, self.settings, self.student, self.data, report_at, self.seed, progress)
+
+
+def run_trial(params: dict[str, Any], settings: TrialSettings) -> None:
+    """The function trainable: one report per rung, each with a checkpoint to go on from.
+
+    Reports carry ``first_rung_ce``, the CE at the first rung. Optuna is told that figure and never a later one,
+    so its history compares layouts at the same number of tokens however far successive halving let them go.
+    """
+    search = settings.search
+    layout = layout_from_params(params, settings.space)
+    reporter = _RungReporter(layout, settings)
+    known, finished, origin = ray.get(
+        [getattr(settings.table, name).remote(layout) for name in ("rows_of", "is_finished", "origin_of")]
+    )
+    reporter.origin = origin
+    for row in known:
+        reporter.tell_tune(row)
+    if finished or len(known) == len(search.rung_tokens):
+        return
+    job = settings.job(layout, search.rung_tokens)
+    if search.workers_per_trial > 1:
+        _run_on_train_workers(job, reporter)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = reporter.state if known and has_state(reporter.state) else None
+    for report, training in distill(job, device, start=start):
+        training.save(reporter.state)
+        reporter.report(report)
+
+
+def _run_on_train_workers(job: DistillJob, reporter: _RungReporter) -> None:
+    """A trial of several workers is a Ray Train run whose reports are forwarded to Tune."""
+
+    class Forward(ray.train.UserCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            reporter.report(Report(**metrics[0]))
+
+    trainer = trainer_for(
+        job,
+        reporter.state,
+        workers=reporter.settings.search.workers_per_trial,
+        worker=reporter.settings.worker,
+        callbacks=[Forward()],
+    )
+    trainer.fit()
+
+
+class _RungReporter:
+    """Turns a report of the distillation into a row of the trials table and a Tune result."""
+
+    def __init__(self, layout: Layout, settings: TrialSettings) -> None:
+        self.layout, self.settings = layout, settings
+        self.origin = "optuna"
+        self.rungs_reported = 0
+        self.first_rung_ce = math.nan
+        self.state = settings.states / str(layout)
+
+    def report(self, report: Report) -> None:
+        """Record and report a freshly trained rung."""
+        if not math.isfinite(report.ce):
+            # A NaN would leave the Optuna trial running for ever; a failed trial is clean.
+            raise FloatingPointError(f"held-out CE of {self.layout} is {report.ce} after {report.tokens} tokens")
+        row = TrialRow(
+            trial_id=tune.get_context().get_trial_id() or "",
+            layout=self.layout,
+            origin=self.origin,
+            rung=self._rung_of(report.tokens),
+            tokens=report.tokens,
+            seconds=report.seconds,
+            tokens_per_second=report.tokens_per_second,
+            data_wait_fraction=report.data_wait_fraction,
+            ce=report.ce,
+            kl=report.kl,
+            ce_start=report.ce_start,
+            status=RUNNING,
+            settings_hash="",
+            **self.settings.costs[self.layout.num_attention],
+        )
+        if row.rung >= self.rungs_reported:
+            ray.get(self.settings.table.add.remote(row, report.curve))
+            self.tell_tune(row)
+
+    def _rung_of(self, tokens: int) -> int:
+        return max(rung for rung, target in enumerate(self.settings.search.rung_tokens) if tokens >= target)
+
+    def tell_tune(self, row: TrialRow) -> None:
+        """Report ``row`` as this trial's result, whoever paid for it."""
+        search = self.settings.search
+        if row.rung == 0:
+            self.first_rung_ce = row.ce
+        self.rungs_reported = row.rung + 1
+        tune.report(
+            {
+                "layout": str(row.layout),
+                "ratio": row.layout.ratio,
+                "origin": row.origin,
+                "rung": row.rung,
+                "tokens": row.tokens,
+                "seconds": row.seconds,
+                "tokens_per_second": row.tokens_per_second,
+                "data_wait_fraction": row.data_wait_fraction,
+                "ce": row.ce,
+                "kl": row.kl,
+                "ce_start": row.ce_start,
+                "first_rung_ce": self.first_rung_ce,
+                "cost": self.settings.costs[row.layout.num_attention][search.cost],
+                # ASHA's milestones are powers of the reduction factor; the rungs are wherever the user put them.
+                "milestone": search.reduction_factor**row.rung,
+            }
+        )

@@ -1,0 +1,88 @@
+"""The trials table: one row per layout and rung, written by one actor, so that no layout is paid for twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mamtra_ray.layouts import Layout
+from mamtra_ray.run.journal import CURVE_KEY, TRIAL_KEY, Journal
+from mamtra_ray.run.names import CURVES, TRIALS
+from mamtra_ray.run.rows import FINISHED, CurvePoint, TrialRow
+
+
+class TrialTable:
+    """Keeps rows in memory and on disk; every added row is on disk before ``add`` returns.
+
+    Runs as a Ray actor beside the driver, so that trials on other nodes need no shared disk for their results. There is
+    one in a search, and everybody who writes is given its handle.
+
+    Args:
+        folder: run folder; holds ``trials.parquet`` and ``curves.parquet``.
+        settings_hash: identifies teacher, corpus, initialization and training; rows of another hash are kept in the
+            table but not reused.
+    """
+
+    def __init__(self, folder: Path, settings_hash: str) -> None:
+        self.settings_hash = settings_hash
+        self.trials = Journal(folder / TRIALS, TrialRow, TRIAL_KEY)
+        self.curves = Journal(folder / CURVES, CurvePoint, CURVE_KEY)
+        self.origins: dict[Layout, str] = {}
+        self.tokens: dict[str, int] = {}
+
+    def set_origins(self, origins: Mapping[Layout, str]) -> None:
+        """Where layouts come from; all others are Optuna's."""
+        self.origins = dict(origins)
+
+    def origin_of(self, layout: Layout) -> str:
+        """Where ``layout`` comes from."""
+        return self.origins.get(layout, "optuna")
+
+    def note_tokens(self, layout: str, tokens: int) -> None:
+        """A training tells how far it is."""
+        self.tokens[layout] = tokens
+
+    def tokens_of(self, layout: str) -> int:
+        """What the training of ``layout`` told last."""
+        return self.tokens.get(layout, 0)
+
+    def rows_of(self, layout: Layout) -> list[TrialRow]:
+        """What is known about ``layout`` under the present settings, by rung; stops at the first gap."""
+        rows = {row.rung: row for row in self.all_rows() if row.layout == layout}
+        known: list[TrialRow] = []
+        while len(known) in rows:
+            known.append(rows[len(known)])
+        return known
+
+    def is_finished(self, layout: Layout) -> bool:
+        """Whether successive halving is done with ``layout``, so that nothing is left to pay for."""
+        return any(row.status == FINISHED for row in self.rows_of(layout))
+
+    def finish(self, layout: Layout) -> None:
+        """Mark the rows of ``layout`` as final: its trial has ended, by its own end or by successive halving."""
+        self.trials.append(replace(row, status=FINISHED) for row in self.rows_of(layout) if row.status != FINISHED)
+
+    def all_rows(self) -> list[TrialRow]:
+        """Every row under the present settings."""
+        return [row for row in self.trials.rows if row.settings_hash == self.settings_hash]
+
+    def add(self, row: TrialRow, curve: Iterable[Mapping[str, float]]) -> None:
+        """Append ``row`` and its training curve."""
+        self.tokens[str(row.layout)] = row.tokens
+        # The curve first: a row says that its rung is complete.
+        self.add_curve(row.trial_id, row.layout, row.rung, curve)
+        self.trials.append([replace(row, settings_hash=self.settings_hash)])
+
+    def add_curve(self, trial_id: str, layout: Layout, rung: int, curve: Iterable[Mapping[str, float]]) -> None:
+        """Append a part of a training curve."""
+        self.curves.append(CurvePoint(trial_id=trial_id, layout=layout, rung=rung, **step) for step in curve)  # type: ignore[arg-type]
+
+    def curve_of(self, trial_id: str, layout: Layout) -> list[CurvePoint]:
+        """All of a training's curve, also what an earlier session recorded."""
+        return [point for point in self.curves.rows if (point.trial_id, point.layout) == (trial_id, layout)]
+
+    def compact(self) -> None:
+        """Write both Parquet files: at the end of a phase."""
+        self.trials.compact()
+        self.curves.compact()

@@ -1,0 +1,67 @@
+"""Shape and vocabulary of a teacher, for plans and checks.
+
+The packaged teacher's are read without torch, so that a dry run of the demo answers at once. Another one is loaded: a
+dry run refuses what the run would refuse, also a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mamtra_ray.assets import demo_asset
+from mamtra_ray.efficiency.architectures import Architecture, StateSharing, decoder_architecture, from_hf_config
+from mamtra_ray.teachers import check_kind, load_teacher
+
+if TYPE_CHECKING:
+    from mamtra_ray.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class TeacherOutline:
+    """What can be said of a teacher without its weights."""
+
+    name: str
+    architecture: Architecture
+    text_size: int
+    speech_size: int
+
+
+def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) -> TeacherOutline:
+    """Shape and vocabulary of a teacher.
+
+    Raises:
+        InputError: as :func:`mamtra_ray.teachers.load_teacher`.
+    """
+    check_kind(kind, path)
+    if kind != "demo" or path is not None:
+        teacher = load_teacher(kind, path)
+        vocabulary = teacher.model.vocabulary
+        architecture = architecture_of(teacher, state_sharing)
+        return TeacherOutline(teacher.name, architecture, vocabulary.text_size, vocabulary.speech_size)
+    folder = demo_asset("teacher")
+    config, format_ = (json.loads((folder / name).read_text()) for name in ("config.json", "speech_lm.json"))
+    vocabulary = format_["vocabulary"]
+    return TeacherOutline(
+        "demo", from_hf_config(config, "demo", state_sharing), vocabulary["text_size"], vocabulary["speech_size"]
+    )
+
+
+def architecture_of(teacher: Teacher, state_sharing: StateSharing) -> Architecture:
+    """The shape of ``teacher`` and its students, for parameters, FLOPs and cache bytes in closed form."""
+    shape, vocabulary = teacher.model.config, teacher.model.vocabulary
+    tables = (vocabulary.size + vocabulary.speech_size) * shape.hidden_size
+    return decoder_architecture(
+        teacher.name,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        qkv_bias=shape.qkv_bias,
+        table_parameters=tables + (0 if teacher.model.head.bias is None else vocabulary.speech_size),
+        head_outputs=vocabulary.speech_size,
+        state_sharing=state_sharing,
+    )

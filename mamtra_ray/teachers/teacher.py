@@ -1,0 +1,43 @@
+"""A loaded teacher: its model, and what generation and evaluation must know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mamtra_ray.errors import InputError
+from mamtra_ray.speech_lm.sequences import SequenceFormat
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher and what generation and evaluation must know about it.
+
+    Attributes:
+        fingerprint: of the model, see :meth:`SpeechLM.fingerprint`.
+        tokens_per_second: speech tokens per second of audio.
+        length_per_text_token: fewest and most speech tokens an utterance may have, per text token.
+        max_length: longest sequence (text and speech) the model was trained for; None if not limited.
+        sampling: the system's own sampling settings, by the names of :class:`mamtra_ray.speech_lm.generate.Sampling`.
+    """
+
+    name: str
+    model: SpeechLM
+    sequence: SequenceFormat
+    fingerprint: str
+    tokens_per_second: float
+    length_per_text_token: tuple[float, float]
+    max_length: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def length_bounds(self, text_tokens: Sequence[int]) -> tuple[int, int]:
+        """(fewest, most) speech tokens to generate for ``text_tokens``."""
+        fewest, most = self.length_per_text_token
+        longest = int(most * len(text_tokens))
+        if self.max_length is not None:
+            longest = min(longest, self.max_length - len(self.sequence.prompt(text_tokens)))
+        if longest < 1:
+            raise InputError(f"a text of {len(text_tokens)} tokens leaves no room for speech")
+        return min(int(fewest * len(text_tokens)), longest), longest
