@@ -145,7 +145,7 @@ def largest_difference(one: Lesson, other: Lesson) -> float:
     return max(
         abs(a[term] - b[term]) / abs(b[term])
         for a, b in zip(one.losses, other.losses, strict=True)
-        for term in ("ce", "logits", "emb")
+        for term in ("ce", "kl", "hidden")
     )
 
 

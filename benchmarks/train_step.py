@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from mamtra_ray.efficiency import ARCHITECTURES
 from mamtra_ray.layouts import from_strategy
-from mamtra_ray.losses import HiddenTargets, cross_entropy, distillation_loss, embedding_mse, skewed_forward_kl
+from mamtra_ray.losses import HiddenTargets, cross_entropy, distillation_loss, hidden_mse, skewed_forward_kl
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 
@@ -99,7 +99,7 @@ def obvious(setting: Setting) -> tuple[nn.Module, Callable[[], Tensor]]:
         return (
             cross_entropy(logits_NS, setting.labels_N)
             + skewed_forward_kl(teacher_logits_NS, logits_NS)
-            + embedding_mse(teacher_ND, hidden_ND)
+            + hidden_mse(teacher_ND, hidden_ND)
         )
 
     return model, loss

@@ -1,7 +1,7 @@
 """Distillation losses: the paper's Eq. 5, L = CE + skew KL + embedding MSE, and each of its terms.
 
 The reference functions (:func:`cross_entropy`, :func:`skewed_forward_kl`, :func:`skewed_forward_kl_top_k`,
-:func:`embedding_mse`) take logits or hidden states and are differentiated by autograd.
+:func:`hidden_mse`) take logits or hidden states and are differentiated by autograd.
 :func:`distillation_loss` is what training calls: it starts from final hidden states, applies the frozen head
 in chunks of tokens and writes the gradient down by hand, so the (tokens x vocabulary) logits of a batch never
 exist at once.
@@ -27,7 +27,7 @@ from mamtra_ray.errors import InputError
 IGNORE = -100
 """Label of a position that no loss counts (PyTorch's and Hugging Face's value)."""
 
-Level = int | Literal["final"]
+HiddenLayer = int | Literal["final"]
 """Where the embedding loss compares: a decoder layer's output (0-based), or the final, normed hidden state."""
 
 
@@ -36,8 +36,8 @@ class LossWeights:
     """Weights of Eq. 5's terms; the paper uses 1, 1, 1 and its Table 4 sets one of them to 0."""
 
     ce: float = 1.0
-    logits: float = 1.0
-    emb: float = 1.0
+    kl: float = 1.0
+    hidden: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class HiddenTargets:
 
     Attributes:
         hidden_ND: post-norm hidden states, any float dtype.
-        layers_ND: outputs of decoder layers by index, only for an embedding loss on such levels.
+        layers_ND: outputs of decoder layers by index, only for an embedding loss on these.
     """
 
     hidden_ND: Tensor
@@ -79,8 +79,8 @@ class LossTerms:
 
     total: Tensor
     ce: Tensor
-    logits: Tensor
-    emb: Tensor
+    kl: Tensor
+    hidden: Tensor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def skewed_forward_kl_top_k(
     return _masked_mean(kl_N, mask)
 
 
-def embedding_mse(teacher_hidden: Tensor, student_hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+def hidden_mse(teacher_hidden: Tensor, student_hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference of hidden states over valid tokens and features (the paper's L_emb).
 
     The paper says "a mean-squared error constraint on the token embeddings per input sequence", which leaves
@@ -169,7 +169,7 @@ def distillation_loss(
     alpha: float = 0.1,
     chunk_tokens: int = 256,
     num_tokens: Tensor | float | None = None,
-    levels: Sequence[Level] = ("final",),
+    hidden_layers: Sequence[HiddenLayer] = ("final",),
     student_layers_ND: Mapping[int, Tensor] | None = None,
 ) -> LossTerms:
     """Eq. 5 on the labelled positions of a batch, from final hidden states through the frozen head.
@@ -186,8 +186,8 @@ def distillation_loss(
         num_tokens: what sums over tokens are divided by; the labelled tokens of this batch if None. With
             gradient accumulation or several workers, pass the whole step's count (times what the averaging
             over workers divides by), so that every token weighs the same.
-        levels: where the embedding loss compares, the mean over these levels.
-        student_layers_ND: outputs of decoder layers at the N positions, for levels that are layer indices.
+        hidden_layers: where the embedding loss compares, the mean over these.
+        student_layers_ND: outputs of decoder layers at the N positions, for layer indices.
 
     Raises:
         InputError: an embedding loss is asked for that the targets do not carry, or a trainable head is
@@ -195,28 +195,28 @@ def distillation_loss(
     """
     weights = LossWeights() if weights is None else weights
     _check_alpha(alpha)
-    if isinstance(teacher_targets, HiddenTargets) and head.weight.requires_grad and weights.logits:
+    if isinstance(teacher_targets, HiddenTargets) and head.weight.requires_grad and weights.kl:
         raise InputError("hidden-state targets need a frozen head: the teacher's logits are made with it")
     valid_N = labels_N != IGNORE
     count = valid_N.sum().clamp_min(1) if num_tokens is None else torch.as_tensor(num_tokens, device=labels_N.device)
     missing = _wide(student_hidden_ND.new_full((), math.nan))
-    total, ce, kl, emb = torch.zeros_like(missing), missing, missing, missing
-    if weights.ce or weights.logits:
+    total, ce, kl, hidden = torch.zeros_like(missing), missing, missing, missing
+    if weights.ce or weights.kl:
         weighted, ce_sum, kl_sum = _HeadLosses.apply(
             student_hidden_ND, head.weight, head.bias, labels_N, teacher_targets, weights, alpha, chunk_tokens
         )
         total = total + weighted / count
         ce = ce_sum / count if weights.ce else missing
-        kl = kl_sum / count if weights.logits else missing
-    if weights.emb:
-        emb = torch.stack(
+        kl = kl_sum / count if weights.kl else missing
+    if weights.hidden:
+        hidden = torch.stack(
             [
                 _masked_mean((_wide(student) - _wide(teacher)).square().mean(-1), valid_N, count)
-                for teacher, student in _embedding_pairs(teacher_targets, student_hidden_ND, levels, student_layers_ND)
+                for teacher, student in _hidden_pairs(teacher_targets, student_hidden_ND, hidden_layers, student_layers_ND)
             ]
         ).mean()
-        total = total + weights.emb * emb
-    return LossTerms(total, ce.detach(), kl.detach(), emb.detach())
+        total = total + weights.hidden * hidden
+    return LossTerms(total, ce.detach(), kl.detach(), hidden.detach())
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -242,7 +242,7 @@ class _HeadLosses(torch.autograd.Function):
             ce, kl, grad_nV = _chunk_losses(
                 F.linear(hidden_ND[rows], weight_VD, bias_V),
                 labels_n,
-                _teacher_rows(targets, rows, weight_VD, bias_V) if weights.logits else None,
+                _teacher_rows(targets, rows, weight_VD, bias_V) if weights.kl else None,
                 weights,
                 alpha,
                 wants_any,
@@ -259,7 +259,7 @@ class _HeadLosses(torch.autograd.Function):
             if grad_bias_V is not None:
                 grad_bias_V += grad_nV.sum(0)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
-        weighted = weights.ce * ce_sum + weights.logits * kl_sum
+        weighted = weights.ce * ce_sum + weights.kl * kl_sum
         ctx.mark_non_differentiable(ce_sum, kl_sum)
         return weighted, ce_sum, kl_sum
 
@@ -299,14 +299,14 @@ def _chunk_losses(
             # c = log(p (1 - alpha) / m) of every event, r = q exp(c); at most log((1 - alpha) / alpha).
             log_c = log_p + math.log1p(-alpha) - log_m
             r = (log_c + log_q).exp()
-            q_scale_N = q_scale_N + weights.logits * r.sum(-1)
+            q_scale_N = q_scale_N + weights.kl * r.sum(-1)
             minus_NV = r if ids_NK is None else (log_q_NV + log_c[:, -1:]).exp().scatter(1, ids_NK, r[:, :-1])
     if not wants_gradient:
         return ce_sum, kl_sum, None
     grad_NV = log_q_NV.exp_().mul_(q_scale_N[:, None])
     grad_NV.scatter_add_(1, label_N1, torch.full_like(grad_NV[:, :1], -weights.ce))
     if minus_NV is not None:
-        grad_NV.sub_(minus_NV, alpha=weights.logits)
+        grad_NV.sub_(minus_NV, alpha=weights.kl)
     return ce_sum, kl_sum, grad_NV.mul_(valid_N[:, None])
 
 
@@ -320,10 +320,10 @@ def _teacher_rows(
     return _bucket_log_p(chunk), chunk.ids_NK
 
 
-def _embedding_pairs(
+def _hidden_pairs(
     targets: HiddenTargets | TopKTargets,
     student_hidden_ND: Tensor,
-    levels: Sequence[Level],
+    hidden_layers: Sequence[HiddenLayer],
     student_layers_ND: Mapping[int, Tensor] | None,
 ) -> list[tuple[Tensor, Tensor]]:
     if not isinstance(targets, HiddenTargets):
@@ -331,13 +331,13 @@ def _embedding_pairs(
             "top-k teacher rows hold no hidden states for the embedding loss: set its weight to 0 or cache hidden"
         )
     pairs = []
-    for level in levels:
-        if level == "final":
+    for layer in hidden_layers:
+        if layer == "final":
             pairs.append((targets.hidden_ND, student_hidden_ND))
-        elif student_layers_ND is not None and level in student_layers_ND and level in targets.layers_ND:
-            pairs.append((targets.layers_ND[level], student_layers_ND[level]))
+        elif student_layers_ND is not None and layer in student_layers_ND and layer in targets.layers_ND:
+            pairs.append((targets.layers_ND[layer], student_layers_ND[layer]))
         else:
-            raise InputError(f"the embedding loss on layer {level} needs that layer's output of teacher and student")
+            raise InputError(f"the embedding loss on layer {layer} needs that layer's output of teacher and student")
     return pairs
 
 

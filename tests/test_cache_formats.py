@@ -212,7 +212,7 @@ def test_top_k_gradient_points_where_the_exact_one_does(distance: float) -> None
 
     def gradient(targets: HiddenTargets | TopKTargets) -> torch.Tensor:
         leaf = student.clone().requires_grad_(True)
-        distillation_loss(leaf, head, labels, targets, LossWeights(ce=0.0, emb=0.0)).total.backward()
+        distillation_loss(leaf, head, labels, targets, LossWeights(ce=0.0, hidden=0.0)).total.backward()
         assert leaf.grad is not None
         return leaf.grad.flatten()
 

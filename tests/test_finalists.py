@@ -1,24 +1,36 @@
 """Who is distilled longer, and who of them is exported."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
 
-from mamtra_ray.config import Config, SearchConfig
-from mamtra_ray.distill.job import DistillJob, Report
+from mamtra_ray.config import DistillConfig, SearchConfig, StudentConfig
+from mamtra_ray.distill.job import DistillData, DistillJob, Report
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.layouts.candidates import paper_candidates
+from mamtra_ray.layouts.candidates import SearchSpace, paper_candidates
+from mamtra_ray.run.rows import CurvePoint, FinalistRow, TrialRow
 from mamtra_ray.search import finalists
 from mamtra_ray.search.finalists import choose_best, choose_finalists, distill_finalist, log_to_tensorboard
+from mamtra_ray.speech.error_rate import ErrorRate
+
+COSTS = {"cache_bytes": 1.0, "decode_flops": 1.0, "parameters": 1.0}
 
 
-def row(layout: str, rung: int, ce: float, origin: str = "optuna") -> dict:
-    return {"layout": layout, "rung": rung, "ce": ce, "origin": origin}
+def row(layout: str, rung: int, ce: float, origin: str = "optuna") -> TrialRow:
+    measured = {"tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0, "data_wait_fraction": 0.0, "kl": 0.1}
+    known = {"ce_start": 2.0, "status": "finished", "settings_hash": "s", "trial_id": "t", **COSTS}
+    return TrialRow(layout=Layout(layout), rung=rung, ce=ce, origin=origin, **measured, **known)
 
 
-def test_papers_layouts_and_the_best_found_of_every_budget_go_on():
+def finalist(layout: str, ce: float, wer: ErrorRate | None = None, alarm: str | None = None) -> FinalistRow:
+    trained = {"origin": "optuna", "tokens": 1, "steps": 1, "seconds": 1.0, "kl": 0.1, "ce_start": 2.0}
+    return FinalistRow(layout=Layout(layout), ce=ce, wer=wer, alarm=alarm, **trained, **COSTS)
+
+
+def test_papers_layouts_and_the_best_found_of_every_ratio_go_on():
     rows = [
         row("AMAM", 0, 1.0, "block_beginning"),  # the paper's: in any case, and never as a found one
         row("MMAA", 0, 9.0, "back"),
@@ -28,8 +40,8 @@ def test_papers_layouts_and_the_best_found_of_every_budget_go_on():
         row("AMMM", 0, 2.0, "probe"),
         row("MAMM", 0, 2.5),
     ]
-    search = SearchConfig(ratios=("1:1", "1:3"), strategies=("block_beginning", "back"), finalists=1)
-    chosen = choose_finalists(search, 4, paper_candidates(search, 4), rows)
+    space = SearchSpace(4, ("1:1", "1:3"))
+    chosen = choose_finalists(space, paper_candidates(space, ("block_beginning", "back")), rows, 1)
     assert sorted((str(candidate.layout), candidate.origin) for candidate in chosen) == [
         ("AAMM", "optuna"),
         ("AMAM", "block_beginning"),
@@ -44,46 +56,64 @@ def test_papers_layouts_and_the_best_found_of_every_budget_go_on():
     ("rows", "best"),
     [
         # WER intervals overlap: the lower CE wins.
-        ([("a", 1.2, 0.10, 0.15), ("b", 1.1, 0.12, 0.18)], "b"),
-        # b's WER is worse than a's interval: its lower CE does not help.
-        ([("a", 1.2, 0.10, 0.15), ("b", 1.1, 0.30, 0.40)], "a"),
+        ([("AM", 1.2, ErrorRate(0.10, 0.05, 0.15)), ("MA", 1.1, ErrorRate(0.12, 0.05, 0.18))], "MA"),
+        # The second's WER is worse than the first's interval: its lower CE does not help.
+        ([("AM", 1.2, ErrorRate(0.10, 0.05, 0.15)), ("MA", 1.1, ErrorRate(0.30, 0.2, 0.40))], "AM"),
         # Nothing was heard: CE alone.
-        ([("a", 1.2, None, None), ("b", 1.1, None, None)], "b"),
+        ([("AM", 1.2, None), ("MA", 1.1, None)], "MA"),
     ],
 )
 def test_wer_rules_out_and_ce_decides(rows, best):
-    table = [{"layout": name, "ce": ce, "wer": wer, "wer_high": high} for name, ce, wer, high in rows]
-    assert choose_best(table)["layout"] == best
+    assert choose_best([finalist(*one) for one in rows]).layout == Layout(best)
 
 
 def test_a_finalist_with_an_alarm_is_chosen_only_where_all_have_one():
     rows = [
-        {"layout": "a", "ce": 1.0, "wer": 0.01, "wer_high": 0.02, "alarm": "does not stop"},
-        {"layout": "b", "ce": 1.2, "wer": 0.10, "wer_high": 0.15, "alarm": None},
-        {"layout": "c", "ce": 1.1, "wer": 0.12, "wer_high": 0.18, "alarm": None},
+        finalist("AAM", 1.0, ErrorRate(0.01, 0.0, 0.02), "does not stop"),
+        finalist("AMA", 1.2, ErrorRate(0.10, 0.05, 0.15)),
+        finalist("MAA", 1.1, ErrorRate(0.12, 0.05, 0.18)),
     ]
-    assert choose_best(rows)["layout"] == "c"
-    assert choose_best([{**row, "alarm": "stops at once"} for row in rows])["layout"] == "a"
+    assert choose_best(rows).layout == Layout("MAA")
+    alarmed = [dataclasses.replace(one, alarm="stops at once") for one in rows]
+    assert choose_best(alarmed).layout == Layout("AAM")
     # A CE that is no number is below nothing.
-    unheard = [{"layout": name, "ce": ce, "wer": None} for name, ce in (("a", math.nan), ("b", 1.2))]
-    assert choose_best(unheard)["layout"] == choose_best(unheard[::-1])["layout"] == "b"
+    unheard = [finalist("AM", math.nan), finalist("MA", 1.2)]
+    assert choose_best(unheard).layout == choose_best(unheard[::-1]).layout == Layout("MA")
 
 
-def test_a_loss_term_that_is_switched_off_is_no_obstacle(tmp_path, monkeypatch):
-    """Its values are NaN, which a JSON file cannot hold; the finished result must still be read back."""
-    point = {"step": 1, "tokens": 10, "total": 1.0, "ce": math.nan, "logits": 0.5, "emb": 0.5}
-    trained = Report("AM", 10, 1, 1.0, 10.0, 0.0, 1.5, 0.2, 2.0, [point])
-    calls = []
+def settings_with(distill: DistillConfig, calls: list) -> SimpleNamespace:
+    """What `distill_finalist` needs of a search, with a cache that says what it is and holds nothing."""
+    cache = SimpleNamespace(manifest=SimpleNamespace(made_by={"corpus": "c", "format": {}}), speech_tokens=10)
+    data = DistillData(SimpleNamespace(fingerprint="t"), cache, cache, None)
+    return SimpleNamespace(
+        settings=distill,
+        search=SearchConfig(),
+        student=StudentConfig(initialization="transfer"),
+        data=data,
+        seed=0,
+        worker=None,
+        table=SimpleNamespace(
+            note_tokens=SimpleNamespace(remote=lambda *_: None), tokens_of=SimpleNamespace(remote=lambda *_: 0)
+        ),
+        job=lambda layout, report_at, progress: DistillJob(layout, distill, StudentConfig(), data, report_at),
+    )
+
+
+def test_a_finished_finalist_is_read_back_and_only_that_one(tmp_path, monkeypatch):
+    """A loss term that is switched off is NaN, which a JSON file cannot hold: it must still be read back."""
+    point = {"step": 1, "tokens": 10, "total": 1.0, "ce": math.nan, "kl": 0.5, "hidden": 0.5}
+    trained, calls = Report("AM", 10, 1, 1.0, 10.0, 0.0, 1.5, 0.2, 2.0, [point]), []
     monkeypatch.setattr(finalists, "distill_on_workers", lambda *_, **__: calls.append(1) or trained)
     monkeypatch.setattr(finalists, "ray", SimpleNamespace(get=lambda value: value, train=finalists.ray.train))
-    records = SimpleNamespace(
-        note_tokens=SimpleNamespace(remote=lambda *_: None), tokens_of=SimpleNamespace(remote=lambda *_: 0)
-    )
-    job = DistillJob("AM", Config(), (10,), train=None, validation=None, library=None, seed=0)
-    settings = SimpleNamespace(config=Config(), records=records, job=lambda *_: job)
-    results = [distill_finalist(settings, Layout("AM"), tmp_path, {"made": "so"}, lambda _: None) for _ in range(2)]
-    assert [result.ce for result in results] == [1.5, 1.5] and calls == [1]
-    with pytest.raises(InputError, match="other settings"):
-        distill_finalist(settings, Layout("AM"), tmp_path, {"made": "otherwise"}, lambda _: None)
-    log_to_tensorboard(tmp_path / "tensorboard", [point])
+
+    def distilled(**changes):
+        settings = settings_with(DistillConfig(tokens=10, **changes), calls)
+        return distill_finalist(settings, Layout("AM"), tmp_path, lambda _: None)
+
+    assert [distilled().ce, distilled().ce] == [1.5, 1.5] and calls == [1]
+    # What changes no weight by more than rounding is no reason to train again, nor to refuse.
+    assert distilled(workers=4, checkpoint_every_tokens=3).ce == 1.5 and calls == [1]
+    with pytest.raises(InputError, match="distilled with another settings"):
+        distilled(learning_rate=0.5)
+    log_to_tensorboard(tmp_path / "tensorboard", [CurvePoint(layout=Layout("AM"), trial_id="t", rung=0, **point)])
     assert list((tmp_path / "tensorboard").iterdir())

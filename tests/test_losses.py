@@ -14,7 +14,7 @@ from mamtra_ray.losses import (
     TopKTargets,
     cross_entropy,
     distillation_loss,
-    embedding_mse,
+    hidden_mse,
     skewed_forward_kl,
     skewed_forward_kl_top_k,
 )
@@ -141,8 +141,8 @@ def test_top_k_rows_normalise_quantised_rows_and_bear_an_empty_tail(problem):
 def test_distillation_loss_equals_its_terms(problem, weights, alpha, kind):
     head, teacher, student, labels = problem
     if kind == "top_k":
-        if weights.emb:
-            weights = LossWeights(weights.ce, weights.logits, 0.0)
+        if weights.hidden:
+            weights = LossWeights(weights.ce, weights.kl, 0.0)
         targets = top_k_targets(head, teacher)
     else:
         targets = HiddenTargets(teacher)
@@ -162,11 +162,11 @@ def test_distillation_loss_equals_its_terms(problem, weights, alpha, kind):
     else:
         kl = plain_kl(wide_head(teacher.double()), logits, alpha)[mask].mean()
     ce = nn.functional.cross_entropy(logits[mask], labels[mask])
-    emb = (wide_student - teacher.double())[mask].square().mean()
-    expected = weights.ce * ce + weights.logits * kl + weights.emb * emb
+    hidden = (wide_student - teacher.double())[mask].square().mean()
+    expected = weights.ce * ce + weights.kl * kl + weights.hidden * hidden
     expected.backward()
     assert terms.total.item() == pytest.approx(expected.item(), rel=1e-5)
-    for value, reference, weight in [(terms.ce, ce, weights.ce), (terms.logits, kl, weights.logits)]:
+    for value, reference, weight in [(terms.ce, ce, weights.ce), (terms.kl, kl, weights.kl)]:
         assert value.isnan() if weight == 0 else value.item() == pytest.approx(reference.item(), rel=1e-5)
     torch.testing.assert_close(student.grad.double(), wide_student.grad, atol=1e-7, rtol=1e-4)
 
@@ -261,13 +261,13 @@ def test_embedding_loss_levels(problem):
     students = {layer: pair[1] for layer, pair in layers.items()}
     mask = labels != IGNORE
     terms = distillation_loss(
-        student, head, labels, targets, LossWeights(0, 0, 1), levels=("final", 2, 5), student_layers_ND=students
+        student, head, labels, targets, LossWeights(0, 0, 1), hidden_layers=("final", 2, 5), student_layers_ND=students
     )
-    expected = [embedding_mse(teacher, student, mask)] + [embedding_mse(*layers[layer], mask) for layer in (2, 5)]
-    torch.testing.assert_close(terms.emb, torch.stack(expected).mean())
+    expected = [hidden_mse(teacher, student, mask)] + [hidden_mse(*layers[layer], mask) for layer in (2, 5)]
+    torch.testing.assert_close(terms.hidden, torch.stack(expected).mean())
     torch.testing.assert_close(expected[0], (teacher - student)[mask].square().mean())
     with pytest.raises(InputError, match="layer 3"):
-        distillation_loss(student, head, labels, targets, levels=(3,))
+        distillation_loss(student, head, labels, targets, hidden_layers=(3,))
     with pytest.raises(InputError, match="top-k"):
         distillation_loss(student, head, labels, top_k_targets(head, teacher))
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from tiny_search import write_search_space
 
-from mamtra_ray.config import Config, load_config, save_config
+from mamtra_ray.config import ResourcesConfig, load_config
 from mamtra_ray.errors import InputError
-from mamtra_ray.run.session import check_run_folder
-from mamtra_ray.runtime.cluster import check_resources, connect
-from mamtra_ray.search import pipeline as search
+from mamtra_ray.runtime.cluster import connect
+from mamtra_ray.runtime.resources import WorkerResources, check_resources, worker_resources
+from mamtra_ray.search import __main__ as search
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
 LOAD_WITHOUT_US = """
@@ -110,7 +110,7 @@ def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_fold
 
     assert "MMAA" in {row["layout"] for row in after.values()}, "the paper's layouts are always candidates"
     assert all(row["ce"] < row["ce_start"] for row in after.values()), "training must train"
-    assert not list((run / "trial_weights").iterdir()), "finished trials keep no training state"
+    assert not list((run / "trial_states").iterdir()), "finished trials keep no training state"
     finalists = rows_of(run, "finalists")
     assert "back" in {row["origin"] for row in finalists} and len(finalists) == 2, "the paper's and the best found one"
     assert "checkpoint" in output and str(run / "report.html") in output
@@ -120,10 +120,10 @@ def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_fold
     for row in finalists:
         assert [row[name] for name in ("not_stopped", "stopped_at_once", "failed", "alarm")] == [None] * 4
     assert (run / "report.html").stat().st_size > 10_000
-    ledger = json.loads((run / "ledger.json").read_text())
-    assert set(ledger["phases"]) >= {"cache", "align", "trials", "finalists"}
+    costs = json.loads((run / "costs.json").read_text())
+    assert set(costs["phases"]) >= {"cache", "align", "trials", "finalists"}
     trained = max(row["tokens"] for row in after.values()), sum(row["tokens"] for row in finalists)
-    rungs = {row["rung"]: row for row in ledger["rungs"]}
+    rungs = {row["rung"]: row for row in costs["rungs"]}
     assert rungs["finalists"]["tokens"] == trained[1] and rungs["all"]["teacher_tokens_saved"] > sum(trained)
     for row in finalists:
         curve = [point for point in rows_of(run, "curves") if point["trial_id"] == "finalist"]
@@ -176,26 +176,29 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys
     assert sentence in error and error.count("\n") == 1
 
 
-def test_two_searches_do_not_mix_in_one_folder(tmp_path):
-    run = tmp_path / "run"
-    save_config(Config(), run / "config.yaml")
-    check_run_folder(Config(), run, resume=False)
-    other = load_config(None, ["search.trials=40"])
-    with pytest.raises(InputError, match=r"search\.trials: 8, not 40"):
-        check_run_folder(other, run, resume=False)
-    check_run_folder(other, run, resume=True)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").touch()
-    with pytest.raises(InputError, match="not empty and no run"):
-        check_run_folder(Config(), tmp_path / "photos", resume=False)
-
-
 def test_too_few_resources_are_said_before_anything_starts():
-    check_resources(Config(), {"CPU": 2.0})
+    demo, of_gpus = load_config(), load_config(None, ["resources.gpus_per_worker=1"])
+    check_resources(demo, WorkerResources(), {"CPU": 2.0})
     with pytest.raises(InputError, match=r"distill\.workers.* 2 workers x 1 CPU = 2, but the cluster has 1"):
-        check_resources(Config(), {"CPU": 1.0})
+        check_resources(demo, WorkerResources(), {"CPU": 1.0})
     with pytest.raises(InputError, match="1 GPU = 1, but the cluster has 0"):
-        check_resources(load_config(None, ["resources.gpus_per_worker=1"]), {"CPU": 2.0})
+        check_resources(of_gpus, worker_resources(of_gpus.resources, {"CPU": 2.0}), {"CPU": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("asked", "cluster", "gpus", "slots"),
+    [
+        ({}, {"CPU": 6}, 0, 6),
+        ({}, {"CPU": 6, "GPU": 4}, 1, 4),
+        ({"gpus_per_worker": 0}, {"CPU": 6, "GPU": 4}, 0, 6),
+        ({"gpus_per_worker": 0.5}, {"CPU": 6, "GPU": 4}, 0.5, 6),
+        ({"cpus_per_worker": 4}, {"CPU": 6}, 0, 1),
+    ],
+)
+def test_who_decides_about_gpus(asked, cluster, gpus, slots):
+    worker = worker_resources(ResourcesConfig(**asked), cluster)
+    assert worker.gpus == gpus and worker.slots(cluster) == slots
+    assert worker.options() == {"num_cpus": worker.cpus, "num_gpus": gpus}
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999"])

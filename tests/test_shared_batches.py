@@ -213,7 +213,7 @@ def test_distilling_from_the_cache_is_distilling_with_the_teacher(ray_cluster: N
                 optimizer.zero_grad()
                 terms.total.backward()
                 optimizer.step()
-                losses[source].append([float(terms.ce), float(terms.logits), float(terms.emb)])
+                losses[source].append([float(terms.ce), float(terms.kl), float(terms.hidden)])
     cached, online = np.array(losses["cache"]), np.array(losses["online"])
     assert len(cached) > 10 and cached[-1].sum() < cached[0].sum()
     np.testing.assert_allclose(cached, online, rtol=2e-3)

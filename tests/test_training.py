@@ -84,11 +84,11 @@ def test_the_embedding_loss_is_taken_where_the_configuration_says(teacher, level
     expected = torch.stack([(theirs[level] - ours[level]).square().mean() for level in levels]).mean()
     layers = {layer: theirs[layer] for layer in range(4)}
     batch = dataclasses.replace(batch, teacher_targets=HiddenTargets(batch.teacher_targets.hidden_ND, layers))
-    config = CONFIG.model_copy(update={"embedding_levels": levels, "ce_weight": 0.0, "logits_weight": 0.0})
+    config = CONFIG.model_copy(update={"hidden_layers": levels, "ce_weight": 0.0, "kl_weight": 0.0})
     before = [layer.mlp.down_proj.weight.clone() for layer in student.body.layers]
     terms = Distillation(student, config, 100, CPU).step(batch)
-    assert terms["emb"] == pytest.approx(expected.item(), rel=1e-5)
-    assert terms["total"] == pytest.approx(terms["emb"])
+    assert terms["hidden"] == pytest.approx(expected.item(), rel=1e-5)
+    assert terms["total"] == pytest.approx(terms["hidden"])
     after = [layer.mlp.down_proj.weight for layer in student.body.layers]
     learnt = [index for index in range(4) if not torch.equal(before[index], after[index])]
     assert learnt == list(range(4 if "final" in levels else max(levels) + 1))

@@ -30,10 +30,17 @@ def write_search_space(folder: Path, **changes: object) -> Path:
         "student": {},
         "teacher": {"kind": "huggingface", "path": str(folder / "teacher")},
         "corpus": {"path": str(folder / "corpus.parquet")},
-        "align": {"tokens": 400, "tokens_per_batch": 200},
-        "probe": {"masks": 0},
-        "search": {"trials": 3, "strategies": ["back"], "rung_tokens": [300, 600]},
-        "distill": {"tokens": 600, "tokens_per_batch": 200, "checkpoint_tokens": 300, "workers": 2},
+        "align": {"tokens": 400, "tokens_per_batch": 200, "learning_rate": 6e-3},
+        "probe": {"num_layouts": 0},
+        "search": {"trials": 3, "strategies": ["back"], "rung_tokens": [300, 600], "reduction_factor": 2},
+        "distill": {
+            "tokens": 600,
+            "tokens_per_batch": 200,
+            "learning_rate": 1e-3,
+            "schedule": "cosine",
+            "checkpoint_every_tokens": 300,
+            "workers": 2,
+        },
         "evaluate": {"sentences": 0},
     }
     for name, value in changes.items():

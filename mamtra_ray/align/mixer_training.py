@@ -110,8 +110,8 @@ class MixerTraining:
 
     def learning_rate(self) -> float:
         """Learning rate of the next step: linear warm-up, then cosine to 0 at the last token."""
-        done = (self.position.tokens + 0.5 * self.config.tokens_per_batch) / self.config.tokens
-        return self.config.learning_rate * learning_rate_factor(done, _WARMUP, "cosine", final=0.0)
+        done, step = self.position.tokens / self.config.tokens, self.config.tokens_per_batch / self.config.tokens
+        return self.config.learning_rate * learning_rate_factor(done, step, _WARMUP, "cosine", final=0.0)
 
     def step(self, batch: Batch) -> dict[int, float]:
         """One optimizer step of every mixer; returns each layer's normalized error on this process's batch."""

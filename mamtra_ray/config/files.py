@@ -31,10 +31,10 @@ RENAMED = {
     "search.context_length": "context_length",
     "search.cpus_per_worker": "resources.cpus_per_worker",
     "search.gpus_per_worker": "resources.gpus_per_worker",
-    "student.initialization": "student.initialization",
-    "align.tokens_per_batch": "align.tokens_per_batch",
+    "student.initialisation": "student.initialization",
+    "align.batch_tokens": "align.tokens_per_batch",
     "probe.masks": "probe.num_layouts",
-    "distill.tokens_per_batch": "distill.tokens_per_batch",
+    "distill.batch_tokens": "distill.tokens_per_batch",
     "distill.gradient_clip": "distill.max_grad_norm",
     "distill.logits_weight": "distill.kl_weight",
     "distill.embedding_weight": "distill.hidden_weight",
@@ -43,6 +43,13 @@ RENAMED = {
     "distill.checkpoint_tokens": "distill.checkpoint_every_tokens",
 }
 """Keys of version 0.1 and what they are called now."""
+
+
+class _Quoted(str):
+    """Written in quotation marks."""
+
+
+_STRING_TAG = "tag:yaml.org,2002:str"
 
 
 def load_config(space: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -72,7 +79,11 @@ def save_config(config: Config, path: Path) -> None:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(config.model_dump(mode="json"), text)
+    # Quoted for readers of YAML 1.1, in which a bare 1:3 is the number 63.
+    yaml.representer.add_representer(_Quoted, lambda to, value: to.represent_scalar(_STRING_TAG, value, style="'"))
+    content = config.model_dump(mode="json")
+    content["search"]["ratios"] = [_Quoted(ratio) for ratio in content["search"]["ratios"]]
+    yaml.dump(content, text)
     write_text(path, text.getvalue())
 
 
@@ -99,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"search space {path} does not exist") from None
-    except (OSError, ValueError, YAMLError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, YAMLError, RecursionError) as error:
         raise InputError(f"search space {_printable(path)} cannot be read: {_one_line(error)}") from None
     if content is None:
         return {}
@@ -126,8 +137,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             raise InputError(f"override {override!r}: {parent} is no section")
     try:
         section[last] = _parse(text)
-    except (YAMLError, ValueError, RecursionError):
-        raise InputError(f"override {override!r}: the value is no YAML") from None
+    except (YAMLError, ValueError, KeyError, RecursionError):
+        raise InputError(f"override {_short(override)}: the value is no YAML") from None
 
 
 def _first_problem(error: ValidationError, path: Path) -> str:

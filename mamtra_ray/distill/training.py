@@ -66,15 +66,15 @@ class _Objective(nn.Module):
     def __init__(self, student: SpeechLM, config: DistillConfig) -> None:
         super().__init__()
         self.student = student
-        self.weights = LossWeights(ce=config.ce_weight, logits=config.kl_weight, emb=config.hidden_weight)
+        self.weights = LossWeights(ce=config.ce_weight, kl=config.kl_weight, hidden=config.hidden_weight)
         self.skew = config.kl_skew
-        self.levels = config.hidden_layers
+        self.hidden_layers = config.hidden_layers
 
     def forward(self, batch: Batch, num_tokens: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The terms of Eq. 5 as sums over this batch divided by ``num_tokens``; a tuple, as DDP wants it."""
         # Padded right, so no position sees padding: without a mask attention takes its faster causal path.
         labelled_BL = batch.labels_BL != IGNORE
-        layers = [level for level in self.levels if level != "final"] if self.weights.emb else []
+        layers = [layer for layer in self.hidden_layers if layer != "final"] if self.weights.hidden else []
         hidden_BLD = self.student.hidden_states(batch.input_ids_BL, return_layers=bool(layers))
         layers_ND: dict[int, Tensor] = {}
         if layers:
@@ -88,10 +88,10 @@ class _Objective(nn.Module):
             self.weights,
             alpha=self.skew,
             num_tokens=num_tokens,
-            levels=self.levels,
+            hidden_layers=self.hidden_layers,
             student_layers_ND=layers_ND,
         )
-        return terms.total, terms.ce, terms.logits, terms.emb
+        return terms.total, terms.ce, terms.kl, terms.hidden
 
 
 class Distillation:
@@ -141,8 +141,8 @@ class Distillation:
 
     def learning_rate(self) -> float:
         """Learning rate of the next step: linear warm-up, then cosine to a tenth, or constant."""
-        done = (self.position.tokens + 0.5 * self.config.tokens_per_batch) / self.total_tokens
-        factor = learning_rate_factor(done, self.config.warmup_fraction, self.config.schedule)
+        done, step = self.position.tokens / self.total_tokens, self.config.tokens_per_batch / self.total_tokens
+        factor = learning_rate_factor(done, step, self.config.warmup_fraction, self.config.schedule)
         return self.config.learning_rate * factor
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -152,7 +152,7 @@ class Distillation:
         tokens = sum_over_workers(batch.num_tokens, self.world_size, self.device)
         with autocast(self.device, self.config.precision):
             # DDP averages gradients over the processes, so each divides by its share of all tokens.
-            total, ce, logits, emb = self.objective(batch, tokens / self.world_size)
+            total, ce, kl, hidden = self.objective(batch, tokens / self.world_size)
         total.backward()
         norm = nn.utils.clip_grad_norm_(
             [p for p in self.student.parameters() if p.requires_grad], self.config.max_grad_norm
@@ -162,7 +162,7 @@ class Distillation:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position = self.position.after(tokens)
-        return {"total": float(total.detach()), "ce": float(ce), "logits": float(logits), "emb": float(emb)}
+        return {"total": float(total.detach()), "ce": float(ce), "kl": float(kl), "hidden": float(hidden)}
 
     def next_epoch(self) -> None:
         """Call when the batches of an epoch are used up."""
@@ -190,7 +190,7 @@ def validate(student: SpeechLM, batches: Iterator[Batch]) -> HeldOut:
     """CE with the corpus and KL to the teacher over all ``batches`` (every token counts the same)."""
     was_training = student.training
     student.eval()
-    weights = LossWeights(ce=1.0, logits=1.0, emb=0.0)
+    weights = LossWeights(ce=1.0, kl=1.0, hidden=0.0)
     ce = kl = 0.0
     tokens = 0
     for batch in batches:
@@ -200,7 +200,7 @@ def validate(student: SpeechLM, batches: Iterator[Batch]) -> HeldOut:
         # alpha = 0 turns the skewed KL into KL(teacher || student).
         terms = distillation_loss(hidden_ND, student.head, labels_N, batch.teacher_targets, weights, alpha=0.0)
         ce += float(terms.ce) * len(labels_N)
-        kl += float(terms.logits) * len(labels_N)
+        kl += float(terms.kl) * len(labels_N)
         tokens += len(labels_N)
     student.train(was_training)
     return HeldOut(ce / tokens, kl / tokens, tokens)

@@ -97,6 +97,7 @@ def num_attention_layers(num_layers: int, ratio: str) -> int:
 def parse_ratio(ratio: str) -> tuple[int, int]:
     """``"1:3"`` -> (1, 3), attention and Mamba; raises :class:`InputError` for anything else."""
     attention, separator, mamba = str(ratio).partition(":")
-    if not (separator and attention.isdigit() and mamba.isdigit() and int(attention) + int(mamba) > 0):
+    digits = f"{attention}{mamba}".isascii() and attention.isdigit() and mamba.isdigit()
+    if not (separator and digits and int(attention) + int(mamba) > 0):
         raise InputError(f"a ratio is attention:mamba in whole numbers, such as 1:3, not {ratio!r}")
     return int(attention), int(mamba)

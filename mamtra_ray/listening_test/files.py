@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from ruamel.yaml import YAML
 
 from mamtra_ray.artifacts import write_text
 from mamtra_ray.listening_test.opinion_scores import SCALE
@@ -19,7 +20,7 @@ QUESTION = "How natural does this speech sound?"
 
 def write_test_page(path: Path, test_id: str, files: Mapping[str, Path], clips_per_listener: int) -> None:
     """One HTML file with all clips in it; it knows their meaningless names only."""
-    environment = Environment(loader=PackageLoader("mamtra_ray", "."), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=PackageLoader("mamtra_ray.listening_test", ""), autoescape=True, undefined=StrictUndefined)
     sounds = {clip: base64.b64encode(file.read_bytes()).decode("ascii") for clip, file in files.items()}
     page = environment.get_template(TEMPLATE).render(
         test={"test_id": test_id, "clips_per_listener": clips_per_listener, "sounds": sounds},
@@ -71,4 +72,8 @@ def write_webmushra(folder: Path, test_id: str, files: Mapping[str, Path], clips
             },
         ],
     }
-    write_text(folder / "configs" / f"{test_id}.yaml", yaml.safe_dump(content, sort_keys=False))
+    text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(content, text)
+    write_text(folder / "configs" / f"{test_id}.yaml", text.getvalue())

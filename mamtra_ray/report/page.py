@@ -20,7 +20,7 @@ def write_page(report: Report, path: Path) -> None:
     """Write the report as one HTML file that needs no network: pictures, sound and script are inside."""
     # Autoescape: texts, hypotheses and run names are whatever users and recognisers made of them.
     environment = Environment(
-        loader=PackageLoader("mamtra_ray", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("mamtra_ray.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     template = environment.get_template(TEMPLATE)
     write_text(path, template.render(report=report, picture=_picture, sound=_sound, sort_key=_sort_key))

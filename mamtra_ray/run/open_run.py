@@ -150,7 +150,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except (OSError, ValueError) as error:
-        raise InputError(f"--run {str(path.parent)[:80]!r} cannot be a folder: {str(error)[:80]}") from None
+        raise InputError(f"--run {str(path)[:80]!r} cannot be a folder: {str(error)[:80]}") from None
 
 
 def changed_keys(before: Config, now: Config) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +120,9 @@ def lock_run(folder: Path) -> FileLock:
         raise InputError(
             f"another process is working on {folder}: wait for it, or give another folder to --run"
         ) from None
-    except OSError as error:
-        raise InputError(f"{str(folder)[:200]} cannot be a run folder: {os.strerror(error.errno or 0)}") from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{str(folder)[:80]!r} cannot be a run folder: {reason[:80]}") from None
     return lock
 
 

@@ -43,18 +43,19 @@ class Position:
         return Position(self.tokens, self.step, self.epoch + 1, 0)
 
 
-def learning_rate_factor(done: float, warmup: float, schedule: str, final: float = 0.1) -> float:
+def learning_rate_factor(done: float, step: float, warmup: float, schedule: str, final: float = 0.1) -> float:
     """Factor of the peak learning rate: linear warm-up, then ``constant``, or ``cosine`` down to ``final``.
 
     Args:
-        done: part of the training that is done in the middle of the step, so that the first step's rate is not 0.
+        done: part of the training that is done before the step.
+        step: part that one step does. The warm-up is read in the middle of it, so that the first rate is not 0.
         warmup: part of the training over which the rate rises.
         schedule: ``constant`` or ``cosine``.
         final: factor at the end of ``cosine``.
     """
     done = min(done, 1.0)
     if done < warmup:
-        return done / warmup
+        return min((done + step / 2) / warmup, 1.0)
     if schedule == "constant":
         return 1.0
     progress = (done - warmup) / (1 - warmup)

@@ -62,6 +62,8 @@ class TrialTable:
     def finish(self, layout: Layout) -> None:
         """Mark the rows of ``layout`` as final: its trial has ended, by its own end or by successive halving."""
         self.trials.append(replace(row, status=FINISHED) for row in self.rows_of(layout) if row.status != FINISHED)
+        # So that others, who know Parquet only, see how far the search is. (The curves are large, and wait.)
+        self.trials.compact()
 
     def all_rows(self) -> list[TrialRow]:
         """Every row under the present settings."""
