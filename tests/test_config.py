@@ -25,19 +25,20 @@ NEUTRAL = [
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),
     *("distill.hidden_weight", "distill.hidden_layers", "distill.kl_skew"),
     *("evaluate.metrics", "evaluate.audio_examples"),
+    # How the teacher's own system samples.
+    *("evaluate.temperature", "evaluate.top_p", "evaluate.top_k", "evaluate.repetition_aware"),
 ]
 INHERITED = {
     "demo": [
         *NEUTRAL,
         *("teacher.path", "corpus.path", "cache.format", "cache.bits", "student.initialization", "align.workers"),
         *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
-        *("evaluate.temperature", "evaluate.top_p", "evaluate.top_k", "evaluate.repetition_aware"),
     ],
     "cosyvoice2": [*NEUTRAL, "corpus.train_tokens", "student.initialization", "evaluate.codec"],
     "llasa_1b": [
         *NEUTRAL,
         *("corpus.train_tokens", "student.initialization", "search.finalists"),
-        *("evaluate.corpus", "evaluate.repetition_aware"),
+        "evaluate.corpus",
     ],
     "paper_grid": [
         *(key for key in NEUTRAL if key != "search.sampler"),
@@ -246,6 +247,6 @@ def test_every_key_is_explained():
         "format = hidden   (hidden | hidden_quantized | topk)",
         "trials = 32   (whole number > 0",
         "ratios = [1:1]   (list of: text at least 1)",
-        "repetition_aware = false   (true or false)",
+        "repetition_aware = none   (true or false or none)",
     ):
         assert said in text, said

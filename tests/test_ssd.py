@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mamtra_ray.models.ssd import ssd_scan, ssd_scan_reference, ssd_step
+from mamtra_ray.models.ssd_minimal import ssd_scan_minimal
 
 # heads of x, dt, B, C
 HEADS = {
@@ -69,6 +70,18 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
         for name in expected
     }
     assert all(error <= tolerance for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 12])
+def test_the_shortest_chunked_scan_equals_recurrence_and_fast_scan(chunk_size: int) -> None:
+    inputs = make_inputs("mamba2", 12)
+    del inputs["D_H"], inputs["dt_bias_H"], inputs["initial_state_BHPN"]
+    dt_BLH = torch.log1p(torch.exp(inputs["dt_BLH"]))
+    B_BLHN, C_BLHN = (inputs[name].repeat_interleave(2, 2) for name in ("B_BLGN", "C_BLHN"))
+    y, state = ssd_scan_minimal(inputs["x_BLHP"], dt_BLH, inputs["A_H"], B_BLHN, C_BLHN, chunk_size)
+    for scan in (ssd_scan_reference, ssd_scan):
+        expected_y, expected_state = scan(**inputs, chunk_size=chunk_size, return_final_state=True)
+        assert_close({"y": y, "state": state}, {"y": expected_y, "state": expected_state}, 1e-12)
 
 
 def test_recurrence_equals_the_sum_over_pairs() -> None:

@@ -182,14 +182,14 @@ class EvaluateConfig(Section):
     """Further scores: speaker_similarity, speaker_similarity:PATH, utmos:PATH, dnsmos, versa:FILE."""
     normalization: Literal["demo", "seed", "whisper_basic", "whisper_en"] = "whisper_en"
     """Text normalization before the WER."""
-    temperature: NotNegative = 0.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
+    temperature: NotNegative | None = None
+    """Sampling temperature, 0 is greedy; none, here and below: as the teacher's system samples (demo: greedy)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Nucleus of the sampling."""
-    top_k: CountOrZero = 25
+    top_k: CountOrZero | None = None
     """Largest number of tokens sampled from; 0 for all."""
-    repetition_aware: bool = False
-    """CosyVoice 2's repetition-aware sampling."""
+    repetition_aware: bool | None = None
+    """Whether tokens that repeat are drawn again, as CosyVoice 2 does."""
     audio_examples: CountOrZero = 4
     """Utterances whose audio goes into the report, for every system."""
 

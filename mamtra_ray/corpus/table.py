@@ -11,6 +11,7 @@ schema version, tokenizer and what made it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -153,6 +154,18 @@ def read_corpus(
     return table.replace_schema_metadata({_METADATA_KEY: json.dumps(identity)})
 
 
+def split_of(table: pa.Table, split: str) -> pa.Table:
+    """The rows of one split of a corpus that :func:`read_corpus` has read whole.
+
+    Raises:
+        InputError: there are none.
+    """
+    rows = table.filter(pc.equal(table["split"], split))
+    if not len(rows):
+        raise InputError(f"the corpus has no utterance in the split {split!r}")
+    return rows
+
+
 def corpus_identity(table: pa.Table) -> CorpusIdentity:
     """Identity of the whole corpus that ``table``, made by :func:`read_corpus`, was selected from."""
     return CorpusIdentity(**json.loads(table.schema.metadata[_METADATA_KEY]))
@@ -219,7 +232,9 @@ def _corpus_files(path: Path | str | None) -> list[Path]:
 
 def _read_part(file: Path) -> tuple[pa.Table, dict[str, Any]]:
     try:
-        table = pq.read_table(file, page_checksum_verification=True, partitioning=None)
+        # Not read_table, which takes a third of a second to import what reads folders.
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            table = parquet.read()
         metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
     except (OSError, pa.ArrowException, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -271,7 +286,7 @@ def _checked(table: pa.Table, where: str) -> pa.Table:
     repeated = [entry["values"] for entry in counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist()]
     if repeated:
         raise InputError(f"corpus {where} has the utterance_id {repeated[0]!r} more than once")
-    wrong_split = pc.invert(pc.is_in(table["split"], value_set=pa.array(SPLITS)))
+    wrong_split = pc.invert(functools.reduce(pc.or_, (pc.equal(table["split"], split) for split in SPLITS)))
     _refuse(table, wrong_split, where, f"its split is none of {', '.join(SPLITS)}")
     for name in ("text_tokens", "speech_tokens"):
         empty = pc.equal(pc.list_value_length(table[name]), 0)

@@ -21,6 +21,7 @@ from mamtra_ray.efficiency.architectures import (
 from mamtra_ray.efficiency.closed_form import ARCHITECTURES, efficiency_rows
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error, nearest_name
 from mamtra_ray.layouts import Layout
+from mamtra_ray.runtime.progress import table
 
 _BREAK_EVEN = ("break_even_length", "break_even_length_with_weights")
 
@@ -68,19 +69,22 @@ def _chosen_architectures(options: argparse.Namespace) -> list[Architecture]:
 
 
 def _as_table(rows: list[dict[str, Any]]) -> str:
-    columns = (
-        f"{'M params':>9} {'TFLOP':>7} {'full':>7} {'GFLOP/token':>11} {'cache MB':>9} {'cache <':>8} {'memory <':>9}"
-    )
-    header = f"{'system':18} {'ratio':>6} {columns}"
+    header = ["system", "ratio", "M params", "TFLOP", "full", "GFLOP/token", "cache MB", "cache <", "memory <"]
+    cells = [
+        [
+            row["system"],
+            row["ratio"],
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['prefill_flops'] / 1e12:.3f}",
+            f"{row['prefill_flops_full'] / 1e12:.3f}",
+            f"{row['decode_flops'] / 1e9:.3f}",
+            f"{row['cache_bytes'] / 1e6:.2f}",
+            *("-" if row[key] is None else f"{row[key]:,}" for key in _BREAK_EVEN),
+        ]
+        for row in rows
+    ]
     counted = f"{rows[0]['length']:,} tokens; cache in {rows[0]['dtype']}, 1 MB = 1e6 bytes"
-    lines = [counted, "", header, "-" * len(header)]
-    for row in rows:
-        above = ["-" if row[key] is None else f"{row[key]:,}" for key in _BREAK_EVEN]
-        lines.append(
-            f"{row['system']:18} {row['ratio']:>6} {row['parameters'] / 1e6:9.2f} {row['prefill_flops'] / 1e12:7.3f}"
-            f" {row['prefill_flops_full'] / 1e12:7.3f} {row['decode_flops'] / 1e9:11.3f}"
-            f" {row['cache_bytes'] / 1e6:9.2f} {above[0]:>8} {above[1]:>9}"
-        )
+    lines = [counted, "", table(header, cells)]
     notes = [
         "",
         "M params: decoder without embedding tables and head (Zonos: the whole checkpoint, as published).",

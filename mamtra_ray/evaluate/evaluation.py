@@ -29,7 +29,7 @@ from mamtra_ray.evaluate.results import (
     write_summary,
 )
 from mamtra_ray.evaluate.worker import Chunk, EvaluationSettings, Row
-from mamtra_ray.run.names import CODEC, ORIGINAL, TEACHER
+from mamtra_ray.run.names import CODEC, TEACHER
 from mamtra_ray.runtime.environment import versions
 from mamtra_ray.runtime.progress import table
 from mamtra_ray.runtime.resources import WorkerResources
@@ -159,7 +159,7 @@ def test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
 
 def with_references(systems: Mapping[str, Path | None], sentences: Sequence[Utterance]) -> dict[str, Path | None]:
     for name, model in systems.items():
-        if not name or name.startswith(".") or "/" in name or name in (CODEC, ORIGINAL):
+        if not name or name.startswith(".") or "/" in name or name == CODEC:
             raise InputError(f"a system cannot be called {name!r}: its name becomes a file name")
         if model is not None and not (Path(model) / "config.json").is_file():
             raise InputError(f"system {name!r}: {model} holds no saved model (config.json is missing)")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,21 @@ class Spoken:
     """Below which the system was not allowed to end it."""
 
 
-def sampling_of(settings: EvaluateConfig) -> Any:
-    """The :class:`~mamtra_ray.speech_lm.generate.Sampling` that section ``evaluate`` asks for."""
+def sampling_of(settings: EvaluateConfig, own: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The :class:`~mamtra_ray.speech_lm.generate.Sampling` that section ``evaluate`` asks for.
+
+    Args:
+        settings: what is None there is the teacher's own.
+        own: :attr:`~mamtra_ray.teachers.teacher.Teacher.sampling`; a teacher that says nothing is greedy, and with a
+            temperature draws from CosyVoice 2's nucleus.
+    """
     from mamtra_ray.speech_lm.generate import COSYVOICE2, Sampling
 
-    window = COSYVOICE2.repetition_window if settings.repetition_aware else 0
-    return Sampling(settings.temperature, settings.top_k, settings.top_p, window, COSYVOICE2.repetition_threshold)
+    usual = {"temperature": 0.0, "top_k": COSYVOICE2.top_k, "top_p": COSYVOICE2.top_p}
+    asked = {name: getattr(settings, name) for name in usual if getattr(settings, name) is not None}
+    if settings.repetition_aware is not None:
+        asked["repetition_window"] = COSYVOICE2.repetition_window if settings.repetition_aware else 0
+    return Sampling(**{**usual, **own, **asked})
 
 
 class EvaluationWorker:
@@ -180,7 +190,7 @@ class EvaluationWorker:
             seeds.append(int(content_hash([self.settings.seed, utterance.utterance_id])[:8], 16))
             ids.append(utterance.utterance_id)
         try:
-            results = generate(model, prompts, bounds, sampling_of(self.settings.evaluate), seeds)
+            results = generate(model, prompts, bounds, sampling_of(self.settings.evaluate, self.teacher.sampling), seeds)
         except InputError as error:
             # Logits that are not finite: of this system, whose other chunks and whose rivals are still worth hearing.
             return [spoken.get(one.utterance_id, Spoken((), False, str(error))) for one in chunk.utterances]

@@ -99,7 +99,8 @@ distilled from {teacher.name} (fingerprint {teacher.fingerprint[:16]}) on {row.t
 {__version__}, after MamTra (arXiv 2603.12342).
 
 - held-out cross-entropy {row.ce:.4f} nats per token
-{heard}- checked in plain transformers when it was written: the same greedy speech, logits differ by at most
+{heard}- {teacher.tokens_per_second:g} speech tokens are one second of sound
+- checked in plain transformers when it was written: the same greedy speech, logits differ by at most
   {check.largest_difference:.1e} ({versions})
 
 ## Use

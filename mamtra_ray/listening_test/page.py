@@ -25,7 +25,7 @@ from mamtra_ray.listening_test.opinion_scores import (
     write_scores,
 )
 from mamtra_ray.run.folder import Run
-from mamtra_ray.run.names import AUDIO, CODEC, ORIGINAL, TEACHER
+from mamtra_ray.run.names import AUDIO, CODEC, TEACHER
 from mamtra_ray.runtime.progress import table
 
 RESPONSES = "responses"
@@ -49,13 +49,13 @@ def systems_of(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
     called by its layout, with its run's name before it when there are several runs.
     """
     systems: dict[str, tuple[Run, str]] = {}
-    for name in (ORIGINAL, CODEC, TEACHER):
+    for name in (CODEC, TEACHER):
         for run in runs:
             if name in run.audio.systems:
                 systems.setdefault(name, (run, name))
     for run in runs:
         for name in run.audio.systems:
-            if name not in (ORIGINAL, CODEC, TEACHER):
+            if name not in (CODEC, TEACHER):
                 systems[f"{run.name}/{name}" if len(runs) > 1 else name] = (run, name)
     return systems
 
@@ -159,9 +159,9 @@ def _with_half_width(value: float, half: float | None, sign: str = "") -> str:
 
 
 def _default_systems(available: dict[str, tuple[Run, str]]) -> list[str]:
-    references = [name for name in (ORIGINAL, TEACHER) if name in available]
+    references = [name for name in (TEACHER,) if name in available]
     students = [name for name, (run, system) in available.items() if system == str(run.best_layout)]
-    return references + (students or [name for name in available if name not in (ORIGINAL, CODEC, TEACHER)])
+    return references + (students or [name for name in available if name not in (CODEC, TEACHER)])
 
 
 def _files_of(run: Run, system: str) -> dict[str, Path]:

@@ -1,7 +1,8 @@
 """The chunked state-space scan in PyTorch, tuned for a CPU, with its backward written by hand.
 
 The sequence is cut into chunks of Q positions. Inside a chunk the recurrence is a masked matrix product, between
-chunks a state is carried (Dao and Gu 2024, arXiv 2405.21060, section 6). A few chunks at a time, a *tile*, go through
+chunks a state is carried (Dao and Gu 2024, arXiv 2405.21060, section 6); ``ssd_minimal`` has the same four steps in
+twenty-five lines. A few chunks at a time, a *tile*, go through
 all operations while they are in the processor's cache; nothing of size Q x Q outlives its tile, and the backward
 computes it again. Heads that share x and B are stacked on the rows of one matrix product, so x and B are not repeated.
 
@@ -193,6 +194,7 @@ class ChunkedScan(torch.autograd.Function):
             for tile in segment.tiles(B, G, E * J, max(P, N)):
                 x_zqP, B_zqN = (t[tile].to(dtype).flatten(0, 2) for t in (x_KBGQP, B_KBGQN))
                 z, q, _ = x_zqP.shape
+                # 1. Inside the chunks: the recurrence as a masked matrix product (with D on its diagonal).
                 C_hrN = _scaled_queries(C_KBGEQJN[tile], decays.row_KBGEQ[tile])
                 M_zRs = torch.bmm(C_hrN.view(z, -1, N), B_zqN.mT)
                 M_zetjs = M_zRs.view(z, E, q, J, q).mul_(decays.matrix(tile)[:, :, :, None])
@@ -206,15 +208,18 @@ class ChunkedScan(torch.autograd.Function):
                 has_state = segment.start > 0 or chunks.start > 0 or state_BGEPN is not None
                 if has_state:
                     states_kbgEPN[0] = running_BGEPN[rows, groups]
+                # 2. What each chunk adds to the state: its inputs, decayed to the chunk's end.
                 inflow_zqe1 = inflow_KBGEQ[tile].flatten(0, 2).mT.contiguous()[..., None]
                 weighted_zqr = (x_zqP[:, :, None] * inflow_zqe1).view(z, q, E * P)
                 torch.bmm(weighted_zqr.mT, B_zqN, out=states_kbgEPN[1:].view(z, E * P, N))
+                # 3. From chunk to chunk: the state that enters each one.
                 for k in range(0 if has_state else 1, m):
                     total_bgE11 = decays.total_KBGE[chunks.start + k, rows, groups, :, None, None]
                     states_kbgEPN[k + 1].addcmul_(states_kbgEPN[k], total_bgE11)
                 running_BGEPN[rows, groups] = states_kbgEPN[m]
 
-                # Without an initial state the sequence's first chunk takes nothing from before.
+                # 4. What the entering state says at every position, decayed from the chunk's start. Without an initial
+                # state the sequence's first chunk takes nothing from before.
                 first = 0 if has_state else z // m * E
                 if first < z * E:
                     from_state_hrP = torch.bmm(C_hrN[first:], states_kbgEPN[:m].view(z * E, P, N)[first:].mT)

@@ -24,7 +24,6 @@ LIGHT = Theme(
 DARK = Theme(
     "dark", "#151b23", "#e4e9ef", "#39434f", ("#6db6f2", "#f5a35c", "#58c7a0", "#d39be3", "#dcc15a", "#f28aa5")
 )
-THEMES = (LIGHT, DARK)
 
 MARKERS = {
     "block_beginning": "o",

@@ -27,7 +27,7 @@ from mamtra_ray.report.content import (
 )
 from mamtra_ray.report.figures import ce_against_wer
 from mamtra_ray.run.folder import Run
-from mamtra_ray.run.names import AUDIO, CODEC, ORIGINAL, TEACHER
+from mamtra_ray.run.names import AUDIO, CODEC, TEACHER
 from mamtra_ray.surrogate.correlations import Correlation, pearson, spearman
 
 AUDIO_LIMIT_BYTES = 20_000_000
@@ -220,7 +220,7 @@ def _clips_of(utterance_id: str, runs: Sequence[Run]) -> list[tuple[str, Path, s
         students = {str(row.layout): f"{row.origin.replace('_', ' ')} {row.layout.ratio}" for row in run.finalists}
         in_run = f" ({run.name})" if len(runs) > 1 else ""
         for system in run.audio.systems:
-            label = system if system in (ORIGINAL, CODEC, TEACHER) else f"{students.get(system, '')} {system}{in_run}"
+            label = system if system in (CODEC, TEACHER) else f"{students.get(system, '')} {system}{in_run}"
             for clip in run.audio.clips:
                 if clip.system == system and clip.utterance_id == utterance_id:
                     clips.setdefault(label, (label.strip(), run.path / AUDIO / clip.file, clip.hypothesis))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from mamtra_ray.config import Config
-from mamtra_ray.corpus.table import CorpusIdentity, check_vocabulary, corpus_identity, read_corpus
+from mamtra_ray.corpus.table import CorpusIdentity, check_vocabulary, corpus_identity, read_corpus, split_of
 from mamtra_ray.efficiency import closed_form
 from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.errors import InputError
@@ -59,19 +59,19 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
     )
     if outside := [layer for layer in config.cache.layers if layer >= layers]:
         raise InputError(f"cache.layers has layer {outside[0]}, the teacher only 0 to {layers - 1}")
-    train, validation = (read_corpus(config.corpus.path, split) for split in ("train", "validation"))
-    for table in (train, validation):
-        check_vocabulary(table, outline.text_size, outline.speech_size)
+    corpus = read_corpus(config.corpus.path)
+    check_vocabulary(corpus, outline.text_size, outline.speech_size)
+    train, validation = split_of(corpus, "train"), split_of(corpus, "validation")
     if config.cache.format == "topk" and config.cache.top_k >= outline.speech_size:
         raise InputError(f"cache.top_k={config.cache.top_k} must be below the {outline.speech_size} speech ids")
     if speech and config.evaluate.sentences:
-        _check_speech(config, outline)
-    return CheckedInputs(outline, corpus_identity(train), train, validation, space)
+        _check_speech(config, outline, corpus)
+    return CheckedInputs(outline, corpus_identity(corpus), train, validation, space)
 
 
-def _check_speech(config: Config, outline: TeacherOutline) -> None:
+def _check_speech(config: Config, outline: TeacherOutline, corpus: pa.Table) -> None:
     evaluate = config.evaluate
-    test = read_corpus(evaluate.corpus or config.corpus.path, "test")
+    test = split_of(read_corpus(evaluate.corpus) if evaluate.corpus else corpus, "test")
     check_vocabulary(test, outline.text_size, outline.speech_size)
     _folder(evaluate.recognizer.partition(":")[2], "evaluate.recognizer", "a folder with Whisper weights")
     for metric in evaluate.metrics:

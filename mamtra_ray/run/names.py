@@ -37,8 +37,8 @@ BEST_LAYOUT = "best/layout.json"
 REPORT = "report.html"
 LOCK = ".lock"
 
-ORIGINAL, CODEC, TEACHER = "original", "codec", "teacher"
-"""Systems of the audio that are no student: the recording, its round trip through the codec, the teacher.
+CODEC, TEACHER = "codec", "teacher"
+"""Systems of the audio that are no student: recordings after a round trip through the codec, and the teacher.
 A student's system name is its layout string."""
 
 

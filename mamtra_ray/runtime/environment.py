@@ -89,7 +89,7 @@ def environment(cluster: Mapping[str, float] | None = None) -> dict[str, Any]:
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [module.name if module else sys.argv[0], *sys.argv[1:]],
+        "command": [module.name.removesuffix(".__main__") if module else sys.argv[0], *sys.argv[1:]],
         "versions": versions(),
         "commit": checkout_commit(Path(__file__).parents[2]),
         "machine": _machine(),

@@ -100,6 +100,11 @@ def every_second(function: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
+def _is_number(cell: object) -> bool:
+    """Or looks like one, or stands where one is missing."""
+    return isinstance(cell, int | float) or str(cell)[:1].isdigit() or not str(cell).strip("- ")
+
+
 def duration(seconds: float) -> str:
     """``75`` -> ``1:15``; hours appear when there are any."""
     minutes, rest = divmod(round(seconds), 60)
@@ -112,7 +117,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [list(header), *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     numeric = [
-        all(isinstance(row[column], int | float) or not row[column] or str(row[column])[:1].isdigit() for row in rows)
+        all(_is_number(row[column]) for row in rows)
         for column in range(len(header))
     ]
     lines = [

@@ -29,7 +29,6 @@ SAMPLE_RATE = 24_000
 NUM_CODES = 6561
 FRAMES_PER_TOKEN = 2
 NUM_MELS, FFT_SIZE, HOP_SIZE, MEL_TOP = 80, 1920, 480, 8_000.0
-SPEAKER_SIZE = 192
 _INSTALL = "pip install --no-deps minicpmo-utils && pip install 'mamtra-ray[cosyvoice]'"
 
 

@@ -139,9 +139,8 @@ def bootstrap_interval(
     Returns:
         (low, high) as fractions.
     """
-    rates = _resampled_rates(np.asarray(errors, np.float64)[None], np.asarray(words, np.float64), seed, num_draws)[0]
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    low, high, _ = _bootstrap(_rate, (errors, words), seed, level, num_draws)
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -163,15 +162,42 @@ def paired_difference(
     """
     if not np.array_equal(a.words, b.words):
         raise InputError("A paired comparison needs both results on the same utterances in the same order.")
-    rates = _resampled_rates(np.stack([a.errors, b.errors]).astype(np.float64), a.words, seed, num_draws)
-    differences = rates[0] - rates[1]
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
-    difference = ErrorRate(a.wer - b.wer, float(low), float(high))
+    low, high, differences = _bootstrap(_rate_difference, (a.errors, b.errors, a.words), seed, level, num_draws)
+    difference = ErrorRate(a.wer - b.wer, low, high)
     return PairedDifference(difference, float((differences <= 0).mean()))
 
 
-def _resampled_rates(errors_SN: np.ndarray, words_N: np.ndarray, seed: int, num_draws: int) -> np.ndarray:
-    """Corpus WER of S systems in every bootstrap sample, shape (S, num_draws)."""
-    num_utterances = len(words_N)
-    draws = np.random.default_rng(seed).integers(num_utterances, size=(num_draws, num_utterances))
-    return errors_SN[:, draws].sum(-1) / np.asarray(words_N, np.float64)[draws].sum(-1)
+def _rate(errors: np.ndarray, words: np.ndarray, axis: int) -> np.ndarray:
+    return errors.sum(axis) / words.sum(axis)
+
+
+def _rate_difference(errors_a: np.ndarray, errors_b: np.ndarray, words: np.ndarray, axis: int) -> np.ndarray:
+    return _rate(errors_a, words, axis) - _rate(errors_b, words, axis)
+
+
+def _bootstrap(
+    statistic: Callable[..., np.ndarray],
+    counts: Sequence[Sequence[int] | np.ndarray],
+    seed: int,
+    level: float,
+    num_draws: int,
+) -> tuple[float, float, np.ndarray]:
+    """Percentile interval of a statistic of utterances that are resampled together, and its value in every draw."""
+    from scipy import stats
+
+    data = [np.asarray(count, np.float64) for count in counts]
+    if len(data[0]) == 1:  # of one utterance there is nothing to resample
+        value = statistic(*data, axis=-1)
+        return float(value), float(value), np.full(num_draws, value)
+    result = stats.bootstrap(
+        data,
+        statistic,
+        paired=True,
+        vectorized=True,
+        confidence_level=level,
+        n_resamples=num_draws,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    interval = result.confidence_interval
+    return float(interval.low), float(interval.high), result.bootstrap_distribution

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy import stats
@@ -20,28 +20,30 @@ class Correlation:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """Pearson's r; interval by Fisher's z with standard error 1/sqrt(n - 3)."""
-    return _with_interval(x, y, lambda: stats.pearsonr(x, y).statistic, lambda r: 1.0)
+    """Pearson's r; interval by Fisher's z."""
+    if not _is_defined(x, y):
+        return Correlation(len(x))
+    found = stats.pearsonr(x, y)
+    r = float(found.statistic)
+    if abs(r) >= 1:
+        return Correlation(len(x), r)
+    interval = found.confidence_interval()
+    return Correlation(len(x), r, float(interval.low), float(interval.high))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Correlation:
     """Spearman's rank correlation; interval by Fisher's z with variance (1 + r^2/2)/(n - 3) (Bonett, Wright 2000)."""
-    return _with_interval(x, y, lambda: stats.spearmanr(x, y).statistic, lambda r: 1 + r**2 / 2)
-
-
-def _with_interval(
-    x: Sequence[float],
-    y: Sequence[float],
-    coefficient: Callable[[], float],
-    variance_factor: Callable[[float], float],
-) -> Correlation:
-    n = len(x)
-    # Three points often correlate perfectly by chance, and a constant has no correlation.
-    if n < 4 or len(set(x)) < 2 or len(set(y)) < 2:
-        return Correlation(n)
-    r = float(coefficient())
+    if not _is_defined(x, y):
+        return Correlation(len(x))
+    r = float(stats.spearmanr(x, y).statistic)
     if abs(r) >= 1:
-        return Correlation(n, r)
-    half_width = 1.96 * math.sqrt(variance_factor(r) / (n - 3))
+        return Correlation(len(x), r)
+    # scipy has no interval for it.
+    half_width = stats.norm.ppf(0.975) * math.sqrt((1 + r**2 / 2) / (len(x) - 3))
     z = math.atanh(r)
-    return Correlation(n, r, math.tanh(z - half_width), math.tanh(z + half_width))
+    return Correlation(len(x), r, math.tanh(z - half_width), math.tanh(z + half_width))
+
+
+def _is_defined(x: Sequence[float], y: Sequence[float]) -> bool:
+    """Three points often correlate perfectly by chance, and a constant has no correlation."""
+    return len(x) >= 4 and len(set(x)) > 1 and len(set(y)) > 1
