@@ -1,6 +1,6 @@
 """Students distilled from the formats of the teacher cache, in turns on the same batches; a part of teacher_cache.py.
 
-Tensor letters: N labelled positions, V speech vocabulary.
+Tensor letters: N labeled positions, V speech vocabulary.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Source:
 
 @dataclass
 class Lesson:
-    """A student and every step of its training: loss terms, and seconds until the batch was there and learnt."""
+    """A student and every step of its training: loss terms, and seconds until the batch was there and learned."""
 
     training: Distillation
     losses: list[dict[str, float]] = field(default_factory=list)
@@ -73,7 +73,7 @@ def endless(source: Source, teacher: Teacher, tokens_per_batch: int) -> Iterator
 
 
 def aligned_mixers(teacher: Teacher, source: Source, tokens: int) -> dict[int, dict[str, Tensor]]:
-    """One mixer per layer that has learnt its attention's output: where all students start."""
+    """One mixer per layer that has learned its attention's output: where all students start."""
     config = AlignConfig(tokens=tokens)
     training = MixerTraining(teacher.model, config, "per_query_head", CPU)
     stream = endless(source, teacher, config.tokens_per_batch)
@@ -119,7 +119,7 @@ def scores(lesson: Lesson, baseline: Lesson, held_out: SharedCache, teacher: Tea
 
 
 class Listener:
-    """Has the same sentences spoken by every model and counts the words that the recogniser gets wrong."""
+    """Has the same sentences spoken by every model and counts the words that the recognizer gets wrong."""
 
     def __init__(self, teacher: Teacher, rows: list[Utterance]) -> None:
         self.teacher, self.rows = teacher, rows

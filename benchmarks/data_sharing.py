@@ -4,7 +4,7 @@
     python benchmarks/data_sharing.py --teacher FOLDER     another teacher of kind "huggingface"
     python benchmarks/data_sharing.py --quick              few tokens and steps; nothing is written
 
-Sources: the materialised blocks in the object store (what every training here uses); Ray Data's read_parquet anew
+Sources: the materialized blocks in the object store (what every training here uses); Ray Data's read_parquet anew
 in every epoch; pyarrow reading the shards anew in every epoch; and the online teacher, which computes the rows.
 All give the same batches' worth of rows as tensors. Every trial is an actor of its own for every source; sources take
 turns, epoch by epoch, in an order that rotates.
@@ -224,7 +224,7 @@ def main() -> None:
                     ray.kill(actor)
                 table.append({"trials": trials, "source": source, **summary(source, read, trained)})
         print(
-            f"{shared.num_utterances} utterances, {shared.labelled_positions:,} positions, "
+            f"{shared.num_utterances} utterances, {shared.labeled_positions:,} positions, "
             f"{shared.num_bytes / 1e6:.0f} MB in the object store, padding "
             f"{100 * padding_waste(shared, load_teacher(**teacher).sequence, tokens_per_batch=BATCH_TOKENS):.1f} %"
         )

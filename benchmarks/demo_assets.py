@@ -3,7 +3,7 @@
     python benchmarks/demo_assets.py            all 232 test sentences, about 15 CPU minutes
     python benchmarks/demo_assets.py --quick    10 sentences, about a minute
 
-All systems say the same sentences to the same recogniser. The voice itself needs the `demo-build` extra
+All systems say the same sentences to the same recognizer. The voice itself needs the `demo-build` extra
 and is left out without it. Prints a table and writes benchmarks/results/demo_assets.json.
 """
 

@@ -5,7 +5,7 @@
 
 Takes the layouts and their WERs after distillation from benchmarks/results/proxy_quality.json and scores the same
 layouts, with aligned mixers and nothing distilled, in many ways: on held-out speech (means, parts of the positions,
-tails), on what the teacher or the student says freely, by a recogniser, and with a library that was aligned four times
+tails), on what the teacher or the student says freely, by a recognizer, and with a library that was aligned four times
 as long. Spearman correlation of each score with the WER inside each budget, and by how much it differs from that of the
 probe's KL, with 95 % intervals of 2,000 bootstrap samples of the layouts.
 """

@@ -1,10 +1,10 @@
-"""What the recogniser costs and hears when its encoder is given less than Whisper's 30 seconds.
+"""What the recognizer costs and hears when its encoder is given less than Whisper's 30 seconds.
 
     python benchmarks/recognition_window.py            150 sentences, about 6 CPU minutes
     python benchmarks/recognition_window.py --quick    6 sentences, nothing written
 
 The codec speaks test sentences of the demo; each sound is heard in every window in turn, so that the windows share the
-machine's load. Once as it is and once under white noise 10 dB below the speech, where a recogniser that only just hears
+machine's load. Once as it is and once under white noise 10 dB below the speech, where a recognizer that only just hears
 would fall first. CPU seconds of the process, one thread; ratios per sentence, with their quartiles.
 """
 

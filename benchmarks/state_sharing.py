@@ -50,7 +50,7 @@ SHARINGS: tuple[StateSharing, StateSharing] = ("per_query_head", "per_kv_head")
 
 @dataclass(frozen=True)
 class Batch:
-    """Utterances padded right, with the teacher's hidden states at the labelled positions."""
+    """Utterances padded right, with the teacher's hidden states at the labeled positions."""
 
     input_ids_BL: Tensor
     attention_mask_BL: Tensor
@@ -66,13 +66,13 @@ def make_batch(teacher: Teacher, rows: list[Utterance]) -> Batch:
     lengths_B = torch.tensor([len(ids) for ids, _ in examples])
     with torch.no_grad():
         hidden_BLD = teacher.model.hidden_states(input_ids_BL)
-    labelled_BL = labels_BL != IGNORE
+    labeled_BL = labels_BL != IGNORE
     return Batch(
         input_ids_BL=input_ids_BL,
         attention_mask_BL=torch.arange(input_ids_BL.shape[1]) < lengths_B[:, None],
         labels_BL=labels_BL,
-        teacher_targets=HiddenTargets(hidden_BLD[labelled_BL]),
-        num_tokens=int(labelled_BL.sum()),
+        teacher_targets=HiddenTargets(hidden_BLD[labeled_BL]),
+        num_tokens=int(labeled_BL.sum()),
     )
 
 
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="folder of a demo teacher; none for the packaged one")
     parser.add_argument("--align-tokens", type=int, default=60_000)
     parser.add_argument("--tokens", type=int, default=60_000, help="of the distillation")
-    parser.add_argument("--sentences", type=int, default=60, help="spoken and recognised")
+    parser.add_argument("--sentences", type=int, default=60, help="spoken and recognized")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--ratios", nargs="+", default=["1:1", "1:5"], help="of block_beginning")
     parser.add_argument("--quick", action="store_true")

@@ -5,7 +5,7 @@
     python benchmarks/teacher_cache.py --quick              few rows and steps; nothing is written
 
 Every format encodes the same rows of the teacher, into a real cache folder, whose files are what "bytes/token"
-counts (tokens, ids and Parquet included, per labelled position). "at 896 dims" scales the rows' part of it to
+counts (tokens, ids and Parquet included, per labeled position). "at 896 dims" scales the rows' part of it to
 CosyVoice 2's width (hidden formats) or adds what its 6,564 ids take more than the demo's (top-k).
 
 The gradient is that of Eq. 5 with respect to the student's hidden states, over the validation split, for five students
@@ -66,16 +66,16 @@ from mamtra_ray.teacher_cache.manifest import CacheManifest, PlannedShard, encod
 from mamtra_ray.teacher_cache.quantizer import QUANTIZER_FILE, calibrate, quantizer_bytes, token_context
 from mamtra_ray.teacher_cache.shared import SharedCache, share_cache
 from mamtra_ray.teacher_cache.storage import Storage
-from mamtra_ray.teacher_cache.worker import labelled_hidden_states, sha256, shard_rows
+from mamtra_ray.teacher_cache.worker import labeled_hidden_states, sha256, shard_rows
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.teacher import Teacher
 
 COSYVOICE_WIDTH, COSYVOICE_SPEECH = 896, 6564
 FORMATS = {
     "hidden fp16": CacheConfig(format="hidden"),
-    "quantised, 4 bits": CacheConfig(format="hidden_quantized", bits=4.0),
-    "quantised, 3 bits": CacheConfig(format="hidden_quantized", bits=3.0),
-    "quantised, 3.3 bits": CacheConfig(format="hidden_quantized", bits=3.3),
+    "quantized, 4 bits": CacheConfig(format="hidden_quantized", bits=4.0),
+    "quantized, 3 bits": CacheConfig(format="hidden_quantized", bits=3.0),
+    "quantized, 3.3 bits": CacheConfig(format="hidden_quantized", bits=3.3),
     "top-16": CacheConfig(format="topk", top_k=16),
     "top-8": CacheConfig(format="topk", top_k=8),
 }
@@ -95,9 +95,9 @@ class Split:
 
 
 def teacher_rows(model: SpeechLM, teacher: Teacher, rows: Sequence[Any]) -> Tensor:
-    """Hidden states of ``model`` at the labelled positions, in the order of ``rows``."""
+    """Hidden states of ``model`` at the labeled positions, in the order of ``rows``."""
     parts: list[Tensor] = [torch.empty(0)] * len(rows)
-    for batch, hidden_ND in labelled_hidden_states(dataclasses.replace(teacher, model=model), list(rows)):
+    for batch, hidden_ND in labeled_hidden_states(dataclasses.replace(teacher, model=model), list(rows)):
         pieces = hidden_ND.clone().split([len(rows[index].speech_tokens) + 1 for index in batch])
         for index, piece in zip(batch, pieces, strict=True):
             parts[index] = piece
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--cache-tokens", type=int, default=60_000, help="training speech tokens in the cache")
     parser.add_argument("--align-tokens", type=int, default=60_000)
     parser.add_argument("--tokens", type=int, default=60_000, help="of each student's distillation")
-    parser.add_argument("--sentences", type=int, default=60, help="spoken and recognised")
+    parser.add_argument("--sentences", type=int, default=60, help="spoken and recognized")
     parser.add_argument("--quick", action="store_true", help="few tokens and sentences, nothing is written")
     options = parser.parse_args()
     if options.quick:

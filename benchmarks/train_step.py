@@ -42,7 +42,7 @@ from mamtra_ray.speech_lm.student import make_student
 
 @dataclass(frozen=True)
 class Setting:
-    """A student and one batch: B utterances of L positions, of which the last S + 1 are labelled."""
+    """A student and one batch: B utterances of L positions, of which the last S + 1 are labeled."""
 
     name: str
     student: SpeechLM
@@ -51,7 +51,7 @@ class Setting:
     first_label: int
     teacher_hidden_ND: Tensor
 
-    def labelled(self, hidden_BLD: Tensor) -> Tensor:
+    def labeled(self, hidden_BLD: Tensor) -> Tensor:
         return hidden_BLD[:, self.first_label :].flatten(0, 1)
 
 
@@ -74,7 +74,7 @@ def ours(setting: Setting) -> tuple[nn.Module, Callable[[], Tensor]]:
     student = setting.student.train()
 
     def loss() -> Tensor:
-        hidden_ND = setting.labelled(student.hidden_states(setting.input_ids_BL))
+        hidden_ND = setting.labeled(student.hidden_states(setting.input_ids_BL))
         targets = HiddenTargets(setting.teacher_hidden_ND)
         return distillation_loss(hidden_ND, student.head, setting.labels_N, targets).total
 
@@ -93,7 +93,7 @@ def obvious(setting: Setting) -> tuple[nn.Module, Callable[[], Tensor]]:
 
     def loss() -> Tensor:
         output = model.model(input_ids=setting.input_ids_BL, use_cache=False)
-        hidden_ND = setting.labelled(output.last_hidden_state)
+        hidden_ND = setting.labeled(output.last_hidden_state)
         teacher_ND = setting.teacher_hidden_ND.float()
         logits_NS, teacher_logits_NS = F.linear(hidden_ND, weight_SD), F.linear(teacher_ND, weight_SD)
         return (
@@ -143,7 +143,7 @@ def parts_of(setting: Setting) -> dict[str, tuple[int, Callable[[], object]]]:
         return run
 
     def loss() -> None:
-        hidden_ND = setting.labelled(x_BLD)
+        hidden_ND = setting.labeled(x_BLD)
         distillation_loss(
             hidden_ND, student.head, setting.labels_N, HiddenTargets(setting.teacher_hidden_ND)
         ).total.backward()

@@ -1,3 +1,3 @@
-"""Turn Transformer speech models into Mamba hybrids: search the layout, distil it, export it."""
+"""Turn Transformer speech models into Mamba hybrids: search the layout, distill it, export it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -6,12 +6,26 @@ import difflib
 import functools
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message says what, where, and what was expected."""
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal asked for the end. Not an :class:`Exception`, so that nothing takes it for a failure to recover from."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
 
 
 def nearest_name(name: str, valid_names: Iterable[str]) -> str:
@@ -23,13 +37,15 @@ def nearest_name(name: str, valid_names: Iterable[str]) -> str:
 
 
 def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a verb's ``main``: an :class:`InputError` becomes one line on stderr and exit code 2.
+    """Wrap a verb's ``main``: an :class:`InputError` becomes one line on stderr and exit code 2, a signal one line and
+    130 or 143.
 
     A reader that has seen enough (``... | head``) is no error.
     """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
+        handlers = _stop_handlers()
         try:
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()
@@ -43,8 +59,23 @@ def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[...,
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
+        except Stopped as stop:
+            print(f"\nstopped by {stop}; the same command goes on where it stopped", file=sys.stderr, flush=True)
+            return stop.exit_code
+        except KeyboardInterrupt:  # before there was anything to keep
+            print("\nstopped", file=sys.stderr, flush=True)
+            return 130
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
 
     return wrapped
+
+
+def _stop_handlers() -> dict[int, Any]:
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
 
 
 def _nobody_reads(pipe: int) -> bool:

@@ -6,7 +6,7 @@ The reference functions (:func:`cross_entropy`, :func:`skewed_forward_kl`, :func
 in chunks of tokens and writes the gradient down by hand, so the (tokens x vocabulary) logits of a batch never
 exist at once.
 
-Tensor letters: B batch, L length, N labelled tokens of a batch (B and L flattened), D model width,
+Tensor letters: B batch, L length, N labeled tokens of a batch (B and L flattened), D model width,
 V speech vocabulary, K kept classes of a top-k row. All losses are float32 (float64 stays float64), in nats.
 """
 
@@ -42,7 +42,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class HiddenTargets:
-    """The teacher's final hidden states at the labelled positions; the frozen head makes its exact logits.
+    """The teacher's final hidden states at the labeled positions; the frozen head makes its exact logits.
 
     Attributes:
         hidden_ND: post-norm hidden states, any float dtype.
@@ -55,14 +55,14 @@ class HiddenTargets:
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """The teacher's K most probable classes per labelled position and the mass of all others.
+    """The teacher's K most probable classes per labeled position and the mass of all others.
 
     Attributes:
         ids_NK: distinct speech ids, integer.
         log_probs_NK: natural log-probabilities of these ids.
         tail_log_mass_N: natural log of the remaining probability (``-inf`` if there is none).
 
-    Rows need not be normalised exactly (they may have been quantised): the losses normalise them.
+    Rows need not be normalized exactly (they may have been quantized): the losses normalize them.
     """
 
     ids_NK: Tensor
@@ -84,14 +84,14 @@ class LossTerms:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled tokens, in nats (the paper's L_CE).
+    """Mean cross-entropy over the labeled tokens, in nats (the paper's L_CE).
 
     Args:
         logits: (..., V), any float dtype.
         labels: (...), class ids or :data:`IGNORE`.
 
     Returns:
-        Scalar; 0 if no token is labelled.
+        Scalar; 0 if no token is labeled.
     """
     logits = _wide(logits)
     loss_sum = F.cross_entropy(
@@ -172,7 +172,7 @@ def distillation_loss(
     hidden_layers: Sequence[HiddenLayer] = ("final",),
     student_layers_ND: Mapping[int, Tensor] | None = None,
 ) -> LossTerms:
-    """Eq. 5 on the labelled positions of a batch, from final hidden states through the frozen head.
+    """Eq. 5 on the labeled positions of a batch, from final hidden states through the frozen head.
 
     Args:
         student_hidden_ND: the student's post-norm hidden states at the N positions.
@@ -183,7 +183,7 @@ def distillation_loss(
         weights: 1, 1, 1 if None.
         alpha: skew of the KL, see :func:`skewed_forward_kl`.
         chunk_tokens: tokens whose logits exist at a time; more is faster up to the cache size, and bigger.
-        num_tokens: what sums over tokens are divided by; the labelled tokens of this batch if None. With
+        num_tokens: what sums over tokens are divided by; the labeled tokens of this batch if None. With
             gradient accumulation or several workers, pass the whole step's count (times what the averaging
             over workers divides by), so that every token weighs the same.
         hidden_layers: where the embedding loss compares, the mean over these.
@@ -209,12 +209,9 @@ def distillation_loss(
         ce = ce_sum / count if weights.ce else missing
         kl = kl_sum / count if weights.kl else missing
     if weights.hidden:
-        hidden = torch.stack(
-            [
-                _masked_mean((_wide(student) - _wide(teacher)).square().mean(-1), valid_N, count)
-                for teacher, student in _hidden_pairs(teacher_targets, student_hidden_ND, hidden_layers, student_layers_ND)
-            ]
-        ).mean()
+        pairs = _hidden_pairs(teacher_targets, student_hidden_ND, hidden_layers, student_layers_ND)
+        errors = [(_wide(student) - _wide(teacher)).square().mean(-1) for teacher, student in pairs]
+        hidden = torch.stack([_masked_mean(error_N, valid_N, count) for error_N in errors]).mean()
         total = total + weights.hidden * hidden
     return LossTerms(total, ce.detach(), kl.detach(), hidden.detach())
 
@@ -363,7 +360,7 @@ def _skewed_kl_rows(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
 
 
 def _bucket_log_p(targets: TopKTargets) -> Tensor:
-    """(N, K + 1): the teacher's log-probabilities with the tail as the last event, normalised."""
+    """(N, K + 1): the teacher's log-probabilities with the tail as the last event, normalized."""
     log_p = torch.cat([_wide(targets.log_probs_NK), _wide(targets.tail_log_mass_N)[:, None]], 1)
     return _log_softmax(log_p)
 

@@ -3,6 +3,7 @@
 import random
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +12,6 @@ from mamtra_ray.config import load_config, save_config
 from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes, decode_flops, parameters
 from mamtra_ray.layouts import Layout, from_strategy
 from mamtra_ray.run.folder import (
-    CURVE_COLUMNS,
-    FINALIST_COLUMNS,
-    LEDGER,
-    PROBE_COLUMNS,
-    TRIAL_COLUMNS,
     AudioIndex,
     Clip,
     Reference,
@@ -23,9 +19,10 @@ from mamtra_ray.run.folder import (
     write_architecture,
     write_audio_index,
     write_reference,
-    write_rows,
 )
-from mamtra_ray.run.names import AUDIO, BEST_LAYOUT, CONFIG, CURVES, FINALISTS, PROBE, TRIALS
+from mamtra_ray.run.names import AUDIO, BEST_LAYOUT, CONFIG, COSTS, CURVES, FINALISTS, PROBE, TRIALS
+from mamtra_ray.run.rows import FINISHED, CurvePoint, FinalistRow, ProbeRow, TrialRow, write_table
+from mamtra_ray.speech.error_rate import ErrorRate
 
 DEMO = ARCHITECTURES["demo"]
 STRATEGIES = ("block_beginning", "back", "sandwich")
@@ -36,6 +33,13 @@ TEXTS = {"u1": 'seven green <cats> & "one" owl', "u2": "my brother found nine ke
 def quality(layout: Layout) -> float:
     """A made-up cross-entropy that grows with the number of Mamba layers and with how early they are."""
     return 1.0 + sum(0.05 / (1 + layer) + 0.01 for layer in layout.mamba_layers)
+
+
+def finalist_row(layout: str | Layout, **changes: Any) -> FinalistRow:
+    """A finalist that was not heard, but for ``changes``."""
+    numbers = {"ce": 1.0, "kl": 0.1, "ce_start": 3.1, "cache_bytes": 5.0, "decode_flops": 1.0, "parameters": 1.0}
+    row = {"origin": "block_beginning", "tokens": 1, "steps": 1, "seconds": 10.0, **numbers, **changes}
+    return FinalistRow(Layout(str(layout)), **row)
 
 
 def made_run(folder: Path, overrides: tuple[str, ...] = (), penalty: float = 0.0, seed: int = 0) -> Path:
@@ -51,46 +55,64 @@ def made_run(folder: Path, overrides: tuple[str, ...] = (), penalty: float = 0.0
     }
     trials, curves, finalists, probe = [], [], [], []
     for index, (layout, origin) in enumerate(layouts.items()):
-        named = {"layout": str(layout), "ratio": layout.ratio, "origin": origin}
         costs = {
             "cache_bytes": cache_bytes(DEMO, layout, 2048),
             "decode_flops": decode_flops(DEMO, layout, 2048),
             "parameters": parameters(DEMO, layout),
         }
-        probe.append({**named, "ce": quality(layout) + 0.4, "kl": 0.5, "tokens": 4000, "seconds": 1.5})
+        probe.append(ProbeRow(layout, ce=quality(layout) + 0.4, kl=0.5, tokens=4000, seconds=1.5))
         for rung in range(2 if index % 2 == 0 else 1):
             ce = quality(layout) + penalty + 0.2 / (rung + 1) + randomness.uniform(0, 0.01)
-            trial = {"trial_id": f"t{index}", "rung": rung, "tokens": 20_000 * (rung + 1), "seconds": 30.0 * (rung + 1)}
-            trials.append({**named, **trial, **costs, "ce": ce, "kl": ce - 0.9, "ce_start": 3.1, "status": "finished"})
-            for step in range(1, 21):
-                tokens = 20_000 * rung + 1000 * step
-                loss = ce + 2.0 * 0.8 ** (step + 20 * rung)
-                point = {"step": step + 20 * rung, "tokens": tokens, "total": 2 * loss, "ce": loss, "logits": 0.3}
-                curves.append({**point, "trial_id": f"t{index}", "layout": str(layout), "rung": rung, "emb": 0.1})
+            trial = TrialRow(
+                layout,
+                trial_id=f"t{index}",
+                origin=origin,
+                rung=rung,
+                tokens=20_000 * (rung + 1),
+                seconds=30.0 * (rung + 1),
+                tokens_per_second=20_000 / 30.0,
+                data_wait_fraction=0.01,
+                ce=ce,
+                kl=ce - 0.9,
+                ce_start=3.1,
+                **costs,
+                status=FINISHED,
+                settings_hash="made",
+            )
+            trials.append(trial)
+            for step in range(20 * rung + 1, 20 * rung + 21):
+                loss = ce + 2.0 * 0.8**step
+                terms = {"total": 2 * loss, "ce": loss, "kl": 0.3, "hidden": 0.1}
+                curves.append(CurvePoint(layout, f"t{index}", rung, step, 1000 * step, **terms))
         wer = 0.05 + 0.4 * (quality(layout) - 1.1) + penalty + randomness.uniform(0, 0.01)
-        scores = {
-            "ce": quality(layout) + penalty,
-            "wer": wer,
-            "wer_low": wer - 0.03,
-            "wer_high": wer + 0.03,
-            "utmos": 3.9,
-        }
-        finalists.append({**named, **costs, **scores, "cer": wer / 2, "tokens": 300_000, "steps": 150})
-    write_rows(folder / TRIALS, trials, TRIAL_COLUMNS)
-    write_rows(folder / CURVES, curves, CURVE_COLUMNS)
-    write_rows(folder / PROBE, probe, PROBE_COLUMNS)
-    write_rows(folder / FINALISTS, finalists, FINALIST_COLUMNS)
-    write_reference(
-        folder, Reference(1.02, 60, Score(0.06, 0.04, 0.09, 0.03, {"utmos": 4.1}), Score(0.05, 0.03, 0.08, 0.02))
-    )
+        ce = quality(layout) + penalty
+        finalist = finalist_row(
+            layout,
+            origin=origin,
+            tokens=300_000,
+            steps=150,
+            ce=ce,
+            kl=ce - 0.9,
+            **costs,
+            wer=ErrorRate(wer, wer - 0.03, wer + 0.03),
+            cer=wer / 2,
+            metrics={"utmos": 3.9},
+        )
+        finalists.append(finalist)
+    write_table(folder / TRIALS, trials, TrialRow)
+    write_table(folder / CURVES, curves, CurvePoint)
+    write_table(folder / PROBE, probe, ProbeRow)
+    write_table(folder / FINALISTS, finalists, FinalistRow)
+    teacher, codec = ErrorRate(0.06, 0.04, 0.09), ErrorRate(0.05, 0.03, 0.08)
+    write_reference(folder, Reference(1.02, 60, Score(teacher, 0.03, {"utmos": 4.1}), Score(codec, 0.02)))
     phases = {
         "cache": {"seconds": 81.2, "tokens": 90_000},
         "trials": {"seconds": 300.5, "tokens": 400_000, "trials": 9},
     }
-    write_json(folder / LEDGER, {"kind": "ledger", "schema_version": 1, "phases": phases})
-    systems = ("codec", "teacher", finalists[0]["layout"])
+    write_json(folder / COSTS, {"kind": "costs", "schema_version": 1, "phases": phases})
+    systems = ("codec", "teacher", str(finalists[0].layout))
     write_audio(folder, systems, seed)
-    write_json(folder / BEST_LAYOUT, {"kind": "layout", "schema_version": 1, "layout": finalists[0]["layout"]})
+    write_json(folder / BEST_LAYOUT, {"kind": "layout", "schema_version": 1, "layout": str(finalists[0].layout)})
     return folder
 
 

@@ -3,16 +3,20 @@
 import math
 
 import pytest
+from made_run import finalist_row
 
 from mamtra_ray.evaluate.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms
+from mamtra_ray.run.rows import FinalistRow, columns, row_from_columns
+from mamtra_ray.search.outcome import measured_of
 from mamtra_ray.speech.end_of_speech import EndOfSpeech, end_of_speech
+from mamtra_ray.speech.error_rate import ErrorRate
 
 GOOD = EndOfSpeech(0.0, 0.0, 0.0)
-TEACHER = Measured("teacher", 1.0, 0.014, 0.003, 0.03, GOOD)
+TEACHER = Measured("teacher", 1.0, ErrorRate(0.014, 0.003, 0.03), GOOD)
 
 
 def measured(ce=1.0, wer=0.02, low=0.01, high=0.03, ends=GOOD, system="AMAM"):
-    return Measured(system, ce, wer, low, high, ends)
+    return Measured(system, ce, ErrorRate(wer, low, high), ends)
 
 
 def kinds(alarms):
@@ -40,7 +44,7 @@ def kinds(alarms):
         (measured(ends=EndOfSpeech(0.5, 0.5, 0.0)), ["does_not_stop", "stops_at_once"]),
         (measured(ce=math.nan), ["ce_not_finite"]),
         (Measured("AMAM", 1.0), []),  # nothing was spoken
-        (Measured("AMAM", wer=0.9, wer_low=0.8, wer_high=1.0), []),  # the CE is not known
+        (Measured("AMAM", wer=ErrorRate(0.9, 0.8, 1.0)), []),  # the CE is not known
     ],
 )
 def test_a_finalist(finalist, expected):
@@ -61,14 +65,14 @@ def test_the_text_gives_the_numbers():
     [
         (0.02, 0.01, 0.003, []),
         (0.3, 0.2, 0.003, ["teacher_not_understood"]),
-        (0.3, 0.2, 0.2, []),  # the codec, or the recogniser, is no better
+        (0.3, 0.2, 0.2, []),  # the codec, or the recognizer, is no better
         (0.3, 0.2, None, []),
         (0.9, 0.8, None, ["teacher_not_understood"]),
     ],
 )
 def test_the_teacher_beside_its_codec(wer, low, codec, expected):
     teacher = measured(wer=wer, low=low, high=1.0, system="teacher")
-    floor = None if codec is None else Measured("codec", None, codec, codec, codec)
+    floor = None if codec is None else Measured("codec", None, ErrorRate(codec, codec, codec))
     assert kinds(teacher_alarms(teacher, floor)) == expected
 
 
@@ -109,8 +113,10 @@ def test_how_sentences_end():
     assert end_of_speech([]) == EndOfSpeech(0.0, 0.0, 0.0)
 
 
-def test_a_row_of_an_earlier_version_has_no_ends():
-    old = {"layout": "AMAM", "ce": 1.0, "wer": 0.1, "wer_low": 0.0, "wer_high": 0.2}
-    assert Measured.from_row(old) == Measured("AMAM", 1.0, 0.1, 0.0, 0.2)
+def test_a_row_of_a_table_is_measured_as_far_as_it_was_heard():
+    unheard = finalist_row("AMAM")
+    assert measured_of(row_from_columns(FinalistRow, columns(unheard))) == Measured("AMAM", 1.0)
+    old = columns(unheard) | {"wer": 0.1, "wer_low": 0.0, "wer_high": 0.2}
+    assert measured_of(row_from_columns(FinalistRow, old)) == Measured("AMAM", 1.0, ErrorRate(0.1, 0.0, 0.2))
     ends = {"not_stopped": 0.1, "stopped_at_once": 0.2, "failed": 0.3}
-    assert Measured.from_row(old | ends).ends == EndOfSpeech(0.1, 0.2, 0.3)
+    assert measured_of(row_from_columns(FinalistRow, old | ends)).ends == EndOfSpeech(0.1, 0.2, 0.3)

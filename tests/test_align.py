@@ -16,8 +16,10 @@ from mamtra_ray.align.mixer_training import MixerTraining, Position, attention_t
 from mamtra_ray.config import AlignConfig, Config
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.transfer import mixer_from_attention
+from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.shared import share_teacher
 
 CPU = torch.device("cpu")
 
@@ -127,8 +129,10 @@ def test_a_saved_training_goes_on_bit_for_bit(teacher, tmp_path):
     for seed in range(3):
         first.step(batch_of([9, 12], seed))
     first.next_epoch()
-    first.save(tmp_path / "state.pt", made_by={"a": "b"})
-    assert second.load(tmp_path / "state.pt")["made_by"] == {"a": "b"}
+    first.save(tmp_path, made_by={"a": "b"})
+    with pytest.raises(InputError, match="made with another a"):
+        second.load(tmp_path, {"a": "c"})
+    assert second.load(tmp_path, {"a": "b"})["made_by"] == {"a": "b"}
     assert second.position == Position(first.position.tokens, 3, 1, 0)
     for seed in range(3, 6):
         second.step(batch_of([9, 12], seed))
@@ -155,14 +159,19 @@ def setup(tmp_path_factory, ray_cluster):
         share_cache(folder / "cache", teacher_fingerprint=teacher.fingerprint, corpus_hash=corpus_hash, split=split)
         for split in ("train", "validation")
     )
-    return SimpleNamespace(config=config, teacher=teacher, data={"train": train, "validation": validation})
+    shared = {"teacher": share_teacher(teacher), "train": train, "validation": validation}
+    return SimpleNamespace(config=config.align, teacher=teacher, data=shared)
+
+
+def aligned(setup, folder, config=None, **options):
+    return align_mixers(
+        config or setup.config, "per_query_head", folder, **setup.data, worker=WorkerResources(), **options
+    )
 
 
 def test_library_has_lower_errors_and_is_not_trained_twice(setup, tmp_path):
     seen = []
-    manifest = align_mixers(
-        setup.config, tmp_path, teacher=setup.teacher, **setup.data, on_progress=lambda *count: seen.append(count)
-    )
+    manifest = aligned(setup, tmp_path, on_progress=lambda *count: seen.append(count))
     assert seen[-1] == (4000, 4000) and manifest.tokens >= 4000
     for layer in range(4):
         assert manifest.errors[layer] < manifest.errors_start[layer] < manifest.errors_transferred[layer]
@@ -171,12 +180,12 @@ def test_library_has_lower_errors_and_is_not_trained_twice(setup, tmp_path):
     torch.testing.assert_close(student.body.layers[2].mamba.in_proj.weight, library[2]["in_proj.weight"])
 
     written = (tmp_path / WEIGHTS).stat().st_mtime_ns
-    assert align_mixers(setup.config, tmp_path, teacher=setup.teacher, **setup.data) == manifest
+    assert aligned(setup, tmp_path) == manifest
     assert (tmp_path / WEIGHTS).stat().st_mtime_ns == written
 
-    other = setup.config.model_copy(update={"align": AlignConfig(tokens=5000)})
-    with pytest.raises(InputError, match="made with another settings"):
-        align_mixers(other, tmp_path, teacher=setup.teacher, **setup.data)
+    for different in ({"config": AlignConfig(tokens=5000)}, {"seed": 1}):
+        with pytest.raises(InputError, match="made with another settings"):
+            aligned(setup, tmp_path, **different)
     with pytest.raises(InputError, match="made with another teacher"):
         load_library(tmp_path, teacher_fingerprint="f" * 64)
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-100])
@@ -187,16 +196,13 @@ def test_library_has_lower_errors_and_is_not_trained_twice(setup, tmp_path):
 
 
 def test_stopped_alignment_goes_on_where_it_was(setup, tmp_path, monkeypatch):
-    import ray
-
     monkeypatch.setattr(align_module, "_SECONDS_PER_CHECKPOINT", 0.0)
     monkeypatch.setattr(align_module, "_SECONDS_PER_REPORT", 0.0)
-    made_by = library_made_by(setup.config, setup.teacher, setup.data["train"])
-    reference = [ray.put(setup.teacher)]
+    made_by = library_made_by(setup.config, "per_query_head", setup.teacher.fingerprint, setup.data["train"], 0)
 
     def job(folder):
         folder.mkdir(exist_ok=True)
-        return AlignJob(setup.config, str(folder), made_by, reference, **setup.data)
+        return AlignJob(setup.config, "per_query_head", 0, str(folder), made_by, **setup.data)
 
     steps = [*align(job(tmp_path / "whole"), CPU)]
     stopped = align(job(tmp_path / "stopped"), CPU)
@@ -209,14 +215,13 @@ def test_stopped_alignment_goes_on_where_it_was(setup, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     errors = [read_library_manifest(tmp_path / name).errors_start for name in ("whole", "stopped")]
     assert errors[0] == errors[1]
-    assert not (tmp_path / "stopped" / "state.pt").exists()
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {WEIGHTS, MANIFEST}, "a state was left behind"
 
 
 @pytest.mark.slow
 def test_two_ray_train_workers_learn_as_much_as_one(setup, tmp_path):
-    two = setup.config.model_copy(update={"align": setup.config.align.model_copy(update={"workers": 2})})
-    one = align_mixers(setup.config, tmp_path / "one", teacher=setup.teacher, **setup.data)
-    both = align_mixers(two, tmp_path / "two", teacher=setup.teacher, **setup.data)
+    one = aligned(setup, tmp_path / "one")
+    both = aligned(setup, tmp_path / "two", setup.config.model_copy(update={"workers": 2}))
     assert both.workers == 2
     for layer in range(4):
         assert both.errors[layer] == pytest.approx(one.errors[layer], rel=0.2)

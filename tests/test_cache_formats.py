@@ -35,8 +35,8 @@ def hidden_rows(utterances: list[np.ndarray], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 + seed)
     mixing = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(7))
     noise = torch.randn(len(inputs), WIDTH, generator=generator) * torch.logspace(0.5, -1, WIDTH)
-    labelled = torch.cat([head.weight, head.weight[:1]])[labels]
-    return noise @ mixing * 0.3 + embedding[inputs] + 2 * labelled + 0.7
+    labeled = torch.cat([head.weight, head.weight[:1]])[labels]
+    return noise @ mixing * 0.3 + embedding[inputs] + 2 * labeled + 0.7
 
 
 def as_read_back(rows: list[dict[str, bytes]]) -> dict[str, list[np.ndarray]]:
@@ -67,7 +67,7 @@ def test_context_is_the_token_before_and_after() -> None:
     assert labels.tolist() == [4, 5, 6, 10, 9, 10]
 
 
-def test_quantised_rows_are_off_by_uniform_rounding_noise(quantized: QuantizedHiddenFormat) -> None:
+def test_quantized_rows_are_off_by_uniform_rounding_noise(quantized: QuantizedHiddenFormat) -> None:
     utterances = random_utterances(80, seed=2)
     rows = hidden_rows(utterances, 2)
     encoded = quantized.encode(rows, nn.Identity(), utterances)

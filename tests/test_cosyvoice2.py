@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_run import finalist_row
 from tiny_cosyvoice import CODES, LAYERS, TEXT, WIDTH, qwen, upstream_state, write_cosyvoice
 from torch.nn.functional import embedding, linear
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -15,12 +16,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mamtra_ray import teachers
 from mamtra_ray.config import load_config, save_config
 from mamtra_ray.errors import InputError
-from mamtra_ray.export import checkpoint as export
+from mamtra_ray.export.__main__ import main
 from mamtra_ray.layouts import Layout
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.models.decoder_config import DecoderConfig
-from mamtra_ray.run.folder import FINALIST_COLUMNS, write_rows
 from mamtra_ray.run.names import CONFIG, FINALISTS, student_folder
+from mamtra_ray.run.rows import FinalistRow, write_table
 from mamtra_ray.speech_lm.generate import GREEDY, Sampling, generate
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import cosyvoice2_drop_in, load_teacher
@@ -266,7 +267,7 @@ def test_the_code_of_the_guide_speaks_through_cosyvoice(hybrid_folder, teacher, 
     import upstream_cosyvoice
 
     saved = upstream_cosyvoice.installed(monkeypatch)
-    # Imported anew, beside a CosyVoice, whose LM class it then inherits; afterwards as before.
+    # Imported anew, beside a CosyVoice, whose LM class it then inherits; afterward as before.
     monkeypatch.setattr(teachers, "cosyvoice2_drop_in", cosyvoice2_drop_in)
     monkeypatch.delitem(sys.modules, "mamtra_ray.teachers.cosyvoice2_drop_in")
     monkeypatch.chdir(hybrid_folder.parent)
@@ -354,16 +355,18 @@ def test_repetition_aware_draws_what_is_likely_and_new():
 
 def test_export_of_a_finalist(folder, teacher, tmp_path, capsys):
     run = tmp_path / "run"
-    save_config(load_config(None, ["teacher.kind=cosyvoice2", f"teacher.path={folder}"]), run / CONFIG)
-    row = dict.fromkeys(FINALIST_COLUMNS) | {"layout": "AMAM", "origin": "block_beginning", "ce": 1.0, "tokens": 1}
-    write_rows(run / FINALISTS, [row], FINALIST_COLUMNS)
+    save_config(
+        load_config(None, ["teacher.kind=cosyvoice2", f"teacher.path={folder}", f"corpus.path={tmp_path}"]),
+        run / CONFIG,
+    )
+    write_table(run / FINALISTS, [finalist_row("AMAM")], FinalistRow)
     student = make_student(teacher.model, "AMAM")
     student.save(student_folder(run, "AMAM"))
     arguments = ["--run", str(run), "--layout", "AMAM", "--format", "cosyvoice2", "--output", str(tmp_path / "out")]
-    assert export.main(arguments) == 0
+    assert main(arguments) == 0
     assert load_teacher("cosyvoice2", tmp_path / "out").fingerprint == student.fingerprint()
     save_config(load_config(), run / CONFIG)
-    assert export.main(arguments) == 2
+    assert main(arguments) == 2
     assert "is 'demo'" in capsys.readouterr().err
 
 

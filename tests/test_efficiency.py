@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from mamtra_ray.config import load_config
 from mamtra_ray.efficiency import (
     ARCHITECTURES,
     break_even_length,
@@ -126,7 +125,15 @@ def test_break_even_is_where_the_two_caches_cross():
     assert break_even_length(COSYVOICE, PAPER_LAYOUTS["1:1"]) == 242
 
 
-@pytest.mark.parametrize("attention", [Qwen2Config(**SMALL), LlamaConfig(**SMALL), LlamaConfig(**SMALL, head_dim=16)])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        Qwen2Config(**SMALL),
+        LlamaConfig(**SMALL),
+        LlamaConfig(**SMALL, head_dim=16),
+        LlamaConfig(**SMALL, attention_bias=True),
+    ],
+)
 def test_an_instantiated_transformer(attention):
     model_class = Qwen2ForCausalLM if attention.model_type == "qwen2" else LlamaForCausalLM
     # The counter does not know the fused attention kernel of the CPU; eager attention is two matrix products.
@@ -156,7 +163,7 @@ def test_an_instantiated_transformer(attention):
 def test_an_instantiated_hybrid(sharing, letters, hybrid_teacher):
     layout = Layout(letters)
     student = make_student(hybrid_teacher.model, layout, "transfer", None, state_sharing=sharing)
-    architecture = architecture_of(load_config(None, [f"student.state_sharing={sharing}"]), hybrid_teacher)
+    architecture = architecture_of(hybrid_teacher, sharing)
     assert total_parameters(architecture, layout) == sum(parameter.numel() for parameter in student.parameters())
 
     cache, counter = student.new_cache(), FlopCounterMode(display=False)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import wave
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jiwer
 import numpy as np
@@ -19,14 +19,16 @@ from tiny_whisper import write_tiny_whisper
 from mamtra_ray.config import load_config
 from mamtra_ray.corpus.table import write_corpus
 from mamtra_ray.errors import InputError
+from mamtra_ray.evaluate import __main__ as verb
 from mamtra_ray.evaluate import evaluation as evaluate
 from mamtra_ray.evaluate import pool as evaluation_pool
-from mamtra_ray.evaluate.evaluation import check_evaluation, compare, evaluate_systems
-from mamtra_ray.evaluate.results import RATES, scored, write_summary
+from mamtra_ray.evaluate.evaluation import check_evaluation, evaluate_systems, evaluation_settings
+from mamtra_ray.evaluate.results import RATES, compare, scored, write_summary
 from mamtra_ray.evaluate.worker import Chunk, EvaluationWorker, sampling_of
 from mamtra_ray.run.folder import read_audio_index
-from mamtra_ray.runtime.cluster import Cluster
+from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.environment import versions
+from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder, load_codec
 from mamtra_ray.speech.whisper import recognizer_from_name
@@ -35,13 +37,14 @@ from mamtra_ray.speech_lm.generation_check import GenerationCheckError
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import llasa, load_teacher
+from mamtra_ray.teachers.shared import share_teacher
 
 TEXTS = ["a bad cab", "dead bee", "ace", "a cab added", "fade"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a teacher, a student, a corpus, a codec and a recogniser, all tiny and random."""
+    """A folder with a teacher, a student, a corpus, a codec and a recognizer, all tiny and random."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_folder(folder / "teacher", transformers_model())
     teacher = load_teacher("huggingface", folder / "teacher")
@@ -82,13 +85,34 @@ def config_of(place, **changes):
     return load_config(None, [f"{key}={value}" for key, value in {**settings_of(place), **changes}.items()])
 
 
+def shared_teacher(place):
+    return share_teacher(load_teacher("huggingface", place / "teacher"))
+
+
+def evaluated_systems(place, systems, folder, on_progress=lambda done, total: None, **changes):
+    """An evaluation with the settings of this file but for ``changes``."""
+    return evaluate_systems(
+        config_of(place, **changes),
+        systems,
+        folder,
+        teacher=shared_teacher(place),
+        worker=WorkerResources(),
+        on_progress=on_progress,
+    )
+
+
+def worker_of(place, **changes):
+    """A worker in this process."""
+    return EvaluationWorker(evaluation_settings(config_of(place, **changes), shared_teacher(place)))
+
+
 @pytest.fixture(scope="module")
 def evaluated_run(place, ray_cluster, tmp_path_factory):
     """One evaluation by two actors, used by several tests."""
     folder = tmp_path_factory.mktemp("run")
     progress = []
-    evaluations = evaluate_systems(
-        config_of(place), {"AMAM": place / "student"}, folder, on_progress=lambda *counts: progress.append(counts)
+    evaluations = evaluated_systems(
+        place, {"AMAM": place / "student"}, folder, on_progress=lambda *counts: progress.append(counts)
     )
     return folder, evaluations, progress
 
@@ -120,29 +144,31 @@ def test_pool_equals_the_steps_by_hand(place, evaluated_run):
             assert row["hypothesis"] == recognizer.transcribe([codec.decode(tokens)])[0]
             heard.add(row["hypothesis"])
         hypotheses = [" ".join(row["hypothesis"].lower().split()) for row in rows]
-        assert evaluations[name].wer == pytest.approx(jiwer.wer([row["text"] for row in rows], hypotheses))
+        assert evaluations[name].wer.value == pytest.approx(jiwer.wer([row["text"] for row in rows], hypotheses))
         assert evaluations[name].cer == pytest.approx(jiwer.cer([row["text"] for row in rows], hypotheses))
     assert len(heard) > 2
-    difference = evaluations["AMAM"].difference_to_teacher
-    assert difference.difference == pytest.approx(evaluations["AMAM"].wer - evaluations["teacher"].wer)
+    difference = evaluations["AMAM"].difference_to_teacher.difference
+    assert difference.value == pytest.approx(evaluations["AMAM"].wer.value - evaluations["teacher"].wer.value)
     # The codec has no recording of the first sentence, so it is compared on the four others.
     shared = [row for row in evaluations["teacher"].rows if row["utterance_id"] != "test/0"]
     rate = sum(row["word_errors"] for row in shared) / sum(row["words"] for row in shared)
-    assert evaluations["codec"].difference_to_teacher.difference == pytest.approx(evaluations["codec"].wer - rate)
+    difference = evaluations["codec"].difference_to_teacher.difference
+    assert difference.value == pytest.approx(evaluations["codec"].wer.value - rate)
     assert evaluations["teacher"].difference_to_teacher is None
 
 
 def test_files_of_an_evaluation(evaluated_run):
     folder, evaluations, _ = evaluated_run
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
-    assert summary["systems"]["AMAM"]["wer"] == evaluations["AMAM"].wer
+    assert summary["systems"]["AMAM"]["wer"] == asdict(evaluations["AMAM"].wer)
     assert torch.__version__.startswith(summary["made_by"]["versions"]["torch"])
     assert [(pair["a"], pair["b"]) for pair in summary["paired_differences"]] == [
         ("codec", "teacher"), ("codec", "AMAM"), ("teacher", "AMAM")
     ]  # fmt: skip
     for pair in summary["paired_differences"]:
         for rate in ("corpus_wer", "mean_utterance_wer", "corpus_cer", "mean_utterance_cer"):
-            assert pair[rate]["low"] <= pair[rate]["difference"] <= pair[rate]["high"]
+            difference = pair[rate]["difference"]
+            assert difference["low"] <= difference["value"] <= difference["high"]
     assert summary["left_out_no_words_after_normalization"] == ["test/5"]
     lines = (folder / "evaluation" / "teacher.jsonl").read_text().splitlines()
     assert [json.loads(line)["utterance_id"] for line in lines] == [f"test/{index}" for index in range(5)]
@@ -166,28 +192,28 @@ def test_finished_sentences_are_not_spoken_again(place, evaluated_run, monkeypat
 
     monkeypatch.setattr(evaluation_pool.ray, "remote", no_actor)
     systems = {"AMAM": place / "student"}
-    again = evaluate_systems(config_of(place), systems, folder)
+    again = evaluated_systems(place, systems, folder)
     assert again["AMAM"].summary() == before["AMAM"].summary()
-    seed = evaluate_systems(config_of(place, **{"evaluate.normalization": "seed"}), systems, folder)
-    assert seed["AMAM"].wer == seed["AMAM"].rates["mean_utterance_wer"].value
-    fewer = evaluate_systems(config_of(place, **{"evaluate.sentences": 2}), systems, folder)
+    seed = evaluated_systems(place, systems, folder, **{"evaluate.normalization": "seed"})
+    assert seed["AMAM"].wer == seed["AMAM"].rates["mean_utterance_wer"]
+    fewer = evaluated_systems(place, systems, folder, **{"evaluate.sentences": 2})
     assert fewer["AMAM"].sentences == 2
     with pytest.raises(AssertionError, match="an actor was started"):
-        evaluate_systems(config_of(place, **{"evaluate.temperature": 0.5}), systems, folder)
+        evaluated_systems(place, systems, folder, **{"evaluate.temperature": 0.5})
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="an actor was started"):
         patch.setattr(evaluate, "versions", lambda names: {**versions(names), "torch": "1.0"})
-        evaluate_systems(config_of(place), systems, folder)
+        evaluated_systems(place, systems, folder)
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="an actor was started"):
         patch.setattr(evaluate, "CODE_VERSION", 0)
-        evaluate_systems(config_of(place), systems, folder)
-    assert evaluate_systems(config_of(place), systems, folder)["AMAM"].sentences == 5
+        evaluated_systems(place, systems, folder)
+    assert evaluated_systems(place, systems, folder)["AMAM"].sentences == 5
 
 
 def test_only_lost_sentences_are_spoken_again(place, evaluated_run, monkeypatch):
     folder, before, _ = evaluated_run
 
-    def in_this_process(config, chunks):
-        worker = EvaluationWorker(config)
+    def in_this_process(settings, chunks, _):
+        worker = EvaluationWorker(settings)
         for chunk in chunks:
             yield chunk, *worker.run(chunk)
 
@@ -196,45 +222,45 @@ def test_only_lost_sentences_are_spoken_again(place, evaluated_run, monkeypatch)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2] + lines[3:]))
     progress = []
-    after = evaluate_systems(
-        config_of(place), {"AMAM": place / "student"}, folder, on_progress=lambda *counts: progress.append(counts)
+    after = evaluated_systems(
+        place, {"AMAM": place / "student"}, folder, on_progress=lambda *counts: progress.append(counts)
     )
     assert progress == [(13, 14), (14, 14)]
     assert after["AMAM"].rows == before["AMAM"].rows
     path.write_text(path.read_text()[:-30])
     with pytest.raises(InputError, match=r"AMAM.jsonl is damaged"):
-        evaluate_systems(config_of(place), {"AMAM": place / "student"}, folder)
+        evaluated_systems(place, {"AMAM": place / "student"}, folder)
     path.write_text("".join(lines))
 
 
 def test_errors_of_an_actor_reach_the_user(place, ray_cluster, tmp_path):
     with pytest.raises(InputError, match=r"nowhere given, which is no folder with Whisper weights$"):
-        evaluate_systems(config_of(place, **{"evaluate.recognizer": "whisper:nowhere"}), {}, tmp_path)
+        evaluated_systems(place, {}, tmp_path, **{"evaluate.recognizer": "whisper:nowhere"})
 
 
 def test_a_search_checks_its_evaluation_before_it_trains(place, ray_cluster):
-    check_evaluation(config_of(place))
+    check_evaluation(config_of(place), shared_teacher(place), WorkerResources())
     for key, value, message in (
         ("evaluate.metrics", "speaker", "did you mean 'speaker_similarity'"),
         ("evaluate.corpus", "nowhere", "nowhere"),
     ):
         with pytest.raises(InputError, match=message):
-            check_evaluation(config_of(place, **{key: value}))
+            check_evaluation(config_of(place, **{key: value}), shared_teacher(place), WorkerResources())
 
 
-def test_bad_input_is_refused_before_any_work(place, tmp_path, capsys):
+def test_bad_input_is_refused_before_any_work(place, ray_cluster, tmp_path, capsys):
     for changes, message in {
-        ("evaluate.normalization", "seeds"): "did you mean 'seed'",
+        ("evaluate.normalization", "seeds"): r"evaluate.normalization = 'seeds' \(.*\): Input should be .*'seed'",
         ("evaluate.sentences", 0): "nothing to speak",
     }.items():
         with pytest.raises(InputError, match=message):
-            evaluate_systems(config_of(place, **dict([changes])), {}, tmp_path)
+            evaluated_systems(place, {}, tmp_path, **dict([changes]))
     for name in ("codec", "a/b", ""):
         with pytest.raises(InputError, match="cannot be called"):
-            evaluate_systems(config_of(place), {name: None}, tmp_path)
+            evaluated_systems(place, {name: None}, tmp_path)
     with pytest.raises(InputError, match="holds no saved model"):
-        evaluate_systems(config_of(place), {"a": tmp_path}, tmp_path)
-    assert evaluate.main(["--system", "name-only", "--run", str(tmp_path)]) == 2
+        evaluated_systems(place, {"a": tmp_path}, tmp_path)
+    assert verb.main(["--system", "name-only", "--run", str(tmp_path)]) == 2
     assert "NAME=FOLDER" in capsys.readouterr().err
 
 
@@ -256,8 +282,8 @@ class _Vocoder:
         return np.full(800, speech_tokens[0] / 10, np.float32)
 
 
-def test_failures_of_single_utterances_are_listed_and_counted(place):
-    worker = EvaluationWorker(config_of(place))
+def test_failures_of_single_utterances_are_listed_and_counted(place, ray_cluster):
+    worker = worker_of(place)
     worker.prepared, worker.recognizer, worker.vocoder, worker.metrics = True, _Recognizer(), _Vocoder(), []
     sentences = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[:4]
     for sentence, first in zip(sentences, (None, 0, 1, 9), strict=True):
@@ -274,11 +300,11 @@ def test_failures_of_single_utterances_are_listed_and_counted(place):
     assert list(kept) == ["test/2"] and rate == 8_000
     evaluation = scored({"codec": rows}, "whisper_basic")["codec"]
     assert [row["utterance_id"] for row in evaluation.failures] == ["test/0", "test/1", "test/3"]
-    assert evaluation.wer == pytest.approx(1.0)
+    assert evaluation.wer.value == pytest.approx(1.0)
 
 
-def test_a_text_too_long_for_the_teacher_is_one_failure(place):
-    worker = EvaluationWorker(config_of(place))
+def test_a_text_too_long_for_the_teacher_is_one_failure(place, ray_cluster):
+    worker = worker_of(place)
     worker.prepare()
     worker.teacher = replace(load_teacher("huggingface", place / "teacher"), max_length=100)
     good = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[1]
@@ -306,20 +332,19 @@ def spoil(place, folder, name):
     student.save(folder)
 
 
-def test_a_student_that_has_diverged_fails_by_name_and_stops_nobody(place, tmp_path, monkeypatch, capsys):
+def test_a_student_that_has_diverged_fails_by_name_and_stops_nobody(place, ray_cluster, tmp_path, monkeypatch, capsys):
     """Its rows say why; the other systems are heard; the verb ends with that sentence."""
 
-    def in_this_process(config, chunks):
-        worker = EvaluationWorker(config)
+    def in_this_process(settings, chunks, _):
+        worker = EvaluationWorker(settings)
         for chunk in chunks:
             yield chunk, *worker.run(chunk)
 
     monkeypatch.setattr(evaluate, "evaluated", in_this_process)
-    monkeypatch.setattr(evaluate, "connect", lambda _: Cluster({"CPU": 1.0}, "off"))
     spoil(place, tmp_path / "diverged", "body.norm.weight")
     overrides = [f"{key}={value}" for key, value in settings_of(place).items()]
     systems = [f"--system=bad={tmp_path / 'diverged'}", f"--system=good={place / 'student'}"]
-    assert evaluate.main([*overrides, *systems, "--run", str(tmp_path / "run")]) == 2
+    assert verb.main([*overrides, *systems, "--run", str(tmp_path / "run")]) == 2
     printed = capsys.readouterr()
     reason = "system 'bad' (layout AMAM, float32 on cpu): the model's logits are not finite"
     assert printed.err.splitlines()[-1].startswith(f"error: no sentence of system 'bad' could be spoken: {reason}")
@@ -332,9 +357,9 @@ def test_a_student_that_has_diverged_fails_by_name_and_stops_nobody(place, tmp_p
     assert all(row["speech_tokens"] for row in rows["good"] + rows["teacher"])
 
 
-def test_an_error_of_generation_is_the_rows_failure(place, monkeypatch):
+def test_an_error_of_generation_is_the_rows_failure(place, ray_cluster, monkeypatch):
     """Only some texts may lead a model to logits that are not finite."""
-    worker = EvaluationWorker(config_of(place))
+    worker = worker_of(place)
     worker.prepare()
     sentences = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[:2]
 
@@ -362,14 +387,14 @@ def test_a_model_that_does_not_generate_what_it_computes_ends_the_evaluation(pla
     sentence = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[:1]
     for system, model in {"AMAM": place / "student", "teacher": None}.items():
         with pytest.raises(GenerationCheckError, match=f"system '{system}' .* decoding from the cache, step 1"):
-            EvaluationWorker(config_of(place)).run(Chunk(system, model, tuple(sentence), frozenset()))
+            worker_of(place).run(Chunk(system, model, tuple(sentence), frozenset()))
 
     @ray.remote
     def fail():
         raise GenerationCheckError("torch 0")
 
     with pytest.raises(GenerationCheckError, match=r"^torch 0$"):
-        evaluation_pool.result_of(fail.remote())
+        result_of(fail.remote())
 
 
 def test_alarms_of_an_evaluation(evaluated_run, capsys):
@@ -384,7 +409,7 @@ def test_alarms_of_an_evaluation(evaluated_run, capsys):
     assert all(row["fewest_tokens"] > 0 for row in evaluations["AMAM"].rows)
 
 
-def test_prompts_reach_the_model_and_the_codec(place):
+def test_prompts_reach_the_model_and_the_codec(place, ray_cluster):
     voices = []
 
     class Vocoder:
@@ -394,7 +419,7 @@ def test_prompts_reach_the_model_and_the_codec(place):
             voices.append(voice)
             return np.zeros(160, np.float32)
 
-    worker = EvaluationWorker(config_of(place))
+    worker = worker_of(place)
     worker.prepare()
     worker.vocoder, worker.metrics = Vocoder(), []
     sentence = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[1]
@@ -426,18 +451,18 @@ def test_seed_headline_is_the_mean_over_utterances():
     student = [row(r["text"], "" if index % 3 else r["hypothesis"], utmos=3.0) for index, r in enumerate(teacher)]
     result = scored({"student": student, "teacher": teacher}, "seed")
     rates = np.array([jiwer.wer(r["text"].strip(), r["hypothesis"]) for r in teacher])
-    assert result["teacher"].wer == pytest.approx(rates.mean())
-    assert result["teacher"].rates["corpus_wer"].value != pytest.approx(result["teacher"].wer)
+    assert result["teacher"].wer.value == pytest.approx(rates.mean())
+    assert result["teacher"].rates["corpus_wer"].value != pytest.approx(result["teacher"].wer.value)
     means = [random.choice(rates, len(rates)).mean() for _ in range(4000)]
-    assert (result["teacher"].wer_low, result["teacher"].wer_high) == pytest.approx(
+    assert (result["teacher"].wer.low, result["teacher"].wer.high) == pytest.approx(
         np.quantile(means, [0.025, 0.975]), abs=0.03
     )
-    difference = result["student"].difference_to_teacher
-    assert difference.difference == pytest.approx(result["student"].wer - result["teacher"].wer)
+    difference = result["student"].difference_to_teacher.difference
+    assert difference.value == pytest.approx(result["student"].wer.value - result["teacher"].wer.value)
     assert difference.low > 0 and result["student"].metrics == {"utmos": 3.0}
-    backwards = compare(result["teacher"], result["student"])
-    assert (backwards.difference, backwards.low, backwards.high) == pytest.approx(
-        (-difference.difference, -difference.high, -difference.low)
+    backwards = compare(result["teacher"], result["student"]).difference
+    assert (backwards.value, backwards.low, backwards.high) == pytest.approx(
+        (-difference.value, -difference.high, -difference.low)
     )
     # A bootstrap by hand, over sentences, of the difference of the means.
     losses = np.array([jiwer.wer(row["text"].strip(), row["hypothesis"]) for row in student]) - rates
@@ -445,9 +470,9 @@ def test_seed_headline_is_the_mean_over_utterances():
     assert (difference.low, difference.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
     assert evaluate.comparison_lines(result) == []
     (line,) = evaluate.comparison_lines({**result, "other": replace(result["teacher"], system="other")})
-    assert line.startswith(f"student - other: {difference.difference:+.2%} [") and "not worse in 0%" in line
+    assert line.startswith(f"student - other: {difference.value:+.2%} [") and "not worse in 0%" in line
     elsewhere = replace(result["teacher"], rows=tuple({**row, "utterance_id": "x"} for row in result["teacher"].rows))
-    with pytest.raises(InputError, match="no sentence and normalisation in common"):
+    with pytest.raises(InputError, match="no sentence and normalization in common"):
         compare(result["student"], elsewhere)
 
 
@@ -481,12 +506,12 @@ def test_words_and_characters_over_the_corpus_and_as_means():
             assert found.value == pytest.approx(errors.sum() / lengths.sum())
             drawn[name] = errors[draws].sum(1) / lengths[draws].sum(1)
             assert (found.low, found.high) == pytest.approx(np.quantile(drawn[name], [0.025, 0.975]), abs=0.01)
-        paired = compare(result["b"], result["a"], rate)
+        paired = compare(result["b"], result["a"], rate).difference
         values = {name: result[name].rates[rate].value for name in systems}
-        assert paired.difference == pytest.approx(values["b"] - values["a"]) and paired.low > 0
+        assert paired.value == pytest.approx(values["b"] - values["a"]) and paired.low > 0
         expected = np.quantile(drawn["b"] - drawn["a"], [0.025, 0.975])
         assert (paired.low, paired.high) == pytest.approx(expected, abs=0.015)
-    assert result["a"].wer == result["a"].rates["corpus_wer"].value
+    assert result["a"].wer == result["a"].rates["corpus_wer"]
     assert result["a"].cer == result["a"].rates["corpus_cer"].value
 
 
@@ -504,8 +529,8 @@ class _NoPrompt:
         raise InputError("needs a prompt")
 
 
-def test_an_utterance_without_a_score_is_listed_and_ends_nothing(place, tmp_path):
-    worker = EvaluationWorker(config_of(place, **{"evaluate.metrics": "dnsmos"}))
+def test_an_utterance_without_a_score_is_listed_and_ends_nothing(place, ray_cluster, tmp_path):
+    worker = worker_of(place, **{"evaluate.metrics": "dnsmos"})
     worker.prepared, worker.recognizer, worker.vocoder, worker.metrics = True, _Recognizer(), _Vocoder(), [_Opinion()]
     sentences = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[1:5]
     for sentence, first in zip(sentences, (1, 2, 3, 4), strict=True):
@@ -525,8 +550,8 @@ def test_an_utterance_without_a_score_is_listed_and_ends_nothing(place, tmp_path
         worker.run(chunk)
 
 
-def test_a_codec_that_takes_no_utterance_ends_the_evaluation(place):
-    worker = EvaluationWorker(config_of(place))
+def test_a_codec_that_takes_no_utterance_ends_the_evaluation(place, ray_cluster):
+    worker = worker_of(place)
     worker.prepared, worker.recognizer, worker.vocoder, worker.metrics = True, _Recognizer(), _Vocoder(), []
     sentences = evaluate.utterances(evaluate.read_corpus(place / "corpus.parquet"))[1:4]
     for sentence in sentences:
@@ -539,8 +564,12 @@ def test_a_codec_that_takes_no_utterance_ends_the_evaluation(place):
 
 def test_sampling_settings(place):
     config = config_of(place, **{"evaluate.temperature": 0.7, "evaluate.repetition_aware": "true"})
-    sampling = sampling_of(config)
+    sampling = sampling_of(config.evaluate)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_window) == (0.7, 0.8, 25, 10)
+    # What is not asked for is the teacher's own; one that says nothing is greedy.
+    assert sampling_of(config_of(place).evaluate).temperature == 0
+    sampling = sampling_of(config.evaluate, {"temperature": 0.8, "top_k": 50, "top_p": 1.0})
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_window) == (0.7, 1.0, 50, 10)
 
 
 def test_search_spaces_are_valid():
@@ -549,8 +578,8 @@ def test_search_spaces_are_valid():
     assert {"demo", "cosyvoice2", "llasa_1b"} <= set(spaces)
     assert spaces["cosyvoice2"].evaluate.normalization == "seed" and spaces["cosyvoice2"].teacher.kind == "cosyvoice2"
     # What is sampled is what the teachers' own code does.
-    for name, sampling in {"cosyvoice2": COSYVOICE2, "llasa_1b": Sampling(**llasa.SAMPLING)}.items():
-        assert sampling_of(spaces[name]) == replace(sampling, repetition_threshold=COSYVOICE2.repetition_threshold)
+    for name, own in {"cosyvoice2": vars(COSYVOICE2), "llasa_1b": llasa.SAMPLING}.items():
+        assert sampling_of(spaces[name].evaluate, own) == Sampling(**own)
 
 
 DRIVER = """
@@ -558,14 +587,19 @@ import json
 import sys
 from pathlib import Path
 import ray
-from mamtra_ray.evaluate import evaluation as evaluate
 from mamtra_ray.config import load_config
+from mamtra_ray.evaluate import evaluation as evaluate
+from mamtra_ray.runtime.resources import WorkerResources
+from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.shared import share_teacher
 
 if __name__ == "__main__":
     overrides, student, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
     evaluate.SENTENCES_PER_CHUNK = 1
-    evaluate.evaluate_systems(load_config(None, overrides), {"AMAM": student}, folder,
+    config = load_config(None, overrides)
+    teacher = share_teacher(load_teacher(config.teacher.kind, config.teacher.path))
+    evaluate.evaluate_systems(config, {"AMAM": student}, folder, teacher=teacher, worker=WorkerResources(),
                               on_progress=lambda done, total: print(done, total, flush=True))
 """
 
@@ -577,7 +611,7 @@ def test_killed_and_called_again_gives_the_same_scores(place, tmp_path):
 
     def start(folder):
         command = [sys.executable, tmp_path / "driver.py", overrides, place / "student", folder]
-        environment = {**os.environ, "PYTHONPATH": str(evaluate.Path(evaluate.__file__).parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(evaluate.Path(evaluate.__file__).parents[2])}
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
     whole = start(tmp_path / "whole")

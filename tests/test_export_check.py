@@ -1,11 +1,13 @@
 """An export that plain transformers reads otherwise than we do is refused, and leaves the old one in its place."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from made_run import finalist_row
 from safetensors.torch import load_file, save_file
 from test_granite import CASES, make_exportable
 from tiny_models import SEQUENCE, VOCABULARY, transformers_model, write_folder
@@ -15,11 +17,12 @@ from mamtra_ray.export import check as export_check
 from mamtra_ray.export import checkpoint as export
 from mamtra_ray.export.check import ExportCheckError, check_export
 from mamtra_ray.export.checkpoint import export_student
+from mamtra_ray.speech.error_rate import ErrorRate
 from mamtra_ray.speech_lm.generation_check import NonFiniteLogitsError
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import load_teacher
 
-ROW = {"ce": 1.25, "tokens": 1000, "wer": 0.1, "wer_low": 0.05, "wer_high": 0.2}
+ROW = finalist_row("AMMA", ce=1.25, tokens=1000, wer=ErrorRate(0.1, 0.05, 0.2))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def place(tmp_path_factory):
 
 
 def exported(place, folder: Path, student: str = "student", **changes):
-    export_student(place.folder / student, folder, ROW | changes, place.teacher, place.source)
+    export_student(place.folder / student, folder, dataclasses.replace(ROW, **changes), place.teacher, place.source)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,6 +57,8 @@ def test_card_and_layout_say_what_was_checked(place, tmp_path):
     for name, version in check["versions"].items():
         assert f"{name} {version}" in card
     assert content["alarm"] is None and "do not use" not in card
+    assert content["scores"]["ce"] == 1.25 and content["scores"]["wer_high"] == 0.2
+    assert "- word error rate 10.00% (95 % interval 5.00% to 20.00%)" in card and "on 1,000 tokens" in card
     exported(place, tmp_path / "best", alarm="stops at once in 20 % of the sentences")
     assert "**do not use**: it stops at once in 20 %" in (tmp_path / "best" / "README.md").read_text()
 

@@ -11,9 +11,9 @@ import transformers
 from tiny_models import SEQUENCE, VOCABULARY, transformers_model, write_folder
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate.pool import result_of
 from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.models.rope import Rope
+from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.speech_lm import generate as generation
 from mamtra_ray.speech_lm import generation_check
 from mamtra_ray.speech_lm.generation_check import (
@@ -26,8 +26,10 @@ from mamtra_ray.speech_lm.generation_check import (
 )
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
+from mamtra_ray.teachers import generation_check as teacher_check
 from mamtra_ray.teachers import load_teacher
-from mamtra_ray.teachers.generation_check import check_teacher_and_hybrid, check_teacher_on_worker
+from mamtra_ray.teachers.generation_check import check_shared_teacher, check_teacher_and_hybrid
+from mamtra_ray.teachers.shared import share_teacher
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,7 @@ def test_before_a_search_teacher_and_hybrid_are_checked(teacher, monkeypatch):
         names.append(name)
         return compared(torch.eye(2), torch.eye(2), name)
 
-    monkeypatch.setattr(generation_check, "check_generation", note)
+    monkeypatch.setattr(teacher_check, "check_generation", note)
     before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
     new = make_student(teacher.model, "AMMM", state_sharing="per_kv_head")
     check_teacher_and_hybrid(teacher, "1:3", "per_kv_head")
@@ -164,16 +166,15 @@ def test_before_a_search_teacher_and_hybrid_are_checked(teacher, monkeypatch):
 
 def test_the_check_of_a_search_as_a_ray_task(teacher, tmp_path, ray_cluster):
     """How a cluster with GPUs is checked: on a worker, whose errors keep their type."""
-    write_folder(tmp_path, transformers_model())
-    task = ray.remote(check_teacher_on_worker)
-    found = result_of(task.remote("huggingface", str(tmp_path), "1:1", "per_query_head"))
+    task = ray.remote(check_shared_teacher)
+    found = result_of(task.remote(share_teacher(teacher), "1:1", "per_query_head"))
     assert 0 < found.relative < tolerance(torch.float32, torch.device("cpu"))
     model = transformers_model()
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.inf)
-    write_folder(tmp_path, model)
+    damaged = load_teacher("huggingface", write_folder(tmp_path, model))
     with pytest.raises(NonFiniteLogitsError, match=r"^teacher .* are not finite"):
-        result_of(task.remote("huggingface", str(tmp_path), "1:1", "per_query_head"))
+        result_of(task.remote(share_teacher(damaged), "1:1", "per_query_head"))
 
 
 @pytest.mark.gpu

@@ -5,16 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_probe import batches_of, setup, validation  # noqa: F401 (fixtures)
+from test_probe import batches_of, data, setup, validation  # noqa: F401 (fixtures)
 from tiny_cache import random_rows
 from tiny_models import transformers_model
 
 from mamtra_ray.layouts import Layout, from_strategy
 from mamtra_ray.probe.layout_scoring import cosine_importance
-from mamtra_ray.run.folder import PROBE_COLUMNS, read_rows
 from mamtra_ray.run.names import PROBE
+from mamtra_ray.run.rows import ProbeRow, read_table
+from mamtra_ray.runtime.resources import WorkerResources
+from mamtra_ray.search import importance
 from mamtra_ray.search.importance import layer_importance, single_replacements
-from mamtra_ray.search.pipeline import importance
+from mamtra_ray.speech.error_rate import ErrorRate
 
 
 def test_cosine_importance_is_one_minus_the_mean_cosine_of_transformers_layers(setup):  # noqa: F811
@@ -44,35 +46,33 @@ def test_single_replacements():
 
 
 @pytest.mark.parametrize("criterion", ["kl", "cosine"])
-def test_importance_is_kept_and_reused(setup, validation, tmp_path, criterion, monkeypatch):  # noqa: F811
-    arguments = {"teacher": setup.teacher, "library": setup.folder / "library", "validation": validation}
-    scores = layer_importance(setup.config, tmp_path, criterion, **arguments)
+def test_importance_is_kept_and_reused(setup, data, tmp_path, criterion, monkeypatch):  # noqa: F811
+    arguments = (criterion, setup.config, tmp_path, data, WorkerResources())
+    scores = layer_importance(*arguments)
     assert len(scores) == 4
     if criterion == "kl":
-        kl = {row["layout"]: row["kl"] for row in read_rows(tmp_path / PROBE, PROBE_COLUMNS)}
+        kl = {str(row.layout): row.kl for row in read_table(tmp_path / PROBE, ProbeRow)}
         assert scores == [kl[name] for name in ("MAAA", "AMAA", "AAMA", "AAAM")]
     monkeypatch.setattr(importance, "ProbePool", None)  # nothing may be scored again
-    assert layer_importance(setup.config, tmp_path, criterion, **arguments) == scores
+    assert layer_importance(*arguments) == scores
     content = json.loads((tmp_path / f"importance_{criterion}.json").read_text())
     assert content["criterion"] == criterion and content["made_by"]["teacher"] == setup.teacher.fingerprint
 
 
-def test_words_lost_are_the_difference_to_the_teacher(setup, validation, tmp_path, monkeypatch):  # noqa: F811
-    """Students with one replaced layer are spoken; here a fake recogniser gives each layer its WER."""
+def test_words_lost_are_the_difference_to_the_teacher(setup, data, tmp_path, monkeypatch):  # noqa: F811
+    """Students with one replaced layer are spoken; here a fake recognizer gives each layer its WER."""
     spoken = {}
 
-    def fake(config, systems, folder, on_progress):
+    def fake(config, systems, folder, *, teacher, worker, on_progress):
         from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
         for name, student in systems.items():
             assert str(SpeechLM.load(student).layout) == name
         spoken.update(systems)
         wer = {name: 0.1 + 0.05 * name.index("M") for name in systems}
-        return {name: SimpleNamespace(wer=value) for name, value in (wer | {"teacher": 0.08}).items()}
+        return {name: SimpleNamespace(wer=ErrorRate(value, 0, 1)) for name, value in (wer | {"teacher": 0.08}).items()}
 
     monkeypatch.setattr(importance, "evaluate_systems", fake)
-    scores = layer_importance(
-        setup.config, tmp_path, "wer", teacher=setup.teacher, library=setup.folder / "library", validation=validation
-    )
+    scores = layer_importance("wer", setup.config, tmp_path, data, WorkerResources())
     assert scores == pytest.approx([0.02, 0.07, 0.12, 0.17]) and len(spoken) == 4
     assert from_strategy("importance", 4, "1:1", scores) == Layout("MMAA")

@@ -272,7 +272,7 @@ def test_embedding_loss_levels(problem):
         distillation_loss(student, head, labels, top_k_targets(head, teacher))
 
 
-def test_cross_entropy_is_the_mean_over_labelled_tokens(problem):
+def test_cross_entropy_is_the_mean_over_labeled_tokens(problem):
     head, _, student, labels = problem
     expected = nn.functional.cross_entropy(head(student), labels, ignore_index=IGNORE)
     torch.testing.assert_close(cross_entropy(head(student), labels), expected)

@@ -1,4 +1,4 @@
-"""Text normalisations against their upstream definitions, and the rates facts of the field rest on."""
+"""Text normalizations against their upstream definitions, and the rates facts of the field rest on."""
 
 import json
 import random
@@ -70,7 +70,7 @@ def test_seed_keeps_ascii_apostrophe_only_and_joins_hyphenated_words():
 
 
 def test_whisper_normalizers_equal_transformers():
-    """Two independent copies of OpenAI's normalisers (transformers', and whisper-normalizer's, which is ours) agree."""
+    """Two independent copies of OpenAI's normalizers (transformers', and whisper-normalizer's, which is ours) agree."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     table = json.loads((Path(whisper_normalizer.__file__).parent / "normalizers" / "english.json").read_text())
@@ -94,6 +94,6 @@ def test_mean_over_utterances_differs_from_corpus_rate():
 
 
 def test_unknown_name_lists_the_valid_ones():
-    with pytest.raises(InputError, match=r"unknown text normalisation 'seeds': did you mean 'seed'\? .*whisper_en"):
+    with pytest.raises(InputError, match=r"unknown text normalization 'seeds': did you mean 'seed'\? .*whisper_en"):
         word_error_rate(["a"], ["a"], "seeds")
     assert set(NORMALIZATIONS) == {"demo", "seed", "whisper_basic", "whisper_en"}

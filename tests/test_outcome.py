@@ -7,55 +7,58 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from made_run import finalist_row
 from tiny_models import VOCABULARY
 from tiny_search import write_search_space
 from tiny_whisper import write_tiny_whisper
 
 from mamtra_ray.errors import InputError
+from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.run.folder import Reference, Score, read_run
 from mamtra_ray.run.names import FINALISTS
+from mamtra_ray.search import __main__ as search
 from mamtra_ray.search import outcome
-from mamtra_ray.search import pipeline as search
 from mamtra_ray.search.outcome import choose, verdict_lines
 from mamtra_ray.search.verdict import EXIT_UNUSABLE
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder
+from mamtra_ray.speech.error_rate import ErrorRate
 from mamtra_ray.speech_lm import generation_check
 
 
-def row(layout, ratio="1:1", ce=1.0, wer=0.02, alarm=None, **more):
-    interval = {"wer_low": wer - 0.01, "wer_high": wer + 0.01} if wer is not None else dict.fromkeys(
-        ("wer_low", "wer_high")
-    )  # fmt: skip
-    return {"layout": layout, "ratio": ratio, "ce": ce, "wer": wer, **interval, "alarm": alarm, "cache_bytes": 5} | more
+def row(layout, wer=0.02, **changes):
+    interval = None if wer is None else ErrorRate(wer, wer - 0.01, wer + 0.01)
+    return finalist_row(layout, wer=interval, **changes)
 
 
 def test_the_exported_one_has_no_alarm_if_there_is_any_without():
     rows = [
         row("AAMM", ce=1.0, alarm="stops at once"),
         row("AMAM", ce=1.2),
-        row("AMMM", "1:3", ce=1.1, alarm="does not stop"),
-        row("MAMM", "1:3", ce=1.2, alarm="stops at once"),
+        row("AMMM", ce=1.1, alarm="does not stop"),
+        row("MAMM", ce=1.2, alarm="stops at once"),
     ]
-    best = choose(rows, ("1:1", "1:3"), 4)
-    assert [best["1:1"]["layout"], best["1:3"]["layout"]] == ["AMAM", "AMMM"]
-    assert [one["alarm"] for one in rows] == ["stops at once", None, "does not stop", "stops at once"]
+    after, best = choose(rows, SearchSpace(4, ("1:1", "1:3")))
+    assert [str(best["1:1"].layout), str(best["1:3"].layout)] == ["AMAM", "AMMM"]
+    assert [one.alarm for one in after] == ["stops at once", None, "does not stop", "stops at once"]
+    assert after == rows
 
 
 def test_an_export_far_worse_than_one_that_was_ruled_out_has_an_alarm_too():
     rows = [row("AAMM", wer=0.02, alarm="does not stop"), row("AMAM", wer=0.4)]
-    best = choose(rows, ("1:1",), 4)
-    assert best["1:1"]["layout"] == "AMAM"
-    assert "far above that of AAMM, 2.0 %" in rows[1]["alarm"]
+    after, best = choose(rows, SearchSpace(4, ("1:1",)))
+    assert str(best["1:1"].layout) == "AMAM"
+    assert "far above that of AAMM, 2.0 %" in after[1].alarm
+    assert best["1:1"] == after[1]
 
 
 def test_last_lines_of_the_screen():
     rows = [
-        row("AMAM", wer_difference=0.0, wer_difference_low=-0.02, wer_difference_high=0.02),
-        row("AMMM", "1:3", alarm="does not stop"),
+        row("AMAM", wer_difference=ErrorRate(0.0, -0.02, 0.02)),
+        row("AMMM", alarm="does not stop"),
         row("AAMM", alarm="stops at once"),
     ]
-    reference = Reference(1.0, 40, Score(0.02, 0.01, 0.03))
+    reference = Reference(1.0, 40, Score(ErrorRate(0.02, 0.01, 0.03)))
     assert verdict_lines(rows, reference, {"1:1": rows[0], "1:3": rows[1]}, 10) == [
         "alarm: AMMM does not stop",
         "alarm: AAMM stops at once",
@@ -67,7 +70,7 @@ def test_last_lines_of_the_screen():
 
 @pytest.fixture
 def speaking_space(tmp_path):
-    """A search of random models that speak, with a codec and a recogniser as random."""
+    """A search of random models that speak, with a codec and a recognizer as random."""
     torch.manual_seed(0)
     codebook = torch.randn(VOCABULARY.speech_size, tk.FRAMES_PER_TOKEN * tk.NUM_MELS)
     decoder = TokenDecoder(DecoderConfig(channels=8, num_blocks=1))
@@ -83,7 +86,7 @@ def speaking_space(tmp_path):
         search__finalists=1,
         distill__tokens=200,
         distill__workers=1,
-        distill__checkpoint_tokens=200,
+        distill__checkpoint_every_tokens=200,
         student__initialization="transfer",
     )
 

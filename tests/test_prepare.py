@@ -19,12 +19,14 @@ import torch
 from mamtra_ray.artifacts import read_json
 from mamtra_ray.config import load_config
 from mamtra_ray.corpus import preparation as prepare
+from mamtra_ray.corpus.__main__ import main
 from mamtra_ray.corpus.preparation import prepare_corpus
 from mamtra_ray.corpus.sources import Recording, cosyvoice_shards, length_stress, libritts, seed_tts_eval
 from mamtra_ray.corpus.table import read_corpus
 from mamtra_ray.corpus.tokenization_worker import TokenizationWorker, Tokenizers
 from mamtra_ray.errors import InputError
 from mamtra_ray.runtime.cluster import Cluster
+from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.speech import speech_tokenizers
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder, load_codec
@@ -82,12 +84,13 @@ def libritts_root(tmp_path):
 def run(root, output, codec_path, **options):
     recordings, skipped = libritts(root)
     return prepare_corpus(
-        load_config(),
+        load_config().teacher,
         recordings,
         skipped,
         output,
         made_by={"source": "libritts"},
         speech_tokenizer=codec_path,
+        worker=WorkerResources(),
         **options,
     )
 
@@ -346,28 +349,28 @@ def test_s3_tokenizer_is_called_as_its_package_wants(tmp_path, monkeypatch):
 
 def test_command_line(libritts_root, tmp_path, capsys):
     arguments = ["libritts", str(libritts_root), "--output", str(tmp_path / "out")]
-    assert prepare.main([*arguments, "--dry-run", "name=other", "teacher.kind=llasa"]) == 0
+    assert main([*arguments, "--dry-run", "name=other", "teacher.kind=llasa", f"teacher.path={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "11 recordings, 3 left out already" in printed and "llasa's tokenizers" in printed
     assert not (tmp_path / "out").exists()
-    assert prepare.main(["prepare", *arguments, "--dry-run"]) == 0
+    assert main(["prepare", *arguments, "--dry-run"]) == 0
     assert "11 recordings" in capsys.readouterr().out
-    assert prepare.main(["length_stress", str(libritts_root), "--output", "x", "--per-length", "-1"]) == 2
+    assert main(["length_stress", str(libritts_root), "--output", "x", "--per-length", "-1"]) == 2
     assert "one or more utterances per number of words, not -1" in capsys.readouterr().err
-    assert prepare.main(["libri", *arguments[1:]]) == 2
+    assert main(["libri", *arguments[1:]]) == 2
     assert "did you mean 'libritts'" in capsys.readouterr().err
 
 
 def test_paths_in_a_corpus_hold_from_anywhere(tmp_path, codec_path, monkeypatch, capsys):
     """Given relative to where the verb is called; read by workers and evaluations elsewhere."""
 
-    def in_this_process(tokenizers, groups, actors):
+    def in_this_process(tokenizers, groups, actors, worker):
         assert tokenizers.speech_tokenizer.is_absolute()
         monkeypatch.chdir("/")
-        worker = TokenizationWorker(tokenizers)
-        worker._load()
+        tokenization = TokenizationWorker(tokenizers)
+        tokenization._load()
         for index, recordings in groups.items():
-            yield index, *worker.tokenized(recordings)
+            yield index, *tokenization.tokenized(recordings)
 
     monkeypatch.setattr(prepare, "_tokenized", in_this_process)
     monkeypatch.setattr("mamtra_ray.runtime.cluster.connect", lambda address: Cluster({}, "off"))
@@ -375,17 +378,17 @@ def test_paths_in_a_corpus_hold_from_anywhere(tmp_path, codec_path, monkeypatch,
     soundfile.write(tmp_path / "prompt.wav", sound(3), RATE, subtype="FLOAT")
     (tmp_path / "meta.lst").write_text("a|find the camera|prompt.wav|open the window\n")
     output = str(tmp_path / "corpus")
-    assert prepare.main(["seed_tts_eval", "meta.lst", "--output", output, "--speech-tokenizer", codec_path.name]) == 0
+    assert main(["seed_tts_eval", "meta.lst", "--output", output, "--speech-tokenizer", codec_path.name]) == 0
     (row,) = read_corpus(output).to_pylist()
     assert row["prompt_audio"] == str(tmp_path / "prompt.wav") and len(row["prompt_speech_tokens"])
 
 
 def test_nothing_usable_says_where_the_reasons_are(tmp_path, codec_path, monkeypatch):
-    def in_this_process(tokenizers, groups, actors):
-        worker = TokenizationWorker(tokenizers)
-        worker._load()
+    def in_this_process(tokenizers, groups, actors, worker):
+        tokenization = TokenizationWorker(tokenizers)
+        tokenization._load()
         for index, recordings in groups.items():
-            yield index, *worker.tokenized(recordings)
+            yield index, *tokenization.tokenized(recordings)
 
     monkeypatch.setattr(prepare, "_tokenized", in_this_process)
     root = tmp_path / "LibriTTS"
@@ -403,12 +406,14 @@ import ray
 from mamtra_ray.config import load_config
 from mamtra_ray.corpus.preparation import prepare_corpus
 from mamtra_ray.corpus.sources import libritts
+from mamtra_ray.runtime.resources import WorkerResources
 
 if __name__ == "__main__":
     root, output, codec = map(Path, sys.argv[1:])
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
-    prepare_corpus(load_config(), *libritts(root), output, made_by={"source": "libritts"}, speech_tokenizer=codec,
-                   utterances_per_part=2, on_progress=lambda done, total: print(done, total, flush=True))
+    prepare_corpus(load_config().teacher, *libritts(root), output, made_by={"source": "libritts"},
+                   speech_tokenizer=codec, worker=WorkerResources(), utterances_per_part=2,
+                   on_progress=lambda done, total: print(done, total, flush=True))
 """
 
 
@@ -419,7 +424,7 @@ def test_killed_and_called_again_makes_the_same_corpus(libritts_root, codec_path
 
     def start(output):
         command = [sys.executable, tmp_path / "driver.py", libritts_root, output, codec_path]
-        environment = {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
     whole = start(tmp_path / "whole")

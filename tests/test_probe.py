@@ -1,6 +1,7 @@
 """Scores of layouts against students built one by one; rounds against brute force; stop, resume and bad input."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,21 +14,26 @@ from mamtra_ray.align.mixer_library import LibraryManifest, save_library
 from mamtra_ray.config import Config
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.layouts.constraints import Constraints, layouts_to_matrix, sample_layouts
 from mamtra_ray.losses import HiddenTargets
 from mamtra_ray.models.transfer import mixer_from_attention
-from mamtra_ray.probe import probing as probe
-from mamtra_ray.probe.layout_scoring import MaskScorer, ProbeRow
-from mamtra_ray.probe.pool import first_utterances
-from mamtra_ray.probe.probing import outcome_table, probe_masks, propose
-from mamtra_ray.run.folder import PROBE_COLUMNS, latest_scores, read_rows
+from mamtra_ray.probe import probing
+from mamtra_ray.probe.layout_scoring import LayoutScorer
+from mamtra_ray.probe.pool import ProbeData, first_utterances
+from mamtra_ray.probe.probing import outcome_table, probe_layouts, propose
+from mamtra_ray.run.folder import latest_scores
 from mamtra_ray.run.names import PROBE
+from mamtra_ray.run.rows import ProbeRow, read_table
+from mamtra_ray.run.session import search_space
+from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.surrogate.acquisition import CONFIDENT, confidence, fit_log, next_layouts, ranked_layouts
 from mamtra_ray.surrogate.quadratic import Quadratic
 from mamtra_ray.teacher_cache import batches as shared_batches
 from mamtra_ray.teacher_cache import shared as shared_cache
 from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.shared import share_teacher
 
 CPU = torch.device("cpu")
 FOUR_LAYERS = [Layout("".join(letters)) for letters in itertools.product("AM", repeat=4)]
@@ -39,7 +45,8 @@ def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe")
     config = tiny_config(folder, rows=random_rows(train=8, validation=12))
     config = Config.model_validate(
-        config.model_dump() | {"probe": {"masks": 20, "validation_tokens": 120}, "search": {"ratios": ["1:1", "1:3"]}}
+        config.model_dump()
+        | {"probe": {"num_layouts": 20, "validation_tokens": 120}, "search": {"ratios": ["1:1", "1:3"]}}
     )
     cache_without_ray(config, folder / "cache")
     teacher = load_teacher(config.teacher.kind, config.teacher.path)
@@ -71,6 +78,30 @@ def validation(setup, ray_cluster):
     )
 
 
+@pytest.fixture(scope="module")
+def data(setup, validation):
+    """What layouts are scored with, as a session has it."""
+    return ProbeData(
+        share_teacher(setup.teacher),
+        setup.folder / "library",
+        "per_query_head",
+        validation,
+        setup.config.probe.validation_tokens,
+    )
+
+
+def probe(config, folder, data, **options):
+    return probe_layouts(
+        config.probe,
+        search_space(config, 4),
+        config.search.strategies,
+        folder,
+        replace(data, validation_tokens=config.probe.validation_tokens),
+        WorkerResources(),
+        **options,
+    )
+
+
 def batches_of(teacher, rows):
     """One batch per utterance, its teacher rows computed here."""
     for row in rows:
@@ -99,7 +130,7 @@ def plain_scores(setup, layout, batches):
 @pytest.mark.parametrize("share_prefixes", [True, False])
 def test_scores_equal_those_of_single_students(setup, share_prefixes):
     batches = list(batches_of(setup.teacher, random_rows(train=3, validation=0)))
-    scorer = MaskScorer(setup.teacher.model, setup.library, "per_query_head", CPU)
+    scorer = LayoutScorer(setup.teacher.model, setup.library, "per_query_head", CPU)
     layouts = [FOUR_LAYERS[index] for index in (9, 0, 15, 5, 6, 7)]
     rows = scorer.score(layouts, batches, share_prefixes)
     assert [row.layout for row in rows] == layouts
@@ -111,7 +142,7 @@ def test_scores_equal_those_of_single_students(setup, share_prefixes):
 
 
 def test_padded_batches_score_like_single_rows(setup, validation):
-    scorer = MaskScorer(setup.teacher.model, setup.library, "per_query_head", CPU)
+    scorer = LayoutScorer(setup.teacher.model, setup.library, "per_query_head", CPU)
     layouts = [Layout("AMMA"), Layout("MMAM")]
     together, alone = (
         scorer.score(
@@ -120,88 +151,79 @@ def test_padded_batches_score_like_single_rows(setup, validation):
         for size in (400, 1)
     )
     for first, second in zip(together, alone, strict=True):
-        assert first.tokens == second.tokens == validation.labelled_positions
+        assert first.tokens == second.tokens == validation.labeled_positions
         # The cache keeps hidden states in half precision.
         assert (first.ce, first.kl) == pytest.approx((second.ce, second.kl), rel=1e-4)
 
 
-def test_probing_stops_and_goes_on_without_paying_twice(setup, validation, tmp_path):
-    arguments = {
-        "teacher": setup.teacher,
-        "library": setup.folder / "library",
-        "validation": validation,
-    }
-
+def test_probing_stops_and_goes_on_without_paying_twice(setup, validation, data, tmp_path):
     def interrupt(done, _total):
         if done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        probe_masks(setup.config, tmp_path, **arguments, on_progress=interrupt)
-    before = read_rows(tmp_path / PROBE, PROBE_COLUMNS)
+        probe(setup.config, tmp_path, data, on_progress=interrupt)
+    before = read_table(tmp_path / PROBE, ProbeRow)
     assert 0 < len(before) < 10
 
     seen = []
-    rows = probe_masks(setup.config, tmp_path, **arguments, on_progress=lambda *count: seen.append(count))
-    assert seen[-1] == (20, 20)
+    rows = probe(setup.config, tmp_path, data, on_progress=lambda *count: seen.append(count))
+    assert seen[-1] == (10, 20), "it ends below the total where all is settled earlier"
     # Two budgets of four layers have only 6 + 4 layouts: all are scored, then probing ends by itself.
     allowed = [layout for layout in FOUR_LAYERS if len(layout.attention_layers) in (1, 2)]
     assert {row.layout for row in rows} == set(allowed) and len(rows) == 10
-    after = read_rows(tmp_path / PROBE, PROBE_COLUMNS)
+    after = read_table(tmp_path / PROBE, ProbeRow)
     assert after[: len(before)] == before, "a scored layout was scored again"
     held_out = first_utterances(validation, setup.config.probe.validation_tokens)
     assert held_out.speech_tokens <= 120 < validation.speech_tokens
-    assert all(row.tokens == held_out.labelled_positions for row in rows)
+    assert all(row.tokens == held_out.labeled_positions for row in rows)
 
-    scorer = MaskScorer(setup.teacher.model, setup.library, "per_query_head", CPU)
+    scorer = LayoutScorer(setup.teacher.model, setup.library, "per_query_head", CPU)
     batches = shared_batches.batches(held_out, setup.teacher.sequence, tokens_per_batch=400, seed=0, epoch=0)
     truth = {row.layout: row.kl for row in scorer.score(allowed, batches)}
     for row in rows:
         assert row.kl == pytest.approx(truth[row.layout], rel=1e-3)
     for ratio, kept in (("1:1", 2), ("1:3", 1)):
         best = min((truth[layout], layout) for layout in allowed if len(layout.attention_layers) == kept)
-        assert propose(setup.config, rows, ratio, 3)[0] == best[1]
+        assert propose(search_space(setup.config, 4), rows, ratio, 3)[0] == best[1]
 
 
-def test_scores_of_other_budgets_and_settings_stay_apart(setup, validation, tmp_path):
+def test_scores_of_other_budgets_and_settings_stay_apart(setup, data, tmp_path):
     """Going on with another budget spends scores on it; scores on other tokens answer no later question."""
 
-    def probed(masks, ratios, tokens):
+    def probed(num_layouts, ratios, tokens):
         config = Config.model_validate(
             setup.config.model_dump()
-            | {"probe": {"masks": masks, "validation_tokens": tokens}, "search": {"ratios": ratios}}
+            | {"probe": {"num_layouts": num_layouts, "validation_tokens": tokens}, "search": {"ratios": ratios}}
         )
-        rows = probe_masks(
-            config, tmp_path, teacher=setup.teacher, library=setup.folder / "library", validation=validation
-        )
-        return config, rows
+        return config, probe(config, tmp_path, data)
 
     probed(6, ["1:1"], 120)
     config, rows = probed(4, ["1:3"], 120)
     assert sorted(row.layout.ratio for row in rows) == ["1:1"] * 6 + ["1:3"] * 4
-    [line] = [line for line in outcome_table(config, rows).splitlines() if line.split()[0] == "1:3"]
+    [line] = [line for line in outcome_table(search_space(config, 4), rows).splitlines() if line.split()[0] == "1:3"]
     best = min((row for row in rows if row.layout.ratio == "1:3"), key=lambda row: row.kl)
     assert str(best.layout) in line and "100%" in line, "every layout of this budget is scored"
     for tokens, count in ((60, 6), (120, 10), (60, 6)):
         probed(6, ["1:1"], tokens)
         latest = latest_scores(tmp_path)
-        assert len(latest) == count and len({row["tokens"] for row in latest}) == 1
-    assert len(read_rows(tmp_path / PROBE, PROBE_COLUMNS)) == 16, "nothing was scored twice or lost"
+        assert len(latest) == count and len({row.tokens for row in latest}) == 1
+    assert len(read_table(tmp_path / PROBE, ProbeRow)) == 16, "nothing was scored twice or lost"
 
 
-def test_the_last_scores_confirm_predicted_optima(setup, validation, tmp_path, monkeypatch):
+def test_the_last_scores_confirm_predicted_optima(setup, data, tmp_path, monkeypatch):
     asked = []
-    confirming = probe.best_unscored
-    monkeypatch.setattr(probe, "best_unscored", lambda *a: asked.append(confirming(*a)) or asked[-1])
+    confirming = probing.best_unscored
+    monkeypatch.setattr(probing, "best_unscored", lambda *a: asked.append(confirming(*a)) or asked[-1])
     config = Config.model_validate(
         setup.config.model_dump()
-        | {"probe": {"masks": 8, "validation_tokens": 120}, "search": {"ratios": ["1:1", "1:3"]}}
+        | {"probe": {"num_layouts": 8, "validation_tokens": 120}, "search": {"ratios": ["1:1", "1:3"]}}
     )
-    rows = probe_masks(config, tmp_path, teacher=setup.teacher, library=setup.folder / "library", validation=validation)
+    rows = probe(config, tmp_path, data)
     assert len(rows) == 8 and asked and rows[-1].layout in {layout for found in asked for layout in found}
 
 
-def test_a_library_of_another_teacher_is_one_sentence(setup, validation, tmp_path):
+def test_a_library_of_another_teacher_is_one_sentence(setup, data, tmp_path):
     save_library(
         tmp_path / "library",
         setup.library,
@@ -209,11 +231,11 @@ def test_a_library_of_another_teacher_is_one_sentence(setup, validation, tmp_pat
         LibraryManifest({0: 1.0}, {0: 1.0}, {0: 1.0}, 1, 1, 1.0, 1),
     )
     with pytest.raises(InputError, match="made with another teacher: 'someone else'"):
-        probe_masks(setup.config, tmp_path, teacher=setup.teacher, library=tmp_path / "library", validation=validation)
+        probe(setup.config, tmp_path, replace(data, library=tmp_path / "library"))
 
 
 def synthetic_kl(num_layers, seed):
-    """log KL: layers, neighbours, and a part that no surrogate of pairs can represent."""
+    """log KL: layers, neighbors, and a part that no surrogate of pairs can represent."""
     rng = np.random.default_rng(seed)
     pairs = np.triu(np.tril(rng.normal(size=(num_layers, num_layers)) * 0.15, 3), 1)
     quadratic = Quadratic(-4.0, 0.3 + 0.2 * rng.normal(size=num_layers), pairs)
@@ -247,9 +269,11 @@ def test_rounds_find_the_best_of_all_layouts_and_know_it(seed):
 
 def test_few_scores_are_ranked_without_a_surrogate():
     rows = [ProbeRow(Layout("AMAM"), 1.0, 0.3, 9, 0.1), ProbeRow(Layout("MMAA"), 1.0, 0.2, 9, 0.1)]
-    assert propose(Config(), rows, "1:1", 5) == [Layout("MMAA"), Layout("AMAM")]
+    space = SearchSpace(4, ("1:1",))
+    assert propose(space, rows, "1:1", 5) == [Layout("MMAA"), Layout("AMAM")]
     with pytest.raises(InputError, match="no layout was scored"):
-        propose(Config(), [], "1:1", 1)
-    search = Config().search.model_copy(update={"keep_attention": (0, 1, 2)})
+        propose(space, [], "1:1", 1)
+    with pytest.raises(InputError, match="1:1 keeps 2 attention layers, but the constraints allow 3 to 4"):
+        propose(replace(space, keep_attention=frozenset({0, 1, 2})), rows, "1:1", 1)
     with pytest.raises(InputError, match="no layout has 2 to 2 attention layers"):
-        propose(Config().model_copy(update={"search": search}), rows, "1:1", 1)
+        Constraints.from_ratio(4, "1:1", keep_attention=(0, 1, 2))

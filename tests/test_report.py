@@ -18,23 +18,16 @@ from scipy import stats
 from mamtra_ray.config import save_config
 from mamtra_ray.efficiency import ARCHITECTURES
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate.alarms import COLUMNS
 from mamtra_ray.layouts import Layout
 from mamtra_ray.listening_test.opinion_scores import OpinionScore, read_scores, write_scores
 from mamtra_ray.report import paper_results
 from mamtra_ray.report.__main__ import main
 from mamtra_ray.report.report import build_report, write_report
 from mamtra_ray.report.search import pareto_front, rank_agreement
-from mamtra_ray.run.folder import (
-    FINALIST_COLUMNS,
-    read_architecture,
-    read_rows,
-    read_run,
-    read_runs,
-    write_reference,
-    write_rows,
-)
+from mamtra_ray.run.folder import read_architecture, read_run, read_runs, write_reference
 from mamtra_ray.run.names import AUDIO_INDEX, CURVES, FINALISTS, PROBE, REFERENCE, TRIALS
+from mamtra_ray.run.rows import FinalistRow, TrialRow, columns, read_table, write_table
+from mamtra_ray.speech.end_of_speech import EndOfSpeech
 from mamtra_ray.surrogate.correlations import pearson, spearman
 
 
@@ -120,8 +113,8 @@ def test_correlations_pooled_and_inside_ratios(runs):
     rows = {(row["points"], row["scope"]): row for row in section.tables[0].rows}
     finalists = read_run(runs[0]).finalists
     for ratio in ("1:1", "1:3"):
-        chosen = [row for row in finalists if row["ratio"] == ratio]
-        own = stats.spearmanr([row["ce"] for row in chosen], [row["wer"] for row in chosen]).statistic
+        chosen = [row for row in finalists if row.layout.ratio == ratio]
+        own = stats.spearmanr([row.ce for row in chosen], [row.wer.value for row in chosen]).statistic
         assert rows["these runs", ratio]["spearman"] == pytest.approx(own)
     # What was computed from the published figure.
     assert rows["paper, Fig. 4", "all pooled"]["pearson"] == pytest.approx(0.930, abs=5e-4)
@@ -156,9 +149,12 @@ def test_the_front_is_what_nothing_beats():
 
 def test_rank_agreement_stays_inside_ratios(runs):
     run = read_run(runs[0])
+
     # Within each ratio the first rung reverses the probe's order; pooled, the two would agree.
-    for row in run.trials:
-        row["ce"] = (10 if row["ratio"] == "1:3" else 0) - quality(Layout(row["layout"]))
+    def reversed_ce(layout: Layout) -> float:
+        return (10 if layout.ratio == "1:3" else 0) - quality(layout)
+
+    run = dataclasses.replace(run, trials=[dataclasses.replace(t, ce=reversed_ce(t.layout)) for t in run.trials])
     rows = [row for row in rank_agreement(run) if row["scores"] == "probe and rung 0"]
     assert {row["ratio"] for row in rows} == {"1:1", "1:3"}
     for row in rows:
@@ -208,8 +204,12 @@ def test_runs_of_one_name_and_of_another_depth(tmp_path, capsys):
     assert "given twice" in capsys.readouterr().err
 
     shallow = made_run(tmp_path / "shallow", ("search.ratios=1:3",))
-    rows = [{**row, "layout": row["layout"][:8], "ratio": "1:3"} for row in read_rows(shallow / TRIALS, ())]
-    write_rows(shallow / TRIALS, rows, ())
+    rows = [
+        dataclasses.replace(row, layout=Layout(layout))
+        for row in read_table(shallow / TRIALS, TrialRow)
+        for layout in [str(row.layout)[:8]]
+    ]
+    write_table(shallow / TRIALS, rows, TrialRow)
     for table in (FINALISTS, PROBE, CURVES):
         (shallow / table).unlink()
     # 1:11 fits the twelve layers of one and not the eight of the other.
@@ -252,10 +252,10 @@ def test_what_is_no_run_gets_one_sentence(runs, tmp_path, capsys):
 def test_alarms_stand_above_everything_and_in_the_table(runs, tmp_path):
     alarmed = Path(shutil.copytree(runs[0], tmp_path / "alarmed"))
     run = read_run(alarmed)
-    ends = {"not_stopped": 0.35, "stopped_at_once": 0.0, "failed": 0.0}
-    rows = [{**row, **ends, "alarm": None} for row in run.finalists]
-    rows[0]["alarm"], rows[3]["alarm"] = "does not stop by itself in <35> % of the sentences", "stops at once"
-    write_rows(alarmed / FINALISTS, rows, FINALIST_COLUMNS + COLUMNS)
+    rows = [dataclasses.replace(row, ends=EndOfSpeech(0.35, 0.0, 0.0), alarm=None) for row in run.finalists]
+    rows[0] = dataclasses.replace(rows[0], alarm="does not stop by itself in <35> % of the sentences")
+    rows[3] = dataclasses.replace(rows[3], alarm="stops at once")
+    write_table(alarmed / FINALISTS, rows, FinalistRow)
     write_reference(alarmed, dataclasses.replace(run.reference, teacher_alarm="has a WER of 90.0 %"))
     again = read_run(alarmed)
     assert again.finalists == rows and again.reference.teacher_alarm == "has a WER of 90.0 %"
@@ -263,16 +263,16 @@ def test_alarms_stand_above_everything_and_in_the_table(runs, tmp_path):
     text = write_report([alarmed], tmp_path / "page.html").read_text()
     block = text[text.index('class="alarms"') : text.index('class="facts"')]
     exported = run.best_layout
-    assert rows[0]["layout"] == exported
+    assert rows[0].layout == exported
     for sentence in (
         f"<li>{exported} (exported) does not stop by itself in &lt;35&gt; % of the sentences.</li>",
-        f"<li>{rows[3]['layout']} stops at once.</li>",
+        f"<li>{rows[3].layout} stops at once.</li>",
         "<li>the teacher has a WER of 90.0 %.</li>",
     ):
         assert sentence in block
     table = list(csv.DictReader((tmp_path / "page" / "table_3_systems.csv").open()))
     assert [row["alarm"] for row in table if row["alarm"]] == [
-        "has a WER of 90.0 %", rows[0]["alarm"], "stops at once"
+        "has a WER of 90.0 %", rows[0].alarm, "stops at once"
     ]  # fmt: skip
     # Of several runs it is said which one; a run of an earlier version has no alarm to show.
     both = build_report(read_runs([alarmed, runs[1]]))
@@ -280,8 +280,10 @@ def test_alarms_stand_above_everything_and_in_the_table(runs, tmp_path):
     assert 'class="alarms"' not in write_report([runs[0]], tmp_path / "old.html").read_text()
 
 
-def test_a_column_of_alarms_is_text_even_without_any(tmp_path):
-    write_rows(tmp_path / "t.parquet", [{"a": 1, "alarm": None}], ("a", "alarm"))
+def test_a_column_of_alarms_is_text_even_without_any(runs, tmp_path):
+    rows = read_run(runs[0]).finalists
+    assert {row.alarm for row in rows} == {None}
+    write_table(tmp_path / "t.parquet", rows, FinalistRow)
     assert pq.read_schema(tmp_path / "t.parquet").field("alarm").type == pa.string()
 
 
@@ -294,14 +296,21 @@ def test_a_listening_test_gives_the_nmos_column(runs, tmp_path):
     assert shown == [["teacher", "3.70 ± 0.16", "–"], ["AM", "3.60 ± 0.17", "-0.10 ± 0.05"]]
 
 
-def test_a_table_keeps_every_column_of_every_row(tmp_path):
-    rows = [{"a": 1, "b": None}, {"a": 2, "b": "x", "later": 0.5}]
-    write_rows(tmp_path / "t.parquet", rows, ("a", "b"))
-    assert read_rows(tmp_path / "t.parquet", ("a", "later")) == [{"a": 1, "b": None, "later": None}, rows[1]]
-    write_rows(tmp_path / "t.parquet", [], ("a", "b"))
-    assert read_rows(tmp_path / "t.parquet", ("a", "b")) == []
-    with pytest.raises(ValueError, match="lacks b"):
-        write_rows(tmp_path / "t.parquet", [{"a": 1}], ("a", "b"))
+def test_a_table_keeps_every_column_of_every_row(runs, tmp_path):
+    first, second = read_run(runs[0]).finalists[:2]
+    rows = [dataclasses.replace(first, wer=None, metrics={}), dataclasses.replace(second, metrics={"later": 0.5})]
+    write_table(tmp_path / "t.parquet", rows, FinalistRow)
+    assert read_table(tmp_path / "t.parquet", FinalistRow) == rows
+    written = pq.read_table(tmp_path / "t.parquet").to_pylist()
+    assert written == [{**columns(rows[0]), "later": None}, columns(rows[1])]
+    write_table(tmp_path / "t.parquet", [], FinalistRow)
+    assert read_table(tmp_path / "t.parquet", FinalistRow) == []
+    assert set(pq.read_schema(tmp_path / "t.parquet").names) == set(columns(rows[0]))
+    with pytest.raises(TypeError, match="'layout'"):  # a row that lacks a column cannot be made
+        FinalistRow(**{part.name: getattr(first, part.name) for part in dataclasses.fields(first)[1:]})
+    pq.write_table(pq.read_table(runs[0] / FINALISTS).drop_columns(["kl"]), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="lacks the column kl"):
+        read_table(tmp_path / "t.parquet", FinalistRow)
 
 
 def test_the_architecture_survives_the_file(runs):

@@ -155,7 +155,7 @@ def test_batches_are_the_padded_training_examples(ray_cluster: None, made: dict)
         ids, labels = SEQUENCE.training_example(utterance.text_tokens.tolist(), utterance.speech_tokens.tolist())
         expected[tuple(ids.tolist())] = labels.tolist()
     shared = shared_of(made)
-    assert shared.num_utterances == 40 and shared.labelled_positions == shared.speech_tokens + 40
+    assert shared.num_utterances == 40 and shared.labeled_positions == shared.speech_tokens + 40
     seen = []
     for batch in batches(shared, SEQUENCE, tokens_per_batch=150, seed=0, epoch=0):
         assert batch.input_ids_BL.dtype == batch.labels_BL.dtype == torch.int64
@@ -203,13 +203,13 @@ def test_distilling_from_the_cache_is_distilling_with_the_teacher(ray_cluster: N
         losses[source] = []
         for number in range(2):
             for batch in batches(shared, SEQUENCE, tokens_per_batch=150, seed=0, epoch=number):
-                labelled_BL = batch.labels_BL != IGNORE
+                labeled_BL = batch.labels_BL != IGNORE
                 targets = batch.teacher_targets
                 if source == "online":
                     with torch.no_grad():
-                        targets = HiddenTargets(teacher.hidden_states(batch.input_ids_BL)[labelled_BL])
-                hidden_ND = student.hidden_states(batch.input_ids_BL)[labelled_BL]
-                terms = distillation_loss(hidden_ND, student.head, batch.labels_BL[labelled_BL], targets, LossWeights())
+                        targets = HiddenTargets(teacher.hidden_states(batch.input_ids_BL)[labeled_BL])
+                hidden_ND = student.hidden_states(batch.input_ids_BL)[labeled_BL]
+                terms = distillation_loss(hidden_ND, student.head, batch.labels_BL[labeled_BL], targets, LossWeights())
                 optimizer.zero_grad()
                 terms.total.backward()
                 optimizer.step()
@@ -225,14 +225,14 @@ def test_layers_that_the_cache_keeps(ray_cluster: None, tmp_path: Path) -> None:
     teacher = load_teacher(config.teacher.kind, config.teacher.path).model
     shared = shared_of({"layers": (config, tmp_path / "cache", manifest)}, "layers")
     for batch in batches(shared, SEQUENCE, tokens_per_batch=150, seed=0, epoch=0):
-        labelled_BL = batch.labels_BL != IGNORE
+        labeled_BL = batch.labels_BL != IGNORE
         with torch.no_grad():
             hidden_BLD, outputs = teacher.hidden_states(batch.input_ids_BL, return_layers=True)
         assert set(batch.teacher_targets.layers_ND) == {1, 3}
         expected = {"final": hidden_BLD, 1: outputs[1], 3: outputs[3]}
         found = {"final": batch.teacher_targets.hidden_ND, **batch.teacher_targets.layers_ND}
         for level, values_BLD in expected.items():
-            torch.testing.assert_close(found[level].float(), values_BLD[labelled_BL], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(found[level].float(), values_BLD[labeled_BL], atol=1e-3, rtol=1e-3)
 
 
 def test_top_k_batches_hold_the_teachers_probabilities(ray_cluster: None, made: dict) -> None:

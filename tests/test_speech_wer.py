@@ -29,7 +29,7 @@ HYPOTHESES = ["Open the widow.", "Paint the guitar #7 green green", "the letter 
         ("blue-green", "blue green"),
     ],
 )
-def test_demo_normalisation_spells_what_whisper_writes(written, spoken):
+def test_demo_normalization_spells_what_whisper_writes(written, spoken):
     assert normalize_demo(written) == spoken
 
 
@@ -74,8 +74,8 @@ def test_paired_difference_removes_what_both_find_hard():
     a, b = word_error_rate(references, first), word_error_rate(references, second)
     result = paired_difference(b, a)
     # b makes exactly one error more in every utterance of six words: no resampling changes that.
-    assert result.difference == pytest.approx(1 / 6)
-    assert (result.low, result.high) == pytest.approx((1 / 6, 1 / 6))
+    assert result.difference.value == pytest.approx(1 / 6)
+    assert (result.difference.low, result.difference.high) == pytest.approx((1 / 6, 1 / 6))
     assert result.probability_a_not_worse == 0.0
     low, high = bootstrap_interval(b.errors, b.words)
     assert high - low > 0.03

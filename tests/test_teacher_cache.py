@@ -12,24 +12,26 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_cache import cache_without_ray, random_rows, tiny_config
+from tiny_cache import LocalTeacher, cache_without_ray, random_rows, tiny_config
 from tiny_models import SEQUENCE, SPEECH, transformers_model
 
 from mamtra_ray.config import Config
 from mamtra_ray.corpus.table import read_corpus
 from mamtra_ray.errors import InputError
+from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.teacher_cache import build as teacher_cache
 from mamtra_ray.teacher_cache.__main__ import main
 from mamtra_ray.teacher_cache.batches import batches
-from mamtra_ray.teacher_cache.build import build_cache
 from mamtra_ray.teacher_cache.manifest import (
     MANIFEST,
+    CacheManifest,
     PlannedShard,
     complete_manifest,
     read_cache_manifest,
@@ -40,6 +42,8 @@ from mamtra_ray.teacher_cache.quantizer import QUANTIZER_FILE
 from mamtra_ray.teacher_cache.shared import share_cache
 from mamtra_ray.teacher_cache.storage import LOCK_FILE, Storage
 from mamtra_ray.teacher_cache.worker import CacheJob, ShardWriter
+from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.shared import share_teacher
 
 TESTS = Path(__file__).parent
 
@@ -68,6 +72,21 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a shard would be computed")
 
     monkeypatch.setattr(teacher_cache, "_run", refuse)
+    monkeypatch.setattr(f"{__name__}.share_teacher", LocalTeacher)
+
+
+def build_cache(config: Config, folder: Path | str, **options: Any) -> CacheManifest:
+    """The cache of a configuration, its teacher shared as a session does it."""
+    teacher = load_teacher(config.teacher.kind, config.teacher.path)
+    return teacher_cache.build_cache(
+        config.cache,
+        config.corpus,
+        folder,
+        teacher=teacher,
+        shared_teacher=share_teacher(teacher),
+        worker=WorkerResources(),
+        **options,
+    )
 
 
 def shard_bytes(folder: Path) -> dict[str, bytes]:
@@ -147,13 +166,13 @@ def test_other_formats_are_built_and_described(ray_cluster: None, tmp_path: Path
     assert (QUANTIZER_FILE in manifest.files) == (kind == "hidden_quantized")
     before = shard_bytes(tmp_path / "cache")
     if kind == "hidden_quantized":
-        # Codes of one quantiser mean nothing to another.
+        # Codes of one quantizer mean nothing to another.
         storage, (name, shard) = Storage.of(tmp_path / "cache"), next(iter(manifest.shards.items()))
         plan = PlannedShard(shard.split, shard.first, shard.utterances, shard.speech_tokens)
         assert unlisted_shard(storage, name, manifest.shards_made_by, plan) == shard
         other = dataclasses.replace(manifest, files={QUANTIZER_FILE: "0"})
         assert unlisted_shard(storage, name, other.shards_made_by, plan) is None
-        # A stopped job's quantiser is learnt again, and gives the same bytes.
+        # A stopped job's quantizer is learned again, and gives the same bytes.
         shutil.copytree(tmp_path / "cache", tmp_path / "again")
         for name in (MANIFEST, QUANTIZER_FILE, "train-00001.parquet"):
             (tmp_path / "again" / name).unlink()
@@ -182,7 +201,7 @@ def test_a_cache_of_something_else_is_refused_and_says_of_what(
     assert shard_bytes(folder) == before
 
 
-def test_a_corpus_of_unknown_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_corpus_of_unknown_tokens_is_refused(tmp_path: Path, no_ray: None) -> None:
     rows = random_rows()
     rows[3]["speech_tokens"][0] = 41
     with pytest.raises(InputError, match="'utterance 3' has speech token 41"):
@@ -324,7 +343,8 @@ def test_no_space_left_is_one_sentence_and_damages_nothing(tmp_path: Path) -> No
 def test_a_worker_without_space_says_so_instead_of_failing(made: tuple[Config, Path], tmp_path: Path) -> None:
     config, folder = made
     storage = Storage.of(tmp_path / "full")
-    job = CacheJob(config.teacher.kind, config.teacher.path, storage, complete_manifest(Storage.of(folder)).made_by)
+    teacher = LocalTeacher(load_teacher(config.teacher.kind, config.teacher.path))
+    job = CacheJob(teacher, storage, complete_manifest(Storage.of(folder)).made_by)
     table = read_corpus(config.corpus.path, "train").slice(0, 8)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -396,8 +416,9 @@ def test_a_killed_actor_costs_one_shard_and_changes_nothing(
 
 def driver(config: Config, folder: Path, *arguments: str) -> subprocess.Popen:
     """The verb in a process and a cluster of its own."""
-    command = [sys.executable, "-m", "mamtra_ray.teacher_cache", "--cache", str(folder), "--address", "local"]
+    command = [sys.executable, "-m", "mamtra_ray.teacher_cache", "--run", f"{folder}_run", "--address", "local"]
     overrides = [
+        f"cache.location={folder}",
         f"teacher.kind={config.teacher.kind}",
         f"teacher.path={config.teacher.path}",
         f"corpus.path={config.corpus.path}",
@@ -544,7 +565,7 @@ def test_a_file_uri_is_a_local_folder(cache: tuple[Config, Path], no_ray: None) 
     assert build_cache(config, f"file://{folder}").complete
 
 
-def test_an_unreachable_store_is_one_sentence(made: tuple[Config, Path]) -> None:
+def test_an_unreachable_store_is_one_sentence(made: tuple[Config, Path], no_ray: None) -> None:
     config, _ = made
     with pytest.raises(InputError, match="no file system opens nonsense://x/y"):
         build_cache(config, "nonsense://key:secret@x/y")

@@ -1,5 +1,6 @@
 """Questions about cost and constraints, answered from scores, against brute force over all layouts."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,10 +11,12 @@ from made_run import DEMO, made_run
 from mamtra_ray.efficiency import cache_bytes, decode_flops
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.constraints import Constraints
-from mamtra_ray.run.folder import PROBE_COLUMNS, read_rows, read_run, write_rows
+from mamtra_ray.run.folder import read_run
 from mamtra_ray.run.names import PROBE
+from mamtra_ray.run.rows import ProbeRow, read_table, write_table
 from mamtra_ray.search.costs import cost_by_rung
 from mamtra_ray.teacher_cache.manifest import CacheManifest
+from mamtra_ray.tradeoff import __main__ as verb
 from mamtra_ray.tradeoff import tradeoff
 
 EVERY = [Layout("".join(letters)) for letters in itertools.product("AM", repeat=12)]
@@ -44,7 +47,7 @@ SCORES = {layout: kl(layout) for layout in np.random.default_rng(0).choice(EVERY
 def test_answers_are_the_optima_of_brute_force(cost, weight, bounds):
     relative = tradeoff.relative_cost(DEMO, cost, 2048)
     constraints = Constraints(12, cost=relative, **bounds)
-    answers = tradeoff.best_by_budget(SCORES, constraints, relative, weight)
+    answers = tradeoff.best_by_ratio(SCORES, constraints, relative, weight)
 
     def objective(layout):
         return math.log(kl(layout)) + weight * COST_IN_FULL[cost](layout)
@@ -68,13 +71,13 @@ def test_answers_are_the_optima_of_brute_force(cost, weight, bounds):
 @pytest.fixture
 def run_folder(tmp_path):
     folder = made_run(tmp_path / "run")
-    rows = read_rows(folder / PROBE, PROBE_COLUMNS)
-    write_rows(folder / PROBE, [{**row, "kl": kl(Layout(row["layout"]))} for row in rows], PROBE_COLUMNS)
+    rows = [dataclasses.replace(row, kl=kl(row.layout)) for row in read_table(folder / PROBE, ProbeRow)]
+    write_table(folder / PROBE, rows, ProbeRow)
     return folder
 
 
 def test_the_verb_prints_an_answer_and_how_to_train_it(run_folder, capsys):
-    assert tradeoff.main(["--run", str(run_folder), "--max-cost", "0.6", "--keep-attention", "0"]) == 0
+    assert verb.main(["--run", str(run_folder), "--max-cost", "0.6", "--keep-attention", "0"]) == 0
     output = capsys.readouterr().out
     best = output.splitlines()[-1].split()[-1]
     assert best.startswith("A") and COST_IN_FULL["cache_bytes"](Layout(best)) <= 0.6
@@ -90,7 +93,7 @@ def test_the_verb_prints_an_answer_and_how_to_train_it(run_folder, capsys):
     ],
 )
 def test_bad_questions_are_one_sentence(run_folder, capsys, arguments, sentence):
-    assert tradeoff.main(["--run", str(run_folder), *arguments]) == 2
+    assert verb.main(["--run", str(run_folder), *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
 
@@ -98,16 +101,16 @@ def test_bad_questions_are_one_sentence(run_folder, capsys, arguments, sentence)
 def test_rungs_count_every_token_once(run_folder):
     """Rows of trials count from the first step; their rungs' costs are differences, finalists train anew."""
     run = read_run(run_folder)
-    finalists = [{**row, "seconds": 10.0} for row in run.finalists]
+    finalists = [dataclasses.replace(row, seconds=10.0) for row in run.finalists]
     cache = CacheManifest(made_by={}, hidden_size=DEMO.hidden_size, utterances_per_shard=8, complete=True, shards={})
     rows = {row["rung"]: row for row in cost_by_rung(run_folder, DEMO, cache, 7.0, None, run.trials, finalists)}
     assert set(rows) == {"cache", "probe", "trials, rung 0", "trials, rung 1", "finalists", "all"}
-    last = {row["layout"]: row for row in sorted(run.trials, key=lambda row: row["rung"])}
+    last = {row.layout: row for row in sorted(run.trials, key=lambda row: row.rung)}
     for amount in ("tokens", "seconds"):
         trials = rows["trials, rung 0"][amount] + rows["trials, rung 1"][amount]
-        assert trials == pytest.approx(sum(row[amount] for row in last.values()))
-    saved = sum(row["tokens"] for row in [*run.probe, *last.values(), *finalists])
+        assert trials == pytest.approx(sum(getattr(row, amount) for row in last.values()))
+    saved = sum(row.tokens for row in [*run.probe, *last.values(), *finalists])
     assert rows["all"]["teacher_tokens_saved"] == saved
     assert rows["all"]["seconds"] == pytest.approx(
-        7.0 + sum(row["seconds"] for row in [*run.probe, *last.values(), *finalists])
+        7.0 + sum(row.seconds for row in [*run.probe, *last.values(), *finalists])
     )

@@ -41,7 +41,7 @@ def teacher(tmp_path_factory) -> Teacher:
 
 
 def make_batch(teacher: Teacher, lengths: tuple[int, ...], seed: int) -> Batch:
-    """Right-padded utterances with the teacher's hidden states at the labelled positions."""
+    """Right-padded utterances with the teacher's hidden states at the labeled positions."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = teacher.model.vocabulary
     rows = []
@@ -51,10 +51,10 @@ def make_batch(teacher: Teacher, lengths: tuple[int, ...], seed: int) -> Batch:
         rows.append(teacher.sequence.training_example(text, speech))
     ids_BL = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
     labels_BL = torch.nn.utils.rnn.pad_sequence([labels for _, labels in rows], True, IGNORE)
-    labelled_BL = labels_BL != IGNORE
+    labeled_BL = labels_BL != IGNORE
     with torch.no_grad():
-        hidden_ND = teacher.model.hidden_states(ids_BL)[labelled_BL]
-    return Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), int(labelled_BL.sum()))
+        hidden_ND = teacher.model.hidden_states(ids_BL)[labeled_BL]
+    return Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), int(labeled_BL.sum()))
 
 
 def student_of(teacher: Teacher) -> SpeechLM:
@@ -96,10 +96,10 @@ def test_the_embedding_loss_is_taken_where_the_configuration_says(teacher, level
 
 @torch.no_grad()
 def states_of(model: SpeechLM, batch: Batch) -> dict[Any, Tensor]:
-    """Hidden states at the labelled positions, by level."""
+    """Hidden states at the labeled positions, by level."""
     final_BLD, layers = model.hidden_states(batch.input_ids_BL, return_layers=True)
-    labelled_BL = batch.labels_BL != IGNORE
-    return {level: t[labelled_BL] for level, t in (("final", final_BLD), *enumerate(layers))}
+    labeled_BL = batch.labels_BL != IGNORE
+    return {level: t[labeled_BL] for level, t in (("final", final_BLD), *enumerate(layers))}
 
 
 def test_held_out_scores_count_every_token_once(teacher):
@@ -107,12 +107,12 @@ def test_held_out_scores_count_every_token_once(teacher):
     student = student_of(teacher)
     ce, kl, tokens = 0.0, 0.0, 0
     for batch in batches:
-        labelled = batch.labels_BL != IGNORE
-        logits = student(batch.input_ids_BL)[labelled].double()
+        labeled = batch.labels_BL != IGNORE
+        logits = student(batch.input_ids_BL)[labeled].double()
         target = teacher.model.head(batch.teacher_targets.hidden_ND).double().log_softmax(-1)
-        ce += cross_entropy(logits, batch.labels_BL[labelled], reduction="sum").item()
+        ce += cross_entropy(logits, batch.labels_BL[labeled], reduction="sum").item()
         kl += kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True).item()
-        tokens += int(labelled.sum())
+        tokens += int(labeled.sum())
     scores = validate(student, iter(batches))
     assert scores.tokens == tokens
     assert scores.ce == pytest.approx(ce / tokens, rel=1e-5)

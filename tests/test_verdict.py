@@ -4,14 +4,15 @@ import pytest
 
 from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.search.verdict import Outcome, is_unusable, verdict
+from mamtra_ray.speech.error_rate import ErrorRate
 
-TEACHER = Measured("teacher", 1.164, 0.014, 0.003, 0.03)
-HEARD = Measured("AMMAMMMAAAMA", 1.165, 0.008, 0.0, 0.018)
+TEACHER = Measured("teacher", 1.164, ErrorRate(0.014, 0.003, 0.03))
+HEARD = Measured("AMMAMMMAAAMA", 1.165, ErrorRate(0.008, 0.0, 0.018))
 UNHEARD = Measured("AMMAMMMAAAMA", 1.165)
 
 
 def outcome(best=HEARD, alarm=None, others=True, difference=(-0.006, -0.02, 0.01)):
-    return Outcome(best, alarm, others, difference, 0.5)
+    return Outcome(best, alarm, others, None if difference is None else ErrorRate(*difference), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def outcome(best=HEARD, alarm=None, others=True, difference=(-0.006, -0.02, 0.01
             " at 50 % of its cache",
         ),
         (
-            outcome(Measured("AMMAMMMAAAMA", 1.2, 0.08, 0.06, 0.1), difference=None),
+            outcome(Measured("AMMAMMMAAAMA", 1.2, ErrorRate(0.08, 0.06, 0.1)), difference=None),
             "AMMAMMMAAAMA: WER 8.0 % [6.0, 10.0], worse than the teacher's 1.4 % [0.3, 3.0], at 50 % of its cache",
         ),
         (

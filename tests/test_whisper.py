@@ -1,4 +1,4 @@
-"""Recognisers with the user's weights: transformers' Whisper on a random model, faster-whisper on the packaged one."""
+"""Recognizers with the user's weights: transformers' Whisper on a random model, faster-whisper on the packaged one."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
 """A corpus of random utterances for the tiny teacher of :mod:`tiny_models`, and a cache of it made without Ray."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,26 @@ from tiny_models import VOCABULARY, transformers_model, write_folder
 
 from mamtra_ray.config import Config
 from mamtra_ray.corpus.table import corpus_identity, read_corpus, token_counts, write_corpus
-from mamtra_ray.teacher_cache.formats import format_settings
+from mamtra_ray.teacher_cache.build import cache_made_by
 from mamtra_ray.teacher_cache.manifest import CacheManifest, finished_shard, plan_shards, write_manifest
 from mamtra_ray.teacher_cache.storage import Storage
 from mamtra_ray.teacher_cache.worker import CacheJob, TeacherPass
 from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class LocalTeacher:
+    """A ``SharedTeacher`` that needs no Ray: in this process only."""
+
+    teacher: Teacher
+
+    @property
+    def fingerprint(self) -> str:
+        return self.teacher.fingerprint
+
+    def load(self) -> Teacher:
+        return self.teacher
 
 
 def random_rows(train: int = 40, validation: int = 6, seed: int = 0, longest: int = 40) -> list[dict[str, Any]]:
@@ -39,6 +55,7 @@ def tiny_config(folder: Path, *, seed: int = 0, tokenizer: str = "tiny", rows: A
             "teacher": {"kind": "huggingface", "path": str(folder / "teacher")},
             "corpus": {"path": str(folder / "corpus.parquet")},
             "cache": {"utterances_per_shard": 8, **cache},
+            "distill": {"hidden_weight": 0.0} if cache.get("format") == "topk" else {},
         }
     )
 
@@ -47,16 +64,10 @@ def cache_without_ray(config: Config, folder: Path) -> CacheManifest:
     """The cache of all utterances, by the worker's own code but in this process."""
     teacher = load_teacher(config.teacher.kind, config.teacher.path)
     storage = Storage.of(folder)
-    identity = corpus_identity(read_corpus(config.corpus.path))
-    made_by = {
-        "teacher": teacher.fingerprint,
-        "tokenizer": identity.tokenizer,
-        "corpus": identity.corpus_hash,
-        "format": format_settings(config.cache),
-    }
+    made_by = cache_made_by(config.cache, teacher.fingerprint, corpus_identity(read_corpus(config.corpus.path)))
     size = config.cache.utterances_per_shard
     manifest = CacheManifest(made_by, teacher.model.config.hidden_size, size, True, {})
-    teacher_pass = TeacherPass(CacheJob(config.teacher.kind, config.teacher.path, storage, made_by))
+    teacher_pass = TeacherPass(CacheJob(LocalTeacher(teacher), storage, made_by))
     shards = {}
     for split in ("train", "validation"):
         table = read_corpus(config.corpus.path, split)

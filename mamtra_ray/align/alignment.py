@@ -28,6 +28,7 @@ from mamtra_ray.config import AlignConfig
 from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.runtime.progress import every_second
 from mamtra_ray.runtime.resources import WorkerResources
+from mamtra_ray.runtime.stopping import run_interruptibly
 from mamtra_ray.runtime.training import STATE, STATE_MANIFEST, has_state
 from mamtra_ray.teacher_cache.batches import batches
 from mamtra_ray.teacher_cache.shared import SharedCache
@@ -220,7 +221,7 @@ def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Progress
     )
     total = job.config.tokens
     with every_second(lambda: report(min(ray.get(counter.get.remote()), total), total)):
-        trainer.fit()
+        run_interruptibly(trainer.fit)
 
 
 def train_fn_per_worker(train_loop_config: dict[str, Any]) -> None:

@@ -77,11 +77,11 @@ class MixerTraining:
     """The mixers of all attention layers of a teacher in training.
 
     Args:
-        teacher: on ``device`` afterwards; not changed otherwise.
+        teacher: on ``device`` afterward; not changed otherwise.
         config: optimizer and batches.
         state_sharing: see :class:`~mamtra_ray.models.mamba.MixerConfig`.
         device: where it trains.
-        world_size: processes that train together; above 1 a process group must be initialised.
+        world_size: processes that train together; above 1 a process group must be initialized.
         seed: of the random parts of the mixers, as in :func:`~mamtra_ray.speech_lm.speech_lm.make_student`.
     """
 
@@ -194,7 +194,7 @@ class MixerTraining:
 
     @torch.no_grad()
     def errors(self, batches: Iterable[Batch]) -> dict[int, float]:
-        """Normalised error of every layer over all ``batches`` (sums of squares before the division)."""
+        """Normalized error of every layer over all ``batches`` (sums of squares before the division)."""
         sums: dict[int, Tensor] = {}
         real_BL = torch.empty(0)
 

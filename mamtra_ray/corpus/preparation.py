@@ -41,7 +41,7 @@ def prepare_corpus(
     utterances_per_part: int = UTTERANCES_PER_PART,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Tokenise ``recordings`` into a corpus folder; Ray must be initialised.
+    """Tokenize ``recordings`` into a corpus folder; Ray must be initialized.
 
     Args:
         teacher: whose tokenizers.

@@ -97,7 +97,7 @@ def length_stress(root: Path, per_length: int = 5, seed: int = 0, max_words: int
     """A test set of sentences from 1 to 62 words, each spoken after another utterance of the same speaker.
 
     The paper takes LibriTTS test-clean and gives no list; this one draws up to ``per_length`` utterances of every
-    number of words (blank-separated, in the normalised text), and as prompt the same speaker's utterance nearest to
+    number of words (blank-separated, in the normalized text), and as prompt the same speaker's utterance nearest to
     15 words that is another one.
 
     Raises:

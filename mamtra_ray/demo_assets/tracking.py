@@ -53,7 +53,7 @@ def tracked_words(
     following = [*text_tokens[1:], NO_WORD, NO_WORD]
     words = [(IGNORE, IGNORE)] * (length - num_speech - 1)
     for position in range(num_speech + 1):
-        # The centre of the last frame the model has heard at this position.
+        # The center of the last frame the model has heard at this position.
         heard = (FRAMES_PER_TOKEN * position + phase - 1) * HOP_SIZE / SAMPLE_RATE
         index = bisect_right(word_ends, heard) if position else 0
         words.append((index, following[index]))

@@ -2,7 +2,7 @@
 
 Knows PyTorch but not Ray: ``workers.py`` runs it in Ray Train workers and in Tune trials.
 
-Shapes: B batch, L length, D model width, N labelled positions of a batch.
+Shapes: B batch, L length, D model width, N labeled positions of a batch.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Batch(Protocol):
 
     @property
     def teacher_targets(self) -> Any:
-        """The teacher's rows for the labelled positions, in the order of ``labels_BL[labels_BL != IGNORE]``."""
+        """The teacher's rows for the labeled positions, in the order of ``labels_BL[labels_BL != IGNORE]``."""
 
     @property
     def num_tokens(self) -> int:
-        """Labelled positions."""
+        """Labeled positions."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ class _Objective(nn.Module):
     def forward(self, batch: Batch, num_tokens: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The terms of Eq. 5 as sums over this batch divided by ``num_tokens``; a tuple, as DDP wants it."""
         # Padded right, so no position sees padding: without a mask attention takes its faster causal path.
-        labelled_BL = batch.labels_BL != IGNORE
+        labeled_BL = batch.labels_BL != IGNORE
         layers = [layer for layer in self.hidden_layers if layer != "final"] if self.weights.hidden else []
         hidden_BLD = self.student.hidden_states(batch.input_ids_BL, return_layers=bool(layers))
         layers_ND: dict[int, Tensor] = {}
         if layers:
             hidden_BLD, outputs = hidden_BLD
-            layers_ND = {layer: outputs[layer][labelled_BL] for layer in layers}
+            layers_ND = {layer: outputs[layer][labeled_BL] for layer in layers}
         terms = distillation_loss(
-            hidden_BLD[labelled_BL],
+            hidden_BLD[labeled_BL],
             self.student.head,
-            batch.labels_BL[labelled_BL],
+            batch.labels_BL[labeled_BL],
             batch.teacher_targets,
             self.weights,
             alpha=self.skew,
@@ -194,9 +194,9 @@ def validate(student: SpeechLM, batches: Iterator[Batch]) -> HeldOut:
     ce = kl = 0.0
     tokens = 0
     for batch in batches:
-        labelled_BL = batch.labels_BL != IGNORE
-        hidden_ND = student.hidden_states(batch.input_ids_BL)[labelled_BL]
-        labels_N = batch.labels_BL[labelled_BL]
+        labeled_BL = batch.labels_BL != IGNORE
+        hidden_ND = student.hidden_states(batch.input_ids_BL)[labeled_BL]
+        labels_N = batch.labels_BL[labeled_BL]
         # alpha = 0 turns the skewed KL into KL(teacher || student).
         terms = distillation_loss(hidden_ND, student.head, labels_N, batch.teacher_targets, weights, alpha=0.0)
         ce += float(terms.ce) * len(labels_N)

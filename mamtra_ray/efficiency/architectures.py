@@ -54,6 +54,8 @@ class Architecture:
     head_dim: int
     mamba: MambaShape
     qkv_bias: bool = False
+    o_bias: bool = False
+    """Of attention's output projection, and of the mixer's that replaces it."""
     norm_has_bias: bool = False
     """True for LayerNorm, False for RMSNorm."""
     table_parameters: int = 0
@@ -87,6 +89,7 @@ def attention_layer(architecture: Architecture) -> LayerCost:
     kv_size = architecture.num_kv_heads * architecture.head_dim
     linear = architecture.hidden_size * (2 * query_size + 2 * kv_size) + _mlp_macs(architecture)
     biases = query_size + 2 * kv_size if architecture.qkv_bias else 0
+    biases += architecture.hidden_size if architecture.o_bias else 0
     return LayerCost(
         parameters=linear + biases + 2 * _norm_parameters(architecture),
         linear_macs_per_token=linear,
@@ -108,8 +111,9 @@ def mamba_layer(architecture: Architecture) -> LayerCost:
     linear = mixer + (_mlp_macs(architecture) if mamba.has_mlp else 0)
     conv = conv_channels * (mamba.conv_kernel + 1)
     norms = (2 if mamba.has_mlp else 1) * _norm_parameters(architecture)
+    out_bias = architecture.hidden_size if architecture.o_bias else 0
     return LayerCost(
-        parameters=linear + conv + 2 * mamba.num_states + mamba.num_output_heads + mamba.inner_size + norms,
+        parameters=linear + out_bias + conv + 2 * mamba.num_states + mamba.num_output_heads + mamba.inner_size + norms,
         linear_macs_per_token=linear,
         conv_macs_per_token=conv_channels * mamba.conv_kernel,
         attention_width=0,
@@ -154,6 +158,7 @@ def decoder_architecture(
     qkv_bias: bool,
     table_parameters: int,
     head_outputs: int,
+    o_bias: bool = False,
     state_sharing: StateSharing = "per_query_head",
 ) -> Architecture:
     """A Qwen2- or Llama-shaped decoder whose attention converts to the grouped-query Mamba mixer."""
@@ -167,6 +172,7 @@ def decoder_architecture(
         head_dim=head_dim,
         mamba=grouped_query_mamba(num_heads, num_kv_heads, head_dim, state_sharing),
         qkv_bias=qkv_bias,
+        o_bias=o_bias,
         table_parameters=table_parameters,
         head_outputs=head_outputs,
     )
@@ -200,6 +206,7 @@ def from_hf_config(
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=config.get("head_dim") or hidden_size // num_heads,
         qkv_bias=QKV_BIAS_BY_MODEL_TYPE[model_type] or bool(config.get("attention_bias", False)),
+        o_bias=model_type == "llama" and bool(config.get("attention_bias", False)),
         table_parameters=vocabulary_size * hidden_size * (1 if tied else 2),
         head_outputs=vocabulary_size,
         state_sharing=state_sharing,

@@ -126,7 +126,7 @@ def cache_bytes(
         dtype: float32, float16 or bfloat16.
         state_dtype: type of the SSM state where it differs; many kernels keep it in float32.
         dummy_key_value: add the one-value key and value a token that the paper's Mamba layers left in the
-            cache (an artefact of its code that Fig. 5 includes; ours have none).
+            cache (an artifact of its code that Fig. 5 includes; ours have none).
     """
     value_bytes = _dtype_bytes(dtype)
     state_bytes = _dtype_bytes(state_dtype or dtype)

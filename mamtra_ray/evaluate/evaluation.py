@@ -1,8 +1,8 @@
 """What a recognizer hears when teacher and students speak the test sentences.
 
-Systems and chunks of sentences are spread over Ray actors, one per CPU or GPU. Every recognised sentence is on disk
+Systems and chunks of sentences are spread over Ray actors, one per CPU or GPU. Every recognized sentence is on disk
 (``evaluation/<system>.jsonl``) before the next chunk is waited for, and is not spoken again by a later call with the
-same model and settings; the text normalisation may change without speaking again.
+same model and settings; the text normalization may change without speaking again.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def evaluate_systems(
     worker: WorkerResources,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Evaluation]:
-    """Score systems on the test split; Ray must be initialised.
+    """Score systems on the test split; Ray must be initialized.
 
     Args:
         config: sections ``teacher``, ``corpus`` and ``evaluate``, and the seed.
@@ -85,7 +85,7 @@ def evaluate_systems(
         One :class:`Evaluation` by name.
 
     Raises:
-        InputError: no test sentence, an unusable system, or something the recogniser or codec needs is missing.
+        InputError: no test sentence, an unusable system, or something the recognizer or codec needs is missing.
         GenerationCheckError: a system does not generate what it computes.
     """
     sentences, without_words, corpus_hash = test_sentences(config)
@@ -132,17 +132,17 @@ def evaluation_settings(config: Config, teacher: SharedTeacher) -> EvaluationSet
 
 
 def check_evaluation(config: Config, teacher: SharedTeacher, worker: WorkerResources) -> None:
-    """Say before a long run what would end its evaluation; Ray must be initialised.
+    """Say before a long run what would end its evaluation; Ray must be initialized.
 
     Raises:
-        InputError: no test sentence, or something the recogniser, the codec or a metric needs is missing.
+        InputError: no test sentence, or something the recognizer, the codec or a metric needs is missing.
     """
     test_sentences(config)
     check_speech_stack(evaluation_settings(config, teacher), worker)
 
 
 def test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
-    """The first sentences of the test split; ids of those without a word after normalisation; the corpus hash."""
+    """The first sentences of the test split; ids of those without a word after normalization; the corpus hash."""
     settings = config.evaluate
     if not settings.sentences:
         raise InputError("evaluate.sentences is 0: there is nothing to speak")
@@ -151,7 +151,7 @@ def test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
     first = utterances(test.slice(0, settings.sentences))
     speakable = [sentence for sentence in first if normalize(sentence.text).split()]
     if not speakable:
-        raise InputError(f"the test split has no sentence with a word after {settings.normalization} normalisation")
+        raise InputError(f"the test split has no sentence with a word after {settings.normalization} normalization")
     kept = {sentence.utterance_id for sentence in speakable}
     without_words = [sentence.utterance_id for sentence in first if sentence.utterance_id not in kept]
     return speakable, without_words, corpus_identity(test).corpus_hash
@@ -176,7 +176,7 @@ def sentences_of(system: str, sentences: Sequence[Utterance]) -> list[Utterance]
 
 
 def _settings_hash(config: Config) -> str:
-    """Of what determines the recognised text of a sentence: not how many are scored, nor how they are normalised."""
+    """Of what determines the recognized text of a sentence: not how many are scored, nor how they are normalized."""
     settings = config.evaluate.model_dump(exclude={"corpus", "sentences", "normalization", "audio_examples"})
     codec = Path(config.evaluate.codec) if config.evaluate.codec else None
     settings["codec"] = file_hash(codec) if codec and codec.is_file() else str(codec and codec.resolve())

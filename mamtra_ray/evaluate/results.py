@@ -1,4 +1,4 @@
-"""Scores of an evaluation: from rows of recognised sentences to rates, intervals, and the files of a run folder."""
+"""Scores of an evaluation: from rows of recognized sentences to rates, intervals, and the files of a run folder."""
 
 from __future__ import annotations
 
@@ -143,11 +143,11 @@ def compare(a: Evaluation, b: Evaluation, rate: str | None = None) -> PairedDiff
         rate: one of :data:`RATES`; the headline WER if None.
 
     Raises:
-        InputError: no sentence in common, or different normalisations.
+        InputError: no sentence in common, or different normalizations.
     """
     shared = {row["utterance_id"] for row in a.rows} & {row["utterance_id"] for row in b.rows}
     if not shared or a.normalization != b.normalization:
-        raise InputError(f"{a.system} and {b.system} have no sentence and normalisation in common to compare")
+        raise InputError(f"{a.system} and {b.system} have no sentence and normalization in common to compare")
 
     def counts(evaluation: Evaluation) -> WerResult:
         rows = sorted((row for row in evaluation.rows if row["utterance_id"] in shared), key=_by_id)
@@ -165,7 +165,7 @@ def _result(rows: Sequence[Row], normalization: str) -> WerResult:
 
 
 def headline_rate(normalization: str) -> str:
-    """The rate that the normalisation's benchmark reports."""
+    """The rate that the normalization's benchmark reports."""
     return "mean_utterance_wer" if normalization in MEAN_OVER_UTTERANCES else "corpus_wer"
 
 

@@ -73,7 +73,7 @@ def sampling_of(settings: EvaluateConfig, own: Mapping[str, Any] = MappingProxyT
 
 
 class EvaluationWorker:
-    """Holds recogniser, codec and teacher; loads a system when a chunk of another one arrives."""
+    """Holds recognizer, codec and teacher; loads a system when a chunk of another one arrives."""
 
     def __init__(self, settings: EvaluationSettings, num_threads: int = 1) -> None:
         self.settings = settings
@@ -81,7 +81,7 @@ class EvaluationWorker:
         self.prepared = False
 
     def prepare(self) -> None:
-        """Load recogniser, codec and metrics (not in ``__init__``, whose errors Ray reports without their type).
+        """Load recognizer, codec and metrics (not in ``__init__``, whose errors Ray reports without their type).
 
         Raises:
             InputError: one of their files or packages is missing.
@@ -110,7 +110,7 @@ class EvaluationWorker:
         self.prepared = True
 
     def run(self, chunk: Chunk) -> tuple[list[Row], dict[str, np.ndarray], int]:
-        """Speak and recognise a chunk.
+        """Speak and recognize a chunk.
 
         Returns:
             One row per utterance (``utterance_id, text, hypothesis, speech_tokens, stopped, fewest_tokens,
@@ -189,8 +189,9 @@ class EvaluationWorker:
             # A sentence has its own seed, so its speech does not depend on how sentences are divided into chunks.
             seeds.append(int(content_hash([self.settings.seed, utterance.utterance_id])[:8], 16))
             ids.append(utterance.utterance_id)
+        sampling = sampling_of(self.settings.evaluate, self.teacher.sampling)
         try:
-            results = generate(model, prompts, bounds, sampling_of(self.settings.evaluate, self.teacher.sampling), seeds)
+            results = generate(model, prompts, bounds, sampling, seeds)
         except InputError as error:
             # Logits that are not finite: of this system, whose other chunks and whose rivals are still worth hearing.
             return [spoken.get(one.utterance_id, Spoken((), False, str(error))) for one in chunk.utterances]

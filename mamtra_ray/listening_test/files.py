@@ -20,7 +20,8 @@ QUESTION = "How natural does this speech sound?"
 
 def write_test_page(path: Path, test_id: str, files: Mapping[str, Path], clips_per_listener: int) -> None:
     """One HTML file with all clips in it; it knows their meaningless names only."""
-    environment = Environment(loader=PackageLoader("mamtra_ray.listening_test", ""), autoescape=True, undefined=StrictUndefined)
+    loader = PackageLoader("mamtra_ray.listening_test", "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     sounds = {clip: base64.b64encode(file.read_bytes()).decode("ascii") for clip, file in files.items()}
     page = environment.get_template(TEMPLATE).render(
         test={"test_id": test_id, "clips_per_listener": clips_per_listener, "sounds": sounds},

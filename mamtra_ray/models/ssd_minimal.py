@@ -42,7 +42,5 @@ def ssd_scan_minimal(
         entering.append(state_BHPN)
         state_BHPN = log_decay_BKQH[:, k, -1].exp()[..., None, None] * state_BHPN + added_BKHPN[:, k]
     # 4. What the entering state says at every position, decayed from the chunk's start.
-    y_BKQHP = y_BKQHP + torch.einsum(
-        "bkthn,bkth,bkhpn->bkthp", C_BKQHN, log_decay_BKQH.exp(), torch.stack(entering, 1)
-    )
+    y_BKQHP = y_BKQHP + torch.einsum("bkthn,bkth,bkhpn->bkthp", C_BKQHN, log_decay_BKQH.exp(), torch.stack(entering, 1))
     return y_BKQHP.flatten(1, 2), state_BHPN

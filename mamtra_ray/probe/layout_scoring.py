@@ -3,7 +3,7 @@
 Layouts that agree in their first layers share that work: sorted as strings they are the leaves of a prefix tree, and a
 batch walks it depth first, keeping the hidden states along the current path. Knows PyTorch but not Ray.
 
-Tensor letters: B batch, L length, D model width, N labelled positions, V speech vocabulary.
+Tensor letters: B batch, L length, D model width, N labeled positions, V speech vocabulary.
 """
 
 from __future__ import annotations

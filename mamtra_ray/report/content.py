@@ -18,7 +18,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure, for a light or a dark page."""
+    """Colors of a figure, for a light or a dark page."""
 
     name: str
     background: str
@@ -83,7 +83,7 @@ class AudioRow:
 
     text: str
     clips: list[tuple[str, Path, str | None]]
-    """(system, file, what the recogniser heard)."""
+    """(system, file, what the recognizer heard)."""
 
 
 @dataclass(frozen=True)

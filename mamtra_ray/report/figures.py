@@ -17,7 +17,7 @@ from matplotlib.ticker import FormatStrFormatter
 
 from mamtra_ray.report.content import Figure, Row, Theme
 
-# Hues that stay apart for the common colour deficiencies; one ratio or initialization each.
+# Hues that stay apart for the common color deficiencies; one ratio or initialization each.
 LIGHT = Theme(
     "light", "#ffffff", "#1c2530", "#d8dee6", ("#0b62a8", "#c75a00", "#13795b", "#8a3f9e", "#8c6d00", "#b3264a")
 )
@@ -191,7 +191,7 @@ def cost_front(rows: Sequence[Row], cost: str) -> Callable[[MatplotlibFigure, Th
 
 
 def by_rung(rows: Sequence[Row]) -> Callable[[MatplotlibFigure, Theme], None]:
-    """Rows with trial, origin, tokens, ce: a line per trial from its start through its rungs, coloured by origin."""
+    """Rows with trial, origin, tokens, ce: a line per trial from its start through its rungs, colored by origin."""
 
     def draw(picture: MatplotlibFigure, theme: Theme) -> None:
         axes = picture.subplots()

@@ -18,7 +18,7 @@ TEMPLATE = "template.html"
 
 def write_page(report: Report, path: Path) -> None:
     """Write the report as one HTML file that needs no network: pictures, sound and script are inside."""
-    # Autoescape: texts, hypotheses and run names are whatever users and recognisers made of them.
+    # Autoescape: texts, hypotheses and run names are whatever users and recognizers made of them.
     environment = Environment(
         loader=PackageLoader("mamtra_ray.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

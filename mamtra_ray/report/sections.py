@@ -112,7 +112,7 @@ def systems(runs: Sequence[Run]) -> Section:
             Table("table_3_systems", "Table 3: these runs", tuple(columns), rows),
             _paper_table_3(),
         ),
-        missing=None if rows else "No finalist yet: python -m mamtra_ray.search distils and hears the best layouts.",
+        missing=None if rows else "No finalist yet: python -m mamtra_ray.search distills and hears the best layouts.",
     )
 
 

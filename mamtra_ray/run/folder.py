@@ -72,7 +72,7 @@ class Clip:
     utterance_id: str
     file: str
     hypothesis: str | None = None
-    """What the recogniser heard."""
+    """What the recognizer heard."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mamtra_ray.runtime.cluster import connect
 from mamtra_ray.runtime.environment import note_session
 from mamtra_ray.runtime.progress import Costs, Screen
 from mamtra_ray.runtime.resources import WorkerResources, check_resources, worker_resources
+from mamtra_ray.runtime.stopping import take_stop_signals
 from mamtra_ray.teachers import load_teacher
 from mamtra_ray.teachers.outline import architecture_of
 from mamtra_ray.teachers.shared import SharedTeacher, share_teacher
@@ -81,6 +82,7 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
     search_space(config, teacher.model.layout.num_layers)
     identity = corpus_identity(read_corpus(config.corpus.path))
     cluster = connect(address)
+    take_stop_signals()
     worker = worker_resources(config.resources, cluster.resources)
     check_resources(config, worker, cluster.resources)
     lock = lock_run(folder)

@@ -116,10 +116,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned by their widest cell; numbers to the right."""
     cells = [list(header), *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [
-        all(_is_number(row[column]) for row in rows)
-        for column in range(len(header))
-    ]
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
     lines = [
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)

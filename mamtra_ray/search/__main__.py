@@ -1,7 +1,7 @@
 """Verb ``search``: from a teacher and a corpus to the best hybrid of every ratio.
 
 Exit codes: 0 a result that can be used; 2 input or an installation that cannot; 3 the run is complete and its report
-written, but nothing it found can be used (:mod:`mamtra_ray.search.verdict`); 130 stopped.
+written, but nothing it found can be used (:mod:`mamtra_ray.search.verdict`); 130 and 143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 from mamtra_ray.config import explain
 from mamtra_ray.config.command_line import verb_parser
-from mamtra_ray.errors import exit_code_2_on_input_error
+from mamtra_ray.errors import Stopped, exit_code_2_on_input_error
 from mamtra_ray.run.open_run import open_run
 
 
@@ -36,9 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return search(run, options.address)
-    except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python -m mamtra_ray.search --resume --run {run.folder}", file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        go_on = f"python -m mamtra_ray.search --resume --run {run.folder}"
+        print(f"\nstopped by {stop}; go on with: {go_on}", file=sys.stderr, flush=True)
+        return stop.exit_code
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ def print_summary(
     best: Mapping[str, FinalistRow],
     folders: Mapping[Layout, Path],
     report: Path,
+    failures: Sequence[str] = (),
 ) -> None:
     """A table of the outcome, where everything lies, how to go on, and in plain words whether the result is good."""
     teacher = Layout.all_attention(session.num_layers)
@@ -163,6 +164,7 @@ def print_summary(
         f"more trials:     python -m mamtra_ray.search --resume --run {folder} search.trials={more}",
         f"another layout:  python -m mamtra_ray.export --run {folder} --layout {finalists[0].layout}",
         "",
+        *([f"alarm: {len(failures)} trials failed, the first one: {failures[0]}"] if failures else []),
         *verdict_lines(finalists, reference, best, all_attention),
     ]
     session.screen.say("\n".join(lines))

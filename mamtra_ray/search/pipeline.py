@@ -61,7 +61,7 @@ def search(run: OpenRun, address: str | None) -> int:
     papers = paper_candidates(session.space, config.search.strategies, measured)
     data = distill_data(config, session.shared_teacher, train, validation, str(library) if library else None)
     settings = trial_settings(session, data, start_trial_table(session, data))
-    rows = run_the_trials(session, settings, papers, proposals, metrics)
+    rows, failures = run_the_trials(session, settings, papers, proposals, metrics)
     note_costs(session, train, library, rows, [])
     finalists = distill_the_finalists(session, settings, papers, rows)
     note_costs(session, train, library, rows, finalists)
@@ -72,7 +72,7 @@ def search(run: OpenRun, address: str | None) -> int:
     exported, refusals = export(session, best)
     with screen.phase("report", "tables, figures, audio"):
         report = write_report([folder], folder)
-    print_summary(session, finalists, reference, best, exported, report)
+    print_summary(session, finalists, reference, best, exported, report, failures)
     if refusals:
         raise refusals[0]
     unusable = is_unusable({row.layout: row.alarm for row in finalists}, reference.teacher_alarm)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from mamtra_ray.artifacts import content_hash
 from mamtra_ray.distill.job import DistillData, student_made_by
+from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, without_repeats
 from mamtra_ray.run.names import trial_states
@@ -58,8 +60,15 @@ def run_the_trials(
     papers: list[Candidate],
     proposals: list[Candidate],
     metrics: SearchMetrics,
-) -> list[TrialRow]:
-    """Tune + Optuna; returns the rows of the trials table."""
+) -> tuple[list[TrialRow], list[str]]:
+    """Tune + Optuna.
+
+    Returns:
+        The rows of the trials table, and why trials failed, one reason each.
+
+    Raises:
+        InputError: all trials failed.
+    """
     search, table = session.config.search, settings.table
     known = known_layouts(session, result_of(table.all_rows.remote()))
     candidates = without_repeats([*known, *papers, *proposals])
@@ -70,7 +79,10 @@ def run_the_trials(
     with session.screen.phase("trials", f"{total} layouts by Tune + Optuna ({search.sampler}){goes_on}"):
         run_trials(settings, candidates, session.folder, progress)
         ray.get(table.compact.remote())
-    return ray.get(table.all_rows.remote())
+    rows, failures = ray.get(table.all_rows.remote()), progress.failures
+    if failures and not any(session.space.allows(row.layout) for row in rows):
+        raise InputError(f"all {len(failures)} trials failed; the first one: {failures[0]}")
+    return rows, failures
 
 
 class _TrialsProgress:
@@ -79,6 +91,7 @@ class _TrialsProgress:
     def __init__(self, session: Session, metrics: SearchMetrics, table: Any, total: int) -> None:
         self.session, self.metrics, self.table, self.total = session, metrics, table, total
         self.finished = 0
+        self.failures: list[str] = []
         self.best: dict[str, Any] | None = None
 
     def __call__(self, result: dict[str, Any], finished: bool) -> None:
@@ -86,7 +99,9 @@ class _TrialsProgress:
             self.finished += 1
             self.metrics.trials_finished.inc()
         if "error" in result:
-            self.session.screen.say(f"    a trial failed and is left out; its traceback: {result['error']}")
+            reason = failure_reason(result["error"])
+            self.failures.append(f"{reason} (traceback: {result['error']})")
+            self.session.screen.say(f"    a trial failed and is left out: {self.failures[-1]}")
         elif "ce" in result:
             layout = Layout.from_string(result["layout"])
             if finished:
@@ -100,6 +115,13 @@ class _TrialsProgress:
             self.metrics.tokens_per_second.set(result["tokens_per_second"])
         note = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
         self.session.screen.count(self.finished, self.total, "trials", note)
+
+
+def failure_reason(error_file: str | None) -> str:
+    """The last line of a trial's traceback, which says what happened."""
+    path = Path(error_file) if error_file else None
+    lines = path.read_text(errors="replace").strip().splitlines() if path and path.is_file() else []
+    return " ".join(lines[-1].split())[:300] if lines else "no reason known: its process or node ended"
 
 
 def known_layouts(session: Session, rows: list[TrialRow]) -> list[Candidate]:

@@ -150,7 +150,7 @@ def speaker_features(waveform: np.ndarray) -> Tensor:
 
 @cache
 def _mel_filters() -> Tensor:
-    """Slaney's mel filters with his area normalisation (librosa's default), float32 (F, M)."""
+    """Slaney's mel filters with his area normalization (librosa's default), float32 (F, M)."""
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(FFT_SIZE // 2 + 1, NUM_MELS, 0.0, MEL_TOP, SAMPLE_RATE, norm="slaney", mel_scale="slaney")

@@ -1,7 +1,7 @@
 """Speech tokens to sound: a convolutional decoder to log-mel frames, then Griffin-Lim.
 
-One codebook vector describes 40 ms without its neighbours; the decoder sees a second of tokens around
-each and restores what the quantisation lost. Griffin-Lim is the fast variant of Perraudin, Balazs and
+One codebook vector describes 40 ms without its neighbors; the decoder sees a second of tokens around
+each and restores what the quantization lost. Griffin-Lim is the fast variant of Perraudin, Balazs and
 Sondergaard (WASPAA 2013), started from seeded phases so that equal tokens give equal sound.
 
 Dimension letters: B batch, S speech tokens, T mel frames, C channels, M mel bands, F frequency bins.
@@ -57,7 +57,7 @@ class DecoderConfig:
 class TokenDecoder(nn.Module):
     """Codebook patches to log-mel frames.
 
-    The output is the codebook's own patch plus a correction read from the neighbouring patches, so the
+    The output is the codebook's own patch plus a correction read from the neighboring patches, so the
     untrained network already decodes to the centroids.
     """
 
@@ -76,7 +76,7 @@ class TokenDecoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, patch_BSD: Tensor) -> Tensor:
-        """Log-mel frames (B, 4 S, M) for quantised patches (B, S, D)."""
+        """Log-mel frames (B, 4 S, M) for quantized patches (B, S, D)."""
         x_BSC = self.read(patch_BSD)
         for block in self.blocks:
             x_BSC = block(x_BSC)

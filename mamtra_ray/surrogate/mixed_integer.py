@@ -23,7 +23,7 @@ def solve_with_milp(
 ) -> Optimum | None:
     """The best layout outside ``exclude`` with exactly ``attention`` attention layers, by HiGHS.
 
-    Products are linearised (z_ij = x_i x_j) and tied to the budget by ``sum over j of z_ij = (m - 1) x_i``, which
+    Products are linearized (z_ij = x_i x_j) and tied to the budget by ``sum over j of z_ij = (m - 1) x_i``, which
     makes the relaxation far tighter than the four McCormick inequalities alone. A descent by swaps supplies a
     layout in any case, so the time limit costs proof, not a result.
 

@@ -1,9 +1,9 @@
-"""A score for every layout, learnt from some: a term per layer and per pair of layers, with its uncertainty.
+"""A score for every layout, learned from some: a term per layer and per pair of layers, with its uncertainty.
 
 Bayesian linear regression in the features 1, u_i, u_i u_j with u_i = +1 for Mamba and -1 for attention (301 for 24
-layers). The prior variances are learnt by maximising the evidence (MacKay 1992, "Bayesian interpolation"), separately
+layers). The prior variances are learned by maximizing the evidence (MacKay 1992, "Bayesian interpolation"), separately
 for what depends on the number of Mamba layers only, for single layers, for all pairs and for pairs of near layers:
-neighbours compensate each other more than distant layers do, and 300 coefficients are to be had from 100 scores.
+neighbors compensate each other more than distant layers do, and 300 coefficients are to be had from 100 scores.
 
 Dimension letters: L decoder layers, B scored layouts, F features, K kernels.
 """
@@ -45,7 +45,7 @@ class BudgetFit:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A fitted model. ``mean`` is what is minimised exactly; :meth:`sample` draws another such function from the
+    """A fitted model. ``mean`` is what is minimized exactly; :meth:`sample` draws another such function from the
     posterior, whose optimum is a layout that may be the best one for all we know (Thompson sampling)."""
 
     mean: Quadratic

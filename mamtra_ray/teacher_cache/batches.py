@@ -3,7 +3,7 @@
 What a batch copies is its own rows. :func:`batches` plans an epoch from the lengths alone, so it is a pure function of
 the cache, the seed and the epoch, and can start anywhere.
 
-Tensor letters: B batch, L padded length, N labelled positions, D model width.
+Tensor letters: B batch, L padded length, N labeled positions, D model width.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DistillBatch:
         attention_mask_BL: bool, true for real tokens.
         labels_BL: speech ids, or -100.
         teacher_targets: rows in the order of ``labels_BL[labels_BL != -100]``.
-        num_tokens: labelled positions N.
+        num_tokens: labeled positions N.
         num_real: real tokens, text included.
         num_padded: B * L, so padding wastes ``1 - num_real / num_padded``.
     """

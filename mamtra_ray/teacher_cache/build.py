@@ -73,7 +73,7 @@ def build_cache(
     """Make the teacher cache of the train and validation splits in ``folder``, or complete or reuse it.
 
     Everything that is already there is verified. A cache of more utterances than asked for is reused as it
-    is; one of fewer is extended. Ray must be initialised.
+    is; one of fewer is extended. Ray must be initialized.
 
     Args:
         config: form of the rows; shards and actors.
@@ -160,11 +160,11 @@ def _wanted(corpus: CorpusConfig, manifest: CacheManifest, corpora: Mapping[str,
 def _quantizer(
     storage: Storage, manifest: CacheManifest, job: CacheJob, train: pa.Table, bits: float, worker: WorkerResources
 ) -> bytes:
-    """The quantiser of the folder; learnt from the first rows of the training split if it is not there yet."""
+    """The quantizer of the folder; learned from the first rows of the training split if it is not there yet."""
     listed = manifest.files.get(QUANTIZER_FILE)
     with contextlib.suppress(FileNotFoundError):
         content = storage.read(QUANTIZER_FILE).to_pybytes()
-        # Without an entry in the manifest the job that wrote it was stopped: not trusted, learnt again.
+        # Without an entry in the manifest the job that wrote it was stopped: not trusted, learned again.
         if listed == sha256(content):
             return content
     count = first_rows_within(token_counts(train, "speech_tokens"), CALIBRATION_TOKENS)

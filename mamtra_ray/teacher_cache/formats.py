@@ -1,10 +1,10 @@
-"""How a teacher's rows are stored: its final hidden states in fp16 or quantised, or its top-k probabilities.
+"""How a teacher's rows are stored: its final hidden states in fp16 or quantized, or its top-k probabilities.
 
 Final hidden states serve every loss, because the frozen head turns them into the teacher's exact logits. A
 format encodes the rows of an utterance into one or more raw byte columns and decodes those of a whole batch
 into loss targets. No Ray here.
 
-Tensor letters: N labelled positions, D model width, G dimensions of a group, K kept classes, V speech vocabulary.
+Tensor letters: N labeled positions, D model width, G dimensions of a group, K kept classes, V speech vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.losses import HiddenTargets, TopKTargets
 from mamtra_ray.teacher_cache.quantizer import HiddenQuantizer, read_quantizer, token_context
 
-# Dimensions whose codes lie in one column: neighbours in variance, so one entropy coder's table suits them.
+# Dimensions whose codes lie in one column: neighbors in variance, so one entropy coder's table suits them.
 _GROUP = 16
 # 8 bits for log-probabilities down to this many nats, finer near 0 where an error moves more probability.
 _LOWEST_LOG_PROB = -16.0
@@ -55,7 +55,7 @@ class RowFormat(Protocol):
 class HiddenFormat:
     """Final hidden states in float16, 2 D bytes a position, and after them the outputs of ``layers``, as much each.
 
-    What is encoded is of that width too, :func:`~mamtra_ray.teacher_cache.worker.labelled_hidden_states` with layers.
+    What is encoded is of that width too, :func:`~mamtra_ray.teacher_cache.worker.labeled_hidden_states` with layers.
     """
 
     hidden_size: int
@@ -188,7 +188,7 @@ def row_format(
     """The format of a manifest's ``settings``; ``quantizer`` is the content of its file, if it has one.
 
     Raises:
-        InputError: more classes than the head has, or a damaged quantiser.
+        InputError: more classes than the head has, or a damaged quantizer.
     """
     if settings["kind"] == "hidden":
         return HiddenFormat(hidden_size, tuple(settings.get("layers", ())))
@@ -198,7 +198,7 @@ def row_format(
                 f"cache.top_k = {settings['top_k']} must be below the {speech_size} speech ids (at most 65,536)"
             )
         return TopKFormat(settings["top_k"], speech_size)
-    assert quantizer is not None, "a quantised cache has a quantiser"
+    assert quantizer is not None, "a quantized cache has a quantizer"
     return QuantizedHiddenFormat(read_quantizer(quantizer))
 
 

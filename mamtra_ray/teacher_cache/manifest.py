@@ -2,7 +2,7 @@
 
 A shard holds consecutive utterances of one split, one row each: ``utterance_id``, ``text_tokens`` and
 ``speech_tokens`` (int32 little-endian bytes), ``num_text``, ``num_speech``, and the teacher's rows for the
-``num_speech + 1`` labelled positions in the columns of :mod:`mamtra_ray.teacher_cache.formats`. Its Parquet metadata
+``num_speech + 1`` labeled positions in the columns of :mod:`mamtra_ray.teacher_cache.formats`. Its Parquet metadata
 says what it was made from and the hash of its content, so a shard can be trusted before any manifest lists it.
 """
 
@@ -82,7 +82,7 @@ class CacheManifest:
 
     @property
     def shards_made_by(self) -> dict[str, Any]:
-        """What a shard's bytes follow from: codes of one quantiser mean nothing to another."""
+        """What a shard's bytes follow from: codes of one quantizer mean nothing to another."""
         return {**self.made_by, **self.files}
 
     def split_shards(self, split: str) -> list[tuple[str, Shard]]:
@@ -98,7 +98,7 @@ class CacheManifest:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of all shards, everything included, per labelled position."""
+        """Bytes of all shards, everything included, per labeled position."""
         return self.num_bytes / max(1, sum(s.speech_tokens + s.utterances for s in self.shards.values()))
 
 

@@ -1,14 +1,14 @@
-"""Quantised hidden states: what the tokens tell of them is predicted, the rest is rounded and entropy coded.
+"""Quantized hidden states: what the tokens tell of them is predicted, the rest is rounded and entropy coded.
 
 Whoever decodes a training sequence knows the speech token at a position and the one that follows, and these two
-explain most of the teacher's final hidden state. So the quantiser
+explain most of the teacher's final hidden state. So the quantizer
 
 1. subtracts a prediction, the sum of a row per input token and a row per next token,
 2. rotates the residual into its PCA basis, and
 3. rounds every coordinate with one and the same step. That makes the squared error equal in all dimensions
    (reverse water-filling), and an entropy coder, Parquet's zstd, charges each dimension what its variance costs.
 
-Tensor letters: N labelled positions, D model width, V speech vocabulary.
+Tensor letters: N labeled positions, D model width, V speech vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class HiddenQuantizer:
         input_table: (V + 1, D), float16; row of the input token of a position.
         label_table: (V + 1, D), float16; row of the next token.
         basis_DD: orthonormal columns, by falling variance of the residual.
-        step: distance of neighbouring code points, in the units of the hidden states.
+        step: distance of neighboring code points, in the units of the hidden states.
     """
 
     input_table: Tensor
@@ -52,7 +52,7 @@ class HiddenQuantizer:
         return len(self.basis_DD)
 
     def to(self, device: torch.device) -> HiddenQuantizer:
-        """The same quantiser with its tensors on ``device``."""
+        """The same quantizer with its tensors on ``device``."""
         return HiddenQuantizer(
             self.input_table.to(device), self.label_table.to(device), self.basis_DD.to(device), self.step
         )
@@ -71,7 +71,7 @@ class HiddenQuantizer:
 
 
 def token_context(speech_tokens: Sequence[np.ndarray], speech_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Input and next token of every labelled position, int64 (N,); ``speech_size`` stands for separator and end."""
+    """Input and next token of every labeled position, int64 (N,); ``speech_size`` stands for separator and end."""
     edge = np.array([speech_size])
     inputs = np.concatenate([part for tokens in speech_tokens for part in (edge, tokens)])
     labels = np.concatenate([part for tokens in speech_tokens for part in (tokens, edge)])
@@ -86,7 +86,7 @@ def calibrate(
     head_weight: Tensor,
     bits: float,
 ) -> HiddenQuantizer:
-    """Learn the quantiser whose codes have an entropy of ``bits`` a dimension on these rows.
+    """Learn the quantizer whose codes have an entropy of ``bits`` a dimension on these rows.
 
     The tables are a linear regression on the token's embedding and the next token's head row, which holds for
     tokens never seen here too, plus each token's mean remainder, shrunk by how seldom it was seen.
@@ -104,7 +104,7 @@ def calibrate(
     num_rows, width = hidden_ND.shape
     if num_rows < 4 * width:
         raise InputError(
-            f"quantising {width} dimensions needs at least {4 * width:,} positions to learn from, the training split "
+            f"quantizing {width} dimensions needs at least {4 * width:,} positions to learn from, the training split "
             f"has {num_rows:,}: use cache.format=hidden"
         )
     hidden_ND = hidden_ND.double()
@@ -144,7 +144,7 @@ def quantizer_bytes(quantizer: HiddenQuantizer) -> bytes:
 
 
 def read_quantizer(content: bytes) -> HiddenQuantizer:
-    """The quantiser of :func:`quantizer_bytes`.
+    """The quantizer of :func:`quantizer_bytes`.
 
     Raises:
         InputError: the content is damaged.

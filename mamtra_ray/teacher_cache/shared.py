@@ -37,7 +37,7 @@ class SharedCache:
         num_text, num_speech: tokens of every utterance, int32 (utterances,).
         num_bytes: of all blocks.
         window_blocks: how many blocks one process uses at a time.
-        quantizer: reference to the content of the quantiser's file, if the format has one.
+        quantizer: reference to the content of the quantizer's file, if the format has one.
     """
 
     manifest: CacheManifest
@@ -60,7 +60,7 @@ class SharedCache:
         return int(self.num_speech.sum())
 
     @property
-    def labelled_positions(self) -> int:
+    def labeled_positions(self) -> int:
         """Positions with a label and a teacher row: the end of speech counts too."""
         return self.speech_tokens + self.num_utterances
 
@@ -73,7 +73,7 @@ def share_cache(
     split: str = "train",
     max_tokens: int | None = None,
 ) -> SharedCache:
-    """Read a split of a teacher cache, checked, into the object store. Ray must be initialised.
+    """Read a split of a teacher cache, checked, into the object store. Ray must be initialized.
 
     Args:
         folder: local path or URI of the cache.

@@ -1,6 +1,6 @@
 """What a Ray worker of the teacher cache does: hold the teacher, run it over utterances, write a shard.
 
-Tensor letters: B batch, L length, N labelled positions, D model width.
+Tensor letters: B batch, L length, N labeled positions, D model width.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CacheJob:
     Attributes:
         teacher: whose outputs are kept.
         made_by: entries of the manifest.
-        quantizer: content of the quantiser's file, for the format that has one.
+        quantizer: content of the quantizer's file, for the format that has one.
     """
 
     teacher: SharedTeacher
@@ -51,10 +51,10 @@ class CacheJob:
 
 
 @torch.inference_mode()
-def labelled_hidden_states(
+def labeled_hidden_states(
     teacher: Teacher, rows: list[Utterance], layers: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Final hidden states of the labelled positions, batch by batch.
+    """Final hidden states of the labeled positions, batch by batch.
 
     Utterances of about equal length share a batch. The batches depend on ``rows`` only, so that a repeated
     pass gives the same bits.
@@ -106,7 +106,7 @@ class TeacherPass:
         )
         encoded: list[dict[str, Any]] = [{} for _ in rows]
         layers = self.job.made_by["format"].get("layers", ())
-        for batch, hidden_ND in labelled_hidden_states(self.teacher, rows, layers):
+        for batch, hidden_ND in labeled_hidden_states(self.teacher, rows, layers):
             speech_tokens = [rows[index].speech_tokens for index in batch]
             for index, columns in zip(batch, rows_format.encode(hidden_ND, model.head, speech_tokens), strict=True):
                 encoded[index] = columns
@@ -159,12 +159,12 @@ class ShardWriter:
 
 
 def learn_quantizer(job: CacheJob, table: pa.Table, bits: float) -> bytes:
-    """A Ray task: calibrate the quantiser on the teacher's rows of these utterances; returns its file's content."""
+    """A Ray task: calibrate the quantizer on the teacher's rows of these utterances; returns its file's content."""
     teacher_pass = TeacherPass(job)
     rows = utterances(table)
     model, sequence = teacher_pass.teacher.model, teacher_pass.teacher.sequence
     hidden, order = [], []
-    for batch, hidden_ND in labelled_hidden_states(teacher_pass.teacher, rows):
+    for batch, hidden_ND in labeled_hidden_states(teacher_pass.teacher, rows):
         hidden.append(hidden_ND.float().cpu())
         order += batch
     vocabulary = model.vocabulary

@@ -96,7 +96,7 @@ def bistream_example(
     text (0 to 4 tokens), the task id and the rest of the speech.
 
     Returns:
-        ``(input_ids, labels)`` int64, equally long, as in :meth:`SequenceFormat.training_example`. Labelled
+        ``(input_ids, labels)`` int64, equally long, as in :meth:`SequenceFormat.training_example`. Labeled
         positions are not the last ones here.
 
     Raises:

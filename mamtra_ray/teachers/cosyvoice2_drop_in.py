@@ -31,7 +31,7 @@ from mamtra_ray.teachers.cosyvoice2 import (
     sequence_of,
 )
 
-try:  # upstream recognises a CosyVoice 2 by the class of its LM
+try:  # upstream recognizes a CosyVoice 2 by the class of its LM
     from cosyvoice.llm.llm import Qwen2LM as _Upstream
 except ImportError:
     _Upstream = nn.Module

@@ -1,6 +1,6 @@
 """The demo task's language: spoken household commands of one to three clauses.
 
-The vocabulary is small on purpose: every word in it was kept only after the demo recogniser
+The vocabulary is small on purpose: every word in it was kept only after the demo recognizer
 heard it reliably in the demo voice. Where a clause names an object, a place, a number or a time,
 those are drawn independently, so nothing but the text can tell which word comes next and a model
 must attend to the text over the whole sentence.

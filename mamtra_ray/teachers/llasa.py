@@ -88,7 +88,7 @@ def load_tokenizer(path: Path) -> Any:
 def sequence_of(tokenizer: Any, vocabulary: Vocabulary, path: Path | str = "Llasa") -> SequenceFormat:
     """Llasa's chat: the user's instruction around the text, the assistant's turn begun with speech.
 
-    The text stands between two special tokens, so it is tokenised the same with and without its surroundings.
+    The text stands between two special tokens, so it is tokenized the same with and without its surroundings.
     """
     chat = [
         {"role": "user", "content": f"{INSTRUCTION}{TEXT_START}{TEXT_END}"},
