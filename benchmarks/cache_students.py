@@ -17,7 +17,7 @@ from state_sharing import spoken
 from torch import Tensor
 
 from mamtra_ray.align.mixer_training import MixerTraining
-from mamtra_ray.config import AlignConfig, DistillConfig
+from mamtra_ray.config import load_config
 from mamtra_ray.corpus.table import Utterance
 from mamtra_ray.distill.training import Distillation, validate
 from mamtra_ray.layouts import from_strategy
@@ -41,13 +41,13 @@ class Source:
     Attributes:
         shared: the batches.
         targets: the rows as stored, rows computed by the teacher now, or all its logits in float16.
-        embedding_weight: 0 where there are no hidden states to compare with.
+        hidden_weight: 0 where there are no hidden states to compare with.
     """
 
     name: str
     shared: SharedCache
     targets: Literal["cache", "online", "dense"]
-    embedding_weight: float
+    hidden_weight: float
 
 
 @dataclass
@@ -74,7 +74,7 @@ def endless(source: Source, teacher: Teacher, tokens_per_batch: int) -> Iterator
 
 def aligned_mixers(teacher: Teacher, source: Source, tokens: int) -> dict[int, dict[str, Tensor]]:
     """One mixer per layer that has learned its attention's output: where all students start."""
-    config = AlignConfig(tokens=tokens)
+    config = load_config(overrides=[f"align.tokens={tokens}"]).align
     training = MixerTraining(teacher.model, config, "per_query_head", CPU)
     stream = endless(source, teacher, config.tokens_per_batch)
     training.fit_output_projections([next(stream) for _ in range(10)])
@@ -90,7 +90,8 @@ def distil_in_turns(
     layout = from_strategy("block_beginning", teacher.model.layout.num_layers, "1:1")
     lessons, streams = {}, {}
     for source in sources:
-        config = DistillConfig(tokens=tokens, embedding_weight=source.embedding_weight)
+        overrides = [f"distill.tokens={tokens}", f"distill.hidden_weight={source.hidden_weight}"]
+        config = load_config(overrides=overrides).distill
         student = make_student(teacher.model, layout, "aligned", mixers)
         lessons[source.name] = Lesson(Distillation(student, config, tokens, CPU))
         streams[source.name] = endless(source, teacher, config.tokens_per_batch)
@@ -133,10 +134,10 @@ class Listener:
 def wer_columns(result: WerResult, online: WerResult) -> dict[str, Any]:
     """WER in percent with its interval, and the difference to the online teacher's student in points."""
     low, high = bootstrap_interval(result.errors, result.words)
-    gap = paired_difference(result, online)
+    gap = paired_difference(result, online).difference
     return {
         "WER %": f"{100 * result.wer:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-        "WER minus online": f"{100 * gap.difference:+.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}]",
+        "WER minus online": f"{100 * gap.value:+.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}]",
     }
 
 

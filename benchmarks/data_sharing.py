@@ -47,6 +47,7 @@ from mamtra_ray.config import Config, DistillConfig
 from mamtra_ray.distill.training import Distillation
 from mamtra_ray.layouts import from_strategy
 from mamtra_ray.losses import IGNORE, HiddenTargets
+from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.speech_lm.sequences import SequenceFormat
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teacher_cache.batches import DistillBatch, _batch, batches, padding_waste, plan_epoch
@@ -54,6 +55,7 @@ from mamtra_ray.teacher_cache.build import build_cache
 from mamtra_ray.teacher_cache.formats import HiddenFormat
 from mamtra_ray.teacher_cache.shared import SharedCache, share_cache
 from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.shared import share_teacher
 
 BATCH_TOKENS = 2_000
 SOURCES = ("object store", "pyarrow per epoch", "Ray read_parquet per epoch", "online teacher")
@@ -193,7 +195,15 @@ def main() -> None:
     )
     table = []
     with tempfile.TemporaryDirectory() as folder:
-        manifest = build_cache(config, folder)
+        loaded = load_teacher(**teacher)
+        manifest = build_cache(
+            config.cache,
+            config.corpus,
+            folder,
+            teacher=loaded,
+            shared_teacher=share_teacher(loaded),
+            worker=WorkerResources(),
+        )
         shared = share_cache(
             folder, teacher_fingerprint=manifest.made_by["teacher"], corpus_hash=manifest.made_by["corpus"]
         )
@@ -226,7 +236,7 @@ def main() -> None:
         print(
             f"{shared.num_utterances} utterances, {shared.labeled_positions:,} positions, "
             f"{shared.num_bytes / 1e6:.0f} MB in the object store, padding "
-            f"{100 * padding_waste(shared, load_teacher(**teacher).sequence, tokens_per_batch=BATCH_TOKENS):.1f} %"
+            f"{100 * padding_waste(shared, loaded.sequence, tokens_per_batch=BATCH_TOKENS):.1f} %"
         )
     ray.shutdown()
     print_table(table)

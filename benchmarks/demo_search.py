@@ -17,8 +17,10 @@ from typing import Any
 
 from measurement import LONG_DEMO, write_result
 
-from mamtra_ray.run.folder import Score, read_run
+from mamtra_ray.layouts import Layout
+from mamtra_ray.run.folder import read_run
 from mamtra_ray.runtime.progress import table
+from mamtra_ray.speech.error_rate import ErrorRate
 
 FULL = [
     *LONG_DEMO,
@@ -42,7 +44,7 @@ def main() -> None:
     rows = outcome(options.run)
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     if not options.quick:
-        phases = {name: phase["seconds"] for name, phase in read_run(options.run).ledger.items()}
+        phases = {name: phase["seconds"] for name, phase in read_run(options.run).phases.items()}
         write_result("demo_search", rows, command, phase_seconds=phases)
 
 
@@ -51,21 +53,26 @@ def outcome(folder: Path) -> list[dict[str, Any]]:
     run = read_run(folder)
     reference = run.reference
     assert reference is not None
+    teacher = Layout.all_attention(run.finalists[0].layout.num_layers)
     rows = [
-        _row("", "", "codec round trip", None, reference.codec),
-        _row("1:0", "A" * len(run.finalists[0]["layout"]), "teacher", reference.teacher_ce, reference.teacher),
+        _row(None, "codec round trip", None, reference.codec.wer if reference.codec else None),
+        _row(teacher, "teacher", reference.teacher_ce, reference.teacher.wer if reference.teacher else None),
     ]
-    for finalist in sorted(run.finalists, key=lambda row: (-row["layout"].count("A"), row["ce"])):
-        score = Score(finalist["wer"], finalist["wer_low"], finalist["wer_high"])
-        found = finalist["origin"] in ("probe", "optuna")
-        origin = f"found ({finalist['origin']})" if found else finalist["origin"]
-        rows.append(_row(finalist["ratio"], finalist["layout"], origin, finalist["ce"], score))
+    for finalist in sorted(run.finalists, key=lambda row: (-row.layout.num_attention, row.ce)):
+        found = finalist.origin in ("probe", "optuna")
+        origin = f"found ({finalist.origin})" if found else finalist.origin
+        rows.append(_row(finalist.layout, origin, finalist.ce, finalist.wer))
     return rows
 
 
-def _row(ratio: str, layout: str, origin: str, ce: float | None, score: Score | None) -> dict[str, Any]:
-    wer = "" if score is None else f"{100 * score.wer:.1f} [{100 * score.wer_low:.1f}, {100 * score.wer_high:.1f}]"
-    return {"ratio": ratio, "layout": layout, "from": origin, "CE": "" if ce is None else f"{ce:.3f}", "WER %": wer}
+def _row(layout: Layout | None, origin: str, ce: float | None, wer: ErrorRate | None) -> dict[str, Any]:
+    return {
+        "ratio": layout.ratio if layout else "",
+        "layout": str(layout or ""),
+        "from": origin,
+        "CE": "" if ce is None else f"{ce:.3f}",
+        "WER %": f"{100 * wer.value:.1f} [{100 * wer.low:.1f}, {100 * wer.high:.1f}]" if wer else "",
+    }
 
 
 if __name__ == "__main__":

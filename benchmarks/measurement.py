@@ -26,6 +26,7 @@ LONG_DEMO = [
     "search.strategies=block_beginning,back",
     "distill.tokens=80000",
     "distill.checkpoint_every_tokens=40000",
+    "evaluate.temperature=0",
 ]
 """The demo with budgets that leave less to chance than the five minutes of `make search`: what results here are of."""
 

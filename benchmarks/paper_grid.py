@@ -28,6 +28,7 @@ from mamtra_ray.artifacts import read_json
 from mamtra_ray.layouts import PATTERNS, from_strategy
 from mamtra_ray.report.report import write_report
 from mamtra_ray.run.folder import Run, read_run
+from mamtra_ray.run.rows import columns
 from mamtra_ray.surrogate.correlations import pearson, spearman
 
 RATIOS = ("1:1", "1:3", "1:5", "1:11")
@@ -35,7 +36,7 @@ CRITERIA = ("wer", "cosine")
 STRATEGIES = (*PATTERNS, *(f"importance_{criterion}" for criterion in CRITERIA))
 ONE_LAYOUT = ["search.ratios=1:1", "search.strategies=block_beginning", "distill.tokens=60000"]
 INITIALIZATIONS = ("transfer", "xavier", "kaiming", "aligned")
-LOSSES = ("ce", "logits", "embedding")
+LOSSES = ("ce", "kl", "hidden")
 RUNS = {
     "placements": [
         f"search.ratios={','.join(RATIOS)}", "distill.tokens=24000", f"search.strategies={','.join(STRATEGIES)}",
@@ -49,7 +50,7 @@ RUNS = {
 # The placements are finalists whatever their short score, so the trials are as short as can be.
 COMMON = [
     "search.sampler=grid", "probe.num_layouts=0", "search.rung_tokens=2000", "distill.workers=1",
-    "evaluate.sentences=30", "evaluate.audio_examples=0",
+    "evaluate.sentences=30", "evaluate.audio_examples=0", "evaluate.temperature=0",
 ]  # fmt: skip
 QUICK = ["distill.tokens=4000", "evaluate.sentences=4"]
 DOCS = Path(__file__).parents[1] / "docs" / "paper_grid"
@@ -65,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two runs of one layout; nothing is written to docs/")
     options = parser.parse_args()
-    names = ["from_transfer", "without_logits"] if options.quick else list(RUNS)
+    names = ["from_transfer", "without_kl"] if options.quick else list(RUNS)
     folders = [Path("runs") / f"paper_grid_{'quick_' if options.quick else ''}{name}" for name in names]
     for name, folder in zip(names, folders, strict=True):
         overrides = [*COMMON, *RUNS[name], *(QUICK if options.quick else [])]
@@ -91,7 +92,7 @@ def main() -> None:
         correlations=correlated,
         initializations=initializations,
         losses=losses,
-        seconds={name: sum(phase["seconds"] for phase in run.ledger.values()) for name, run in runs.items()},
+        seconds={name: sum(phase["seconds"] for phase in run.phases.values()) for name, run in runs.items()},
     )
     shutil.rmtree(DOCS, ignore_errors=True)
     DOCS.mkdir()
@@ -103,15 +104,15 @@ def main() -> None:
 
 def placements(run: Run) -> list[dict[str, Any]]:
     """The 32 configurations of Fig. 4: every placement at every ratio, whichever of them share a layout."""
-    finalists = {row["layout"]: row for row in run.finalists}
+    finalists = {row.layout: row for row in run.finalists}
     scores = {criterion: read_json(run.path / f"importance_{criterion}.json")["scores"] for criterion in CRITERIA}
     rows = []
     for strategy in STRATEGIES:
         criterion = strategy.removeprefix("importance_")
         for ratio in RATIOS:
             kind = "importance" if criterion in scores else strategy
-            num_layers = len(run.finalists[0]["layout"])
-            row = finalists[str(from_strategy(kind, num_layers, ratio, scores.get(criterion)))]
+            num_layers = run.finalists[0].layout.num_layers
+            row = columns(finalists[from_strategy(kind, num_layers, ratio, scores.get(criterion))])
             measured = {key: round(row[key], 4) for key in ("ce_start", "ce", "wer", "wer_low", "wer_high", "cer")}
             rows.append({"strategy": strategy, "ratio": ratio, "layout": row["layout"], **measured})
     return rows
@@ -134,7 +135,7 @@ def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def one_layout(runs: dict[str, Run], names: Sequence[str]) -> list[dict[str, Any]]:
     """Runs of one layout that differ in one setting."""
     keys = ("ce_start", "ce", "kl", "wer", "wer_low", "wer_high", "cer")
-    rows = [(name, runs[name].finalists[0]) for name in names]
+    rows = [(name, columns(runs[name].finalists[0])) for name in names]
     return [{"run": name, "layout": row["layout"], **{key: round(row[key], 4) for key in keys}} for name, row in rows]
 
 

@@ -31,10 +31,11 @@ from torch import Tensor
 
 from mamtra_ray.align.mixer_library import load_library
 from mamtra_ray.align.phase import make_library
-from mamtra_ray.config import load_config
 from mamtra_ray.corpus.table import Utterance, read_corpus, utterances
+from mamtra_ray.evaluate.evaluation import evaluation_settings
 from mamtra_ray.evaluate.worker import Chunk, EvaluationWorker
 from mamtra_ray.losses import IGNORE
+from mamtra_ray.run.open_run import open_run
 from mamtra_ray.run.session import start_session
 from mamtra_ray.speech.wer import word_error_rate
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
@@ -185,8 +186,8 @@ def main() -> int:
     num_sentences = 64
     if options.quick:
         distilled, num_sentences = [*distilled[:2], *distilled[-2:]], 4
-    config = load_config(None, LONG_DEMO)
-    session = start_session(config, options.run, ("cache", "align", "scores"), None)
+    run = open_run(None, options.run, LONG_DEMO)
+    config, session = run.config, start_session(run, ("cache", "align", "scores"), None)
     libraries = {}
     for name, factor in (("", 1), (", aligned 4 times as long", 1 if options.quick else 4)):
         longer = config.align.model_copy(update={"tokens": factor * config.align.tokens})
@@ -199,7 +200,7 @@ def main() -> int:
     count = np.searchsorted(np.cumsum([len(x.speech_tokens) for x in held_out]), config.corpus.validation_tokens)
     held_out = held_out[: int(count)]
     texts, speech = [x.text_tokens.tolist() for x in held_out], [x.speech_tokens.tolist() for x in held_out]
-    worker = EvaluationWorker(config)
+    worker = EvaluationWorker(evaluation_settings(config, session.shared_teacher))
     by_teacher = spoken(worker, None, held_out[:num_sentences])
     rows = []
     with session.screen.phase("scores", f"{len(distilled)} layouts"):

@@ -30,19 +30,29 @@ from scipy.stats import spearmanr
 
 from mamtra_ray.align.phase import make_library
 from mamtra_ray.artifacts import read_manifest, write_manifest
-from mamtra_ray.config import Config, load_config
-from mamtra_ray.distill.job import DistillJob
+from mamtra_ray.distill.job import DistillJob, distill_data
 from mamtra_ray.distill.workers import distill
 from mamtra_ray.evaluate.evaluation import evaluate_systems
 from mamtra_ray.evaluate.results import Evaluation
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
 from mamtra_ray.layouts.constraints import Constraints, sample_layouts
+from mamtra_ray.probe.phase import probe_data
 from mamtra_ray.probe.pool import ProbePool
+from mamtra_ray.run.open_run import open_run
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.teacher_cache.phase import make_cache
 
 RATIOS = ("1:1", "1:3")
 SCORES = ("probe KL", "probe CE", "short CE", "final CE", "WER")
+QUICK = [
+    "corpus.train_tokens=20000",
+    "corpus.validation_tokens=600",
+    "align.tokens=10000",
+    "probe.validation_tokens=300",
+    "distill.tokens=3000",
+    "evaluate.sentences=2",
+    "evaluate.audio_examples=0",
+]
 _PROBED = 200
 
 
@@ -56,14 +66,14 @@ def chosen_layouts(kl: dict[Layout, float], patterns: Sequence[Layout], count: i
 
 
 @ray.remote(max_retries=1)
-def distilled(job: DistillJob, folder: str) -> dict[str, Any]:
-    """Distil on one process, short and then anew to the end, and keep the final student."""
+def distilled(job: DistillJob, rung_tokens: tuple[int, ...], folder: str) -> dict[str, Any]:
+    """Distill on one process, short and then anew to the end, and keep the final student."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    *_, (short, _) = distill(dataclasses.replace(job, report_at=job.config.search.rung_tokens), device)
+    *_, (short, _) = distill(dataclasses.replace(job, report_at=rung_tokens), device)
     *_, (final, training) = distill(job, device)
     training.student.save(Path(folder) / "student")
     content = {"short CE": short.ce, "final CE": final.ce, "final KL": final.kl, "seconds": final.seconds}
-    write_manifest(Path(folder) / "report.json", "distilled", 1, {"layout": job.layout}, report=content)
+    write_manifest(Path(folder) / "report.json", "distilled", 1, {"layout": str(job.layout)}, report=content)
     return content
 
 
@@ -92,14 +102,15 @@ def agreement_of_halves(evaluations: Sequence[Evaluation], samples: int = 1_000)
 
 
 def measured_layouts(session: Session, layouts_per_budget: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Probe, distil and hear; one row a layout, and one a budget with what limits any prediction of the WER."""
+    """Probe, distill and hear; one row a layout, and one a budget with what limits any prediction of the WER."""
+    config = session.config
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     assert library is not None
     rows: dict[Layout, dict[str, Any]] = {}
     with (
         session.screen.phase("probe", f"{_PROBED} layouts of each budget"),
-        ProbePool(session.config, session.folder, session.teacher, library, validation) as pool,
+        ProbePool(probe_data(session, library, validation), session.folder, session.worker) as pool,
     ):
         for ratio in RATIOS:
             budget = Constraints.from_ratio(session.num_layers, ratio)
@@ -112,24 +123,30 @@ def measured_layouts(session: Session, layouts_per_budget: int) -> tuple[list[di
                 pattern = PATTERNS[patterns.index(layout)] if layout in patterns else ""
                 scored = {"probe KL": kl[layout], "probe CE": pool.rows[layout].ce}
                 rows[layout] = {"budget": ratio, "layout": str(layout), "pattern": pattern, **scored}
-    with session.screen.phase("distil", f"{len(rows)} layouts, {session.config.distill.tokens:,} tokens each"):
-        job = DistillJob(
-            "", session.config, (session.config.distill.tokens,), train, validation, str(library.resolve())
-        )
+    with session.screen.phase("distill", f"{len(rows)} layouts, {config.distill.tokens:,} tokens each"):
+        data = distill_data(config, session.shared_teacher, train, validation, str(library.resolve()))
         folders = {layout: session.folder.resolve() / "distilled" / str(layout) for layout in rows}
         missing = [layout for layout, folder in folders.items() if not (folder / "report.json").exists()]
-        running = [distilled.remote(dataclasses.replace(job, layout=str(x)), str(folders[x])) for x in missing]
+        running = []
+        for layout in missing:
+            job = DistillJob(layout, config.distill, config.student, data, (config.distill.tokens,), config.seed)
+            running.append(distilled.remote(job, config.search.rung_tokens, str(folders[layout])))
         for done in range(len(running)):
             [_], running = ray.wait(running, num_returns=1)
             session.screen.count(done + 1, len(missing), "layouts")
-    with session.screen.phase("speech", f"{session.config.evaluate.sentences} sentences by each"):
+    with session.screen.phase("speech", f"{config.evaluate.sentences} sentences by each"):
         systems: dict[str, Path | None] = {str(layout): folder / "student" for layout, folder in folders.items()}
         heard = evaluate_systems(
-            session.config, systems, session.folder, on_progress=lambda d, t: session.screen.count(d, t, "utterances")
+            config,
+            systems,
+            session.folder,
+            teacher=session.shared_teacher,
+            worker=session.worker,
+            on_progress=lambda d, t: session.screen.count(d, t, "utterances"),
         )
     for layout, row in rows.items():
         row |= read_manifest(folders[layout] / "report.json", "distilled", 1)["report"]
-        row["WER"] = heard[str(layout)].wer
+        row["WER"] = heard[str(layout)].wer.value
     limits = []
     for ratio in RATIOS:
         half = agreement_of_halves([heard[row["layout"]] for row in rows.values() if row["budget"] == ratio])
@@ -152,31 +169,18 @@ def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def quick(config: Config) -> Config:
-    """Few tokens and sentences."""
-    return config.model_copy(
-        update={
-            "corpus": config.corpus.model_copy(update={"train_tokens": 20_000, "validation_tokens": 600}),
-            "align": config.align.model_copy(update={"tokens": 10_000}),
-            "probe": config.probe.model_copy(update={"validation_tokens": 300}),
-            "distill": config.distill.model_copy(update={"tokens": 3_000}),
-            "evaluate": config.evaluate.model_copy(update={"sentences": 2, "audio_examples": 0}),
-        }
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 layouts, few tokens; nothing is written")
     parser.add_argument("--layouts", type=int, default=12, help="of each budget")
-    parser.add_argument("--space", type=Path, help="search-space file (default: the packaged demo)")
+    parser.add_argument("--space", help="search-space file (default: the packaged demo)")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/proxy_quality)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    config = load_config(options.space, [*([] if options.space else LONG_DEMO), *options.overrides])
-    config = quick(config) if options.quick else config
+    overrides = [*([] if options.space else LONG_DEMO), *(QUICK if options.quick else []), *options.overrides]
     folder = options.run or Path("runs") / ("proxy_quality_quick" if options.quick else "proxy_quality")
-    session = start_session(config, folder, ("cache", "align", "probe", "distil", "speech"), None)
+    run = open_run(options.space, folder, overrides)
+    session = start_session(run, ("cache", "align", "probe", "distill", "speech"), None)
     rows, limits = measured_layouts(session, 4 if options.quick else options.layouts)
     found = correlations(rows)
     print_table(rows)
@@ -185,7 +189,9 @@ def main() -> int:
     print()
     print_table(limits)
     if not options.quick:
-        write_result("proxy_quality", rows, correlations=found, limits=limits, distilled_tokens=config.distill.tokens)
+        write_result(
+            "proxy_quality", rows, correlations=found, limits=limits, distilled_tokens=run.config.distill.tokens
+        )
     return 0
 
 

@@ -63,7 +63,7 @@ def main() -> int:
         for window in WINDOWS:
             ratio = quartiles([own / base for own, base in zip(seconds[window], seconds[WINDOWS[0]], strict=True)])
             low, high = bootstrap_interval(rates[window].errors, rates[window].words)
-            difference = paired_difference(rates[window], rates[WINDOWS[0]])
+            gap = paired_difference(rates[window], rates[WINDOWS[0]]).difference
             results.append(
                 {
                     "sound": condition,
@@ -72,8 +72,7 @@ def main() -> int:
                     "ratio": f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]",
                     "WER %": round(100 * rates[window].wer, 2),
                     "95 %": f"{100 * low:.2f} .. {100 * high:.2f}",
-                    "WER - that of 30 s": f"{100 * difference.difference:+.2f} "
-                    f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]",
+                    "WER - that of 30 s": f"{100 * gap.value:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]",
                 }
             )
     print_table(results)

@@ -3,7 +3,7 @@
     python benchmarks/search_cost.py                    runs the demo search first (10 minutes on 2 cores)
     python benchmarks/search_cost.py --run runs/demo    of a finished run
 
-From the ledger and the tables of one run: worker-seconds and FLOPs of every rung, over those of the mean finalist (the
+From the costs and the tables of one run: worker-seconds and FLOPs of every rung, over those of the mean finalist (the
 seconds of each are in the JSON). The second table does the same sum for CosyVoice 2 from the
 token budgets of ``search_spaces/cosyvoice2.yaml``, which nobody has run yet: FLOPs only, 2 a parameter and token of a
 forward pass, 6 of a training step, 8 of the alignment.
@@ -19,10 +19,8 @@ from typing import Any
 
 from measurement import print_table, write_result
 
-from mamtra_ray.artifacts import read_json
 from mamtra_ray.config import load_config
-from mamtra_ray.run.folder import FINALIST_COLUMNS, read_rows
-from mamtra_ray.run.names import FINALISTS
+from mamtra_ray.run.folder import Run, read_run
 
 RUN = Path("runs") / "search_cost"
 LIBRITTS_TOKENS = 52_650_000
@@ -30,16 +28,14 @@ LIBRITTS_TOKENS = 52_650_000
 PAPER_EPOCHS = 15
 
 
-def seconds_of_finalists(run: Path) -> list[float]:
+def seconds_of_finalists(run: Run) -> list[float]:
     """Worker-seconds of every final distillation, fastest first."""
-    workers = load_config(run / "config.yaml").distill.workers
-    return sorted(workers * row["seconds"] for row in read_rows(run / FINALISTS, FINALIST_COLUMNS))
+    return sorted(run.config.distill.workers * row.seconds for row in run.finalists)
 
 
-def measured(run: Path) -> list[dict[str, Any]]:
+def measured(run: Run) -> list[dict[str, Any]]:
     """One row per rung of a finished run."""
-    ledger = read_json(run / "ledger.json")
-    rungs = {row["rung"]: row for row in ledger["rungs"]}
+    rungs = {row["rung"]: row for row in run.rungs}
     seconds = seconds_of_finalists(run)
     one = {"seconds": sum(seconds) / len(seconds), "tflop": rungs["finalists"]["tflop"] / len(seconds)}
     rows = []
@@ -94,11 +90,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.run is None:
         subprocess.run([sys.executable, "-m", "mamtra_ray.search", "--run", str(RUN)], check=True)
-    rows, plan = measured(options.run or RUN), planned()
+    run = read_run(options.run or RUN)
+    rows, plan = measured(run), planned()
     print_table(rows)
     print()
     print_table(plan)
-    seconds = seconds_of_finalists(options.run or RUN)
+    seconds = seconds_of_finalists(run)
     print(f"\na final distillation took {seconds[0]:.1f} to {seconds[-1]:.1f} worker-seconds")
     write_result("search_cost", rows, settings={"final_seconds": seconds, "cosyvoice2": plan})
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import optuna
 
-from mamtra_ray.config import SearchConfig
 from mamtra_ray.layouts import STRATEGIES, Layout, from_strategy
+from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.layouts.constraints import Constraints, sample_layouts
 from mamtra_ray.search.parameter_space import layout_from_params, param_space
 from mamtra_ray.surrogate.acquisition import fit_log, next_layouts
@@ -51,21 +51,21 @@ def random_layouts(scores: Scores, budget: Constraints, seed: int) -> None:
 
 
 def optuna_layouts(kind: str) -> Callable[[Scores, Constraints, int], None]:
-    """Optuna with one priority a layer, as ``candidates.py`` gives it to Tune."""
+    """Optuna with one priority a layer, as ``search/parameter_space.py`` gives it to Tune."""
 
     def run(scores: Scores, budget: Constraints, seed: int) -> None:
         attention = budget.attention_counts[0]
-        search = SearchConfig(ratios=(f"{attention}:{budget.num_layers - attention}",))
+        space = SearchSpace(budget.num_layers, (f"{attention}:{budget.num_layers - attention}",))
         samplers = {
             "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, seed=seed),
             "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
         }
         study = optuna.create_study(sampler=samplers[kind]())
-        space = param_space(search, budget.num_layers)
+        distributions = param_space(space)
         # A sampler that has converged proposes known layouts only; they cost no score, so the trials are limited too.
         for _ in range(3 * scores.limit):
-            trial = study.ask(space)
-            study.tell(trial, np.log(scores(layout_from_params(trial.params, search, budget.num_layers))))
+            trial = study.ask(distributions)
+            study.tell(trial, np.log(scores(layout_from_params(trial.params, space))))
 
     return run
 

@@ -31,11 +31,12 @@ from search_methods import Method, Scores, SpentError, additive_costs, methods
 
 from mamtra_ray.align.mixer_library import load_library
 from mamtra_ray.align.phase import make_library
-from mamtra_ray.config import Config, load_config
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.constraints import Constraints, sample_layouts
-from mamtra_ray.probe.layout_scoring import MaskScorer
+from mamtra_ray.probe.layout_scoring import LayoutScorer
+from mamtra_ray.probe.phase import probe_data
 from mamtra_ray.probe.pool import ProbePool, first_utterances
+from mamtra_ray.run.open_run import open_run
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.search.importance import layer_importance
 from mamtra_ray.surrogate.acquisition import fit_log
@@ -45,6 +46,12 @@ from mamtra_ray.teacher_cache.shared import SharedCache
 
 RATIOS = ("1:1", "1:2", "1:3")
 EVALUATIONS = (100, 200, 400, 600)
+QUICK = [
+    "corpus.train_tokens=20000",
+    "corpus.validation_tokens=600",
+    "align.tokens=10000",
+    "probe.validation_tokens=300",
+]
 
 
 def every_layout(num_layers: int) -> list[Layout]:
@@ -59,7 +66,7 @@ def exhaustive_truth(session: Session, library: Path, validation: SharedCache) -
     every = every_layout(session.num_layers)
     with (
         session.screen.phase("truth", f"{len(every)} layouts by forward passes"),
-        ProbePool(session.config, session.folder, session.teacher, library, validation) as pool,
+        ProbePool(probe_data(session, library, validation), session.folder, session.worker) as pool,
     ):
         new = [layout for layout in every if layout not in pool.rows]
         for done in pool.score(new, layouts_per_task=64):
@@ -69,8 +76,11 @@ def exhaustive_truth(session: Session, library: Path, validation: SharedCache) -
 
 def importances(session: Session, library: Path, validation: SharedCache) -> list[list[float]]:
     """One score a layer by each of the paper's two criteria."""
-    arguments = {"teacher": session.teacher, "library": library, "validation": validation}
-    return [layer_importance(session.config, session.folder, criterion, **arguments) for criterion in ("wer", "cosine")]
+    data = probe_data(session, library, validation)
+    return [
+        layer_importance(criterion, session.config, session.folder, data, session.worker)
+        for criterion in ("wer", "cosine")
+    ]
 
 
 def search_rows(
@@ -158,7 +168,7 @@ def cost_rows(session: Session, library: Path, validation: SharedCache, layouts:
     made = list(batches(held_out, teacher.sequence, tokens_per_batch=4096, seed=0, epoch=0))
     import torch
 
-    scorer = MaskScorer(teacher.model, mixers, config.student.state_sharing, torch.device("cpu"))
+    scorer = LayoutScorer(teacher.model, mixers, config.student.state_sharing, torch.device("cpu"))
     rng = np.random.default_rng(0)
     chosen = sorted(sample_layouts(Constraints.from_ratio(session.num_layers, "1:1"), layouts, rng))
     rows = []
@@ -177,30 +187,19 @@ def cost_rows(session: Session, library: Path, validation: SharedCache, layouts:
     return rows
 
 
-def quick(config: Config) -> Config:
-    """The same on few tokens."""
-    return config.model_copy(
-        update={
-            "corpus": config.corpus.model_copy(update={"train_tokens": 20_000, "validation_tokens": 600}),
-            "align": config.align.model_copy(update={"tokens": 10_000}),
-            "probe": config.probe.model_copy(update={"validation_tokens": 300}),
-        }
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few tokens, one seed, nothing is written")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--space", type=Path, help="search-space file (default: the packaged demo)")
+    parser.add_argument("--space", help="search-space file (default: the packaged demo)")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/search_quality)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    config = load_config(options.space, [*([] if options.space else LONG_DEMO), *options.overrides])
-    config = quick(config) if options.quick else config
+    overrides = [*([] if options.space else LONG_DEMO), *(QUICK if options.quick else []), *options.overrides]
     seeds = 1 if options.quick else options.seeds
     folder = options.run or Path("runs") / ("search_quality_quick" if options.quick else "search_quality")
-    session = start_session(config, folder, ("cache", "align", "truth"), None)
+    run = open_run(options.space, folder, overrides)
+    session = start_session(run, ("cache", "align", "truth"), None)
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     assert library is not None
@@ -223,7 +222,7 @@ def main() -> int:
             cost=cost,
             optima={ratio: {"layout": str(layout), "kl": truth[layout]} for ratio, layout in best.items()},
             seeds=seeds,
-            validation_tokens=config.probe.validation_tokens,
+            validation_tokens=run.config.probe.validation_tokens,
         )
     return 0
 

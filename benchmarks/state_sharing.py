@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mamtra_ray.align.mixer_training import MixerTraining
-from mamtra_ray.config import AlignConfig, DistillConfig
+from mamtra_ray.config import load_config
 from mamtra_ray.corpus.table import Utterance, read_corpus, utterances
 from mamtra_ray.distill.training import Distillation, validate
 from mamtra_ray.layouts import Layout, from_strategy
@@ -94,7 +94,7 @@ def endless_batches(teacher: Teacher, rows: list[Utterance], tokens_per_batch: i
 def aligned_mixers(
     teacher: Teacher, rows: list[Utterance], tokens: int, seed: int
 ) -> dict[StateSharing, dict[int, dict[str, Tensor]]]:
-    config = AlignConfig(tokens=tokens)
+    config = load_config(overrides=[f"align.tokens={tokens}"]).align
     trainings = {
         sharing: MixerTraining(teacher.model, config, sharing, torch.device("cpu"), seed=seed) for sharing in SHARINGS
     }
@@ -116,7 +116,7 @@ def distilled(
     teacher: Teacher, rows: list[Utterance], layout: Layout, libraries: Any, tokens: int, seed: int
 ) -> tuple[dict[StateSharing, SpeechLM], dict[StateSharing, list[float]]]:
     """The two students, trained in turns on every batch, and their seconds per step."""
-    config = DistillConfig(tokens=tokens)
+    config = load_config(overrides=[f"distill.tokens={tokens}"]).distill
     trainings = {}
     for sharing in SHARINGS:
         student = make_student(teacher.model, layout, "aligned", libraries[sharing], sharing, seed)
@@ -213,7 +213,7 @@ def main() -> None:
                     }
                 )
             per_query, per_kv = rows[-2:]
-            gap = paired_difference(results["per_kv_head"], results["per_query_head"])
+            gap = paired_difference(results["per_kv_head"], results["per_query_head"]).difference
             ratios = [b / a for a, b in zip(*(seconds[sharing] for sharing in SHARINGS), strict=True)]
             quartiles = statistics.quantiles(ratios, n=4)
             differences.append(
@@ -222,7 +222,7 @@ def main() -> None:
                     "seed": seed,
                     "ce": per_kv["ce"] - per_query["ce"],
                     "kl": per_kv["kl"] - per_query["kl"],
-                    "wer": gap.difference,
+                    "wer": gap.value,
                     "wer_95": f"[{gap.low:.3f}, {gap.high:.3f}]",
                     "state_ratio": per_kv["state_bytes_per_sequence"] / per_query["state_bytes_per_sequence"],
                     "step_ratio": f"{quartiles[1]:.2f} [{quartiles[0]:.2f}, {quartiles[2]:.2f}]",

@@ -171,10 +171,10 @@ def compare_gradients(
     stored: HiddenTargets | TopKTargets,
 ) -> dict[str, float]:
     """Cosine and relative error for every student, of the whole loss and without the cross-entropy."""
-    embedding = 1.0 if isinstance(stored, HiddenTargets) else 0.0
+    hidden = 1.0 if isinstance(stored, HiddenTargets) else 0.0
     found = {}
     for label, ce in (("Eq. 5", 1.0), ("KL+emb", 0.0)):
-        weights = LossWeights(ce=ce, logits=1.0, emb=embedding)
+        weights = LossWeights(ce=ce, kl=1.0, hidden=hidden)
         for name, student_ND in students.items():
             one = gradient(student_ND, labels_N, head, exact, weights)
             other = gradient(student_ND, labels_N, head, stored, weights)
@@ -219,8 +219,8 @@ def main() -> None:
             folder = Path(temporary) / name
             stored[name] = write_cache(folder, cache, teacher, splits)
             payload[name] = payload_bytes(folder, stored[name][0])
-            embedding = 0.0 if cache.format == "topk" else 1.0
-            sources.append(Source(name, shared(folder, stored[name][0], "train"), "cache", embedding))
+            hidden_weight = 0.0 if cache.format == "topk" else 1.0
+            sources.append(Source(name, shared(folder, stored[name][0], "train"), "cache", hidden_weight))
         exact_folder = Path(temporary) / "hidden fp16"
         exact_held_out = shared(exact_folder, stored["hidden fp16"][0], "validation")
         exact_train = sources[0].shared

@@ -40,7 +40,7 @@ def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[...,
     """Wrap a verb's ``main``: an :class:`InputError` becomes one line on stderr and exit code 2, a signal one line and
     130 or 143.
 
-    A reader that has seen enough (``... | head``) is no error.
+    A reader that closes the pipe early (``... | head``) is no error.
     """
 
     @functools.wraps(main)

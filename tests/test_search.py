@@ -78,6 +78,7 @@ def rows_of(run: Path, name: str = "trials") -> list[dict]:
     return pq.read_table(path).to_pylist() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_search_pays_for_no_layout_twice(tmp_path, short_folder, pytestconfig):
     space, run = write_search_space(tmp_path), tmp_path / "runs" / "first"
     warned = {"PYTHONWARNINGS": "always::DeprecationWarning,always::FutureWarning", "RAY_TMPDIR": str(short_folder)}

@@ -347,6 +347,7 @@ print("all rows seen twice")
 """
 
 
+@pytest.mark.slow
 def test_data_larger_than_the_object_store(tmp_path: Path) -> None:
     """Nearly 130 MB through a store of 80 MB; also that processes map the blocks instead of copying them."""
     process = subprocess.run(

@@ -189,7 +189,7 @@ def cosyvoice_shards(path: Path, split: str = "train") -> Listing:
     """CosyVoice's own Parquet files (named ``parquet_*.tar``, though no tar): columns utt, text, spk, audio_data.
 
     Args:
-        path: ``data.list`` (one file a line), a folder of such files, or one file.
+        path: ``data.list`` (one file per line), a folder of such files, or one file.
         split: of all its utterances.
 
     Raises:

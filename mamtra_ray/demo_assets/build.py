@@ -258,7 +258,7 @@ def save_teacher(
         folder,
         sequence,
         TOKENS_PER_SECOND,
-        # Room on both sides of what the voice ever did.
+        # A margin on both sides of the lengths that occur in the corpus.
         (round(0.7 * min(ratios), 2), round(1.5 * max(ratios), 2)),
         made_by,
         max_length=settings.max_length,

@@ -110,10 +110,10 @@ model, and nothing about open English. Voice: {measured["voice"]}.
 def _codec_card(settings: BuildSettings, measured: dict[str, Any]) -> str:
     return f"""# Demo codec
 
-25 tokens a second from one codebook of {settings.codec.codebook_size} entries: a token is the nearest k-means
+25 tokens per second from one codebook of {settings.codec.codebook_size} entries: a token is the nearest k-means
 centroid of 40 ms of log-mel frames (16 kHz, 64 bands, 10 ms hop). Back to sound: a convolutional decoder that sees
 the neighboring tokens, and 32 iterations of Griffin-Lim. Fitted on {settings.codec_sentences} training sentences of
-the demo voice; it fails on other voices and on other language (`mamtra_ray/speech/tokenizer.py`, `vocoder.py`).
+the demo voice; it fails on other voices and on other language (`mamtra_ray/speech/demo_codec.py`).
 
 {_numbers(measured)}
 

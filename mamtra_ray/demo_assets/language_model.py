@@ -51,7 +51,7 @@ class TeacherSettings:
     learning_rate: float = 3e-3
     corruption: float = 0.12
     """Share of the speech tokens that the model reads replaced by random ones. A model that only ever read
-    correct tokens would not find back after its own first mistake."""
+    correct tokens would not recover from its own first mistake."""
     seed: int = 0
     steps_per_checkpoint: int = 200
 
@@ -68,7 +68,7 @@ class Example:
     text_tokens: list[int]
     phases: list[list[int]]
     word_ends: list[float]
-    """Seconds, one a word."""
+    """Seconds, one per word."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def train_teacher(
             held_out = validation_loss(model, validation, sequence, settings)
             print(
                 f"teacher: step {step}/{settings.steps}, loss {running:.3f} (corrupted input), "
-                f"tracking {running_tracking:.3f}, validation {held_out:.3f} nats a token, "
+                f"tracking {running_tracking:.3f}, validation {held_out:.3f} nats per token, "
                 f"about {rest / 60:.1f} min left",
                 flush=True,
             )
@@ -212,7 +212,7 @@ def speech_loss(model: Qwen2ForCausalLM, hidden_BLD: Tensor, labels_BL: Tensor, 
 def validation_loss(
     model: Qwen2ForCausalLM, examples: Sequence[Example], sequence: SequenceFormat, settings: TeacherSettings
 ) -> float:
-    """Mean cross-entropy of the first phases, in nats a token (the end counts as one)."""
+    """Mean cross-entropy of the first phases, in nats per token (the end counts as one)."""
     rows = [_row(example, 0, sequence) for example in sorted(examples, key=lambda example: len(example.phases[0]))]
     total, count = 0.0, 0
     for batch in _split(rows, settings.tokens_per_batch):

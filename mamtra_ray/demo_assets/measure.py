@@ -41,7 +41,7 @@ def hypotheses(
         label: what is printed.
 
     Returns:
-        One hypothesis a sentence, and the total seconds of sound.
+        One hypothesis per sentence, and the total seconds of sound.
     """
     identity = content_hash([list(texts), recognizer.name])
     state: dict[str, Any] = {"identity": identity, "heard": [], "seconds": 0.0}

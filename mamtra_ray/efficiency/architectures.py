@@ -76,7 +76,7 @@ class LayerCost:
     linear_macs_per_token: int
     conv_macs_per_token: int
     attention_width: int
-    """Query heads x head size; attention over a context of c costs 4 c attention_width FLOPs a token."""
+    """Query heads x head size; attention over a context of c costs 4 c attention_width FLOPs per token."""
     cached_values_per_token: int
     ssm_values: int
     conv_values: int
@@ -304,7 +304,7 @@ def _mlp_macs(architecture: Architecture) -> int:
 
 
 def _chunked_scan_flops(mamba: MambaShape) -> int:
-    """Matrix products of the chunked scan, per token: C B^T once a group of heads and its product with x
+    """Matrix products of the chunked scan, per token: C B^T once per group of heads and its product with x
     inside the chunk, the chunk's own state, and the output read from the incoming state."""
     groups = mamba.c_channels // mamba.state_size
     scores = 2 * mamba.chunk_size * mamba.state_size

@@ -3,8 +3,8 @@
 Two ways of counting FLOPs:
 
 - *The paper's* (Table 3): a whole forward pass over ``length`` tokens, though the table calls it one token.
-  Linear layers at 2 FLOPs a multiply-accumulate, attention over the full square (4 L^2 d a layer), no head,
-  no convolution, and no scan, except for Zonos, whose 7.32 only comes out with 9 L d_inner N a Mamba layer.
+  Linear layers at 2 FLOPs per multiply-accumulate, attention over the full square (4 L^2 d per layer), no head,
+  no convolution, and no scan, except for Zonos, whose 7.32 only comes out with 9 L d_inner N per Mamba layer.
 - *Full*: linear layers, convolution, attention, the chunked scan, and the head at the one position that is
   sampled from. Elementwise work (norms, activations) is left out, as FLOP counters do.
 
@@ -125,7 +125,7 @@ def cache_bytes(
         length: tokens in the cache.
         dtype: float32, float16 or bfloat16.
         state_dtype: type of the SSM state where it differs; many kernels keep it in float32.
-        dummy_key_value: add the one-value key and value a token that the paper's Mamba layers left in the
+        dummy_key_value: add the one-value key and value per token that the paper's Mamba layers left in the
             cache (an artifact of its code that Fig. 5 includes; ours have none).
     """
     value_bytes = _dtype_bytes(dtype)

@@ -170,7 +170,7 @@ def headline_rate(normalization: str) -> str:
 
 
 def counts_of_rate(result: WerResult, rate: str) -> WerResult:
-    """A result whose corpus WER is ``rate`` of :data:`RATES`: characters as its words, or all utterances alike long."""
+    """A result whose corpus WER is ``rate`` of :data:`RATES`: characters as words, or all utterances equally long."""
     errors, lengths = (result.errors, result.words)
     if rate.endswith("_cer"):
         errors, lengths = (result.character_errors, result.characters)

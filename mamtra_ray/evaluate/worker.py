@@ -193,7 +193,7 @@ class EvaluationWorker:
         try:
             results = generate(model, prompts, bounds, sampling, seeds)
         except InputError as error:
-            # Logits that are not finite: of this system, whose other chunks and whose rivals are still worth hearing.
+            # Logits that are not finite: this system's other chunks and the other systems are still evaluated.
             return [spoken.get(one.utterance_id, Spoken((), False, str(error))) for one in chunk.utterances]
         for utterance_id, result, (fewest, _) in zip(ids, results, bounds, strict=True):
             spoken[utterance_id] = Spoken(result.tokens, result.stopped, fewest_tokens=fewest)

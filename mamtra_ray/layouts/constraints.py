@@ -40,7 +40,7 @@ class LinearCost:
         ]
         pure_mamba = float(cost_of(Layout.all_mamba(num_layers)))
         if not np.isclose(whole + sum(change), pure_mamba, rtol=1e-9, atol=1e-9 * abs(whole)):
-            raise InputError(f"cost {name} does not add up over layers, so no budget of it can be solved exactly")
+            raise InputError(f"cost {name} does not add up over layers, so no bound on it can be solved exactly")
         return cls(name, whole, tuple(change))
 
     def of(self, layout: Layout) -> float:
@@ -158,9 +158,9 @@ def layout_from_row(mamba_L: np.ndarray) -> Layout:
 def sample_layouts(
     constraints: Constraints, count: int, rng: np.random.Generator, exclude: Collection[Layout] = ()
 ) -> list[Layout]:
-    """Up to ``count`` new allowed layouts: a budget uniformly among the possible ones, then a placement uniformly.
+    """Up to ``count`` new allowed layouts: uniform in the number of attention layers, then in the placement.
 
-    Coin flips per layer would nearly never visit the extreme budgets. Fewer than ``count`` come back only when
+    Coin flips per layer would nearly never visit the extreme ratios. Fewer than ``count`` come back only when
     (nearly) no others are left.
     """
     kept, free = sorted(set(constraints.keep_attention)), constraints.free_layers
@@ -168,8 +168,8 @@ def sample_layouts(
     seen, misses = set(exclude), 0
     found: list[Layout] = []
     while len(found) < count and misses < 200 + 20 * count:
-        budget = counts[rng.integers(len(counts))]
-        chosen = rng.choice(len(free), size=budget - len(kept), replace=False)
+        num_attention = counts[rng.integers(len(counts))]
+        chosen = rng.choice(len(free), size=num_attention - len(kept), replace=False)
         layout = Layout.from_attention_layers([*kept, *(free[index] for index in chosen)], constraints.num_layers)
         if layout in seen or not constraints.allows(layout):
             misses += 1

@@ -7,9 +7,9 @@ head becomes the speech rows of ``lm_head``, whose other rows are 0.
 ``lm_head`` has no bias in GraniteMoeHybrid, and no weights can stand in for one: what it is applied to has unit
 mean square, so no feature of it is constant. The head's bias (CosyVoice 2 has one) and the restriction to speech
 ids are therefore in ``generation_config.json``, as the ``sequence_bias`` of single tokens: the bias for speech
-ids, -1e9 for all others. ``model.generate`` applies both. Who calls the model's ``forward`` gets the logits
-without the head's bias, and 0 for ids that are not speech; who runs another engine passes the same numbers as
-its logit bias. CosyVoice's repetition-aware sampling is no option of ``generate`` either. A layout without any
+ids, -1e9 for all others. ``model.generate`` applies both. The model's ``forward`` gives the logits without
+the head's bias, and 0 for ids that are not speech; another engine can be given the same numbers as its logit
+bias. CosyVoice's repetition-aware sampling is no option of ``generate`` either. A layout without any
 attention layer is exported with ``use_cache`` off, because transformers' cache cannot count its positions then.
 
 Tensor letters: D model width, V unified vocabulary, S speech vocabulary.

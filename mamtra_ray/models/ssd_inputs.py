@@ -46,5 +46,5 @@ def softplus_dt(
 
 
 def without_padding(t_BLHX: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """Zeros at padded positions: their values may be anything, and dt = 0 does not silence a NaN."""
+    """Zeros at padded positions: their values may be anything, and dt = 0 does not remove a NaN."""
     return t_BLHX if mask_BL is None else t_BLHX.masked_fill(~mask_BL.bool()[..., None, None], 0)

@@ -3,7 +3,7 @@
 Half of the scores go to ratios and placements drawn uniformly and to the paper's placements; a surrogate with linear
 and pairwise terms is fitted; the rest goes, round by round, to the layouts that it holds for best, until the best one
 is scored and hardly any unscored one can be better. The last eighth confirms: it goes to the predicted optima alone, a
-few at a time. Every score is in ``probe.parquet`` before the next round begins, and is not paid for again.
+few at a time. Every score is in ``probe.parquet`` before the next round begins, and is not computed again.
 """
 
 from __future__ import annotations

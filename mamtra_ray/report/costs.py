@@ -111,7 +111,7 @@ def _paper_cache() -> Figure:
     return Figure(
         "figure_5_paper",
         "Fig. 5 of the paper (crosses: constant and growth added up) on the closed form of CosyVoice 2's shape (lines)."
-        " The crosses lie up to 0.7 MB higher: its Mamba layers keep 8 unused bytes a token.",
+        " The crosses lie up to 0.7 MB higher: its Mamba layers keep 8 unused bytes per token.",
         "Line plot of cache size against context length for the teacher and four ratios, with the paper's points.",
         cache_growth(_cache_rows(architecture, layouts), published, break_even_length(architecture, kept["1:1"])),
         published,

@@ -45,7 +45,7 @@ def search(runs: Sequence[Run]) -> Section:
     tables = [Table("trials", "Trials, best first", columns, shown)]
     ranks = [{"run": run.name, **row} for run in runs for row in rank_agreement(run)]
     if ranks:
-        tables.insert(0, Table("rank_agreement", "Do cheap scores rank as dearer ones do?", rank_columns, ranks))
+        tables.insert(0, Table("rank_agreement", "Do cheap scores rank as expensive ones do?", rank_columns, ranks))
     return Section("search", "Search", tables=tuple(tables), figures=tuple(figures))
 
 
@@ -119,7 +119,7 @@ def pareto_front(rows: Sequence[Row], cost: str) -> list[Row]:
 
 
 def rank_agreement(run: Run) -> list[Row]:
-    """Spearman of every cheaper score with the next dearer one, inside each ratio (never pooled over ratios)."""
+    """Spearman of every score with the next more expensive one, inside each ratio (never pooled over ratios)."""
     stages: list[tuple[str, dict[Layout, float]]] = [("probe", {row.layout: row.ce for row in run.probe})]
     for rung in sorted({row.rung for row in run.trials}):
         stages.append((f"rung {rung}", {row.layout: row.ce for row in run.trials if row.rung == rung}))

@@ -36,7 +36,7 @@ def connect(address: str | None = None) -> Cluster:
     Raises:
         InputError: no cluster answers at ``address``.
     """
-    # Nothing leaves the machine unasked.
+    # Ray sends no usage statistics unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # One thread per process: measured faster than several workers fighting over the cores.

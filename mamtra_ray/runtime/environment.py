@@ -117,7 +117,7 @@ def checkout_commit(folder: Path) -> str | None:
     git = ["git", "-C", str(folder)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        # Untracked files are left out: notes and runs lie about in many a checkout.
+        # Untracked files are left out: many checkouts hold notes and runs.
         changed = subprocess.run(
             [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
         )

@@ -44,7 +44,7 @@ def worker_resources(asked: ResourcesConfig, cluster: Mapping[str, float]) -> Wo
 
 
 def check_resources(config: Config, worker: WorkerResources, cluster: Mapping[str, float]) -> None:
-    """Refuse worker counts that would wait for ever in PENDING.
+    """Refuse worker counts that would wait forever in PENDING.
 
     Raises:
         InputError: the cluster has too few CPUs or GPUs for a trial, a finalist or the alignment.

@@ -1,8 +1,8 @@
 """What every rung of the ladder cost: the teacher pass, the alignment, probes, trials and finalists.
 
 Computed from what the rungs left on disk, never added up along the way, so that a killed and resumed run counts every
-score once. FLOPs are 2 a parameter and token of a forward pass and 6 of a training step (as in the plan), with the head
-and without the scan; text positions are not counted.
+score once. FLOPs are 2 per parameter and token of a forward pass and 6 of a training step (as in the plan), with the
+head and without the scan; text positions are not counted.
 """
 
 from __future__ import annotations

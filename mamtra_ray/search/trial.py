@@ -103,7 +103,7 @@ class _RungReporter:
     def report(self, report: Report) -> None:
         """Record and report a freshly trained rung."""
         if not math.isfinite(report.ce):
-            # A NaN would leave the Optuna trial running for ever; a failed trial is clean.
+            # A NaN would leave the Optuna trial running forever; a failed trial is clean.
             raise FloatingPointError(f"held-out CE of {self.layout} is {report.ce} after {report.tokens} tokens")
         row = TrialRow(
             trial_id=tune.get_context().get_trial_id() or "",
@@ -129,7 +129,7 @@ class _RungReporter:
         return max(rung for rung, target in enumerate(self.settings.search.rung_tokens) if tokens >= target)
 
     def tell_tune(self, row: TrialRow) -> None:
-        """Report ``row`` as this trial's result, whoever paid for it."""
+        """Report ``row`` as this trial's result, whichever session computed it."""
         search = self.settings.search
         if row.rung == 0:
             self.first_rung_ce = row.ce

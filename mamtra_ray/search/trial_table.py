@@ -1,4 +1,4 @@
-"""The trials table: one row per layout and rung, written by one actor, so that no layout is paid for twice."""
+"""The trials table: one row per layout and rung, written by one actor, so that no layout is trained twice."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class TrialTable:
         return known
 
     def is_finished(self, layout: Layout) -> bool:
-        """Whether successive halving is done with ``layout``, so that nothing is left to pay for."""
+        """Whether successive halving is done with ``layout``, so that nothing is left to compute."""
         return any(row.status == FINISHED for row in self.rows_of(layout))
 
     def finish(self, layout: Layout) -> None:
         """Mark the rows of ``layout`` as final: its trial has ended, by its own end or by successive halving."""
         self.trials.append(replace(row, status=FINISHED) for row in self.rows_of(layout) if row.status != FINISHED)
-        # So that others, who know Parquet only, see how far the search is. (The curves are large, and wait.)
+        # Readers of the Parquet file see how far the search is. (The curves are large and are written at the end.)
         self.trials.compact()
 
     def all_rows(self) -> list[TrialRow]:

@@ -3,7 +3,7 @@
 The networks are the pure PyTorch ones in the package minicpmo-utils, with the user's ``flow.pt`` and ``hift.pt``;
 the voice of a prompt is prepared as upstream's front end does (``cosyvoice/cli/frontend.py``).
 
-Tensor letters: B batch (1), S tokens, T mel frames (two a token), M mel bands, F frequency bins.
+Tensor letters: B batch (1), S tokens, T mel frames (two per token), M mel bands, F frequency bins.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CosyVoiceVocoder:
     sample_rate: int = SAMPLE_RATE
 
     def decode(self, speech_tokens: Sequence[int] | np.ndarray, voice: Voice | None = None) -> np.ndarray:
-        """Float32 waveform, 960 samples a token, the same for equal arguments (its noise is seeded).
+        """Float32 waveform, 960 samples per token, the same for equal arguments (its noise is seeded).
 
         Raises:
             InputError: no token, one outside the codebook, or neither a prompt's recording nor a default speaker.
@@ -87,7 +87,7 @@ class CosyVoiceVocoder:
         if not len(voice.speech_tokens):
             return *nothing, speaker_1E
         mel_TM = prompt_mel(sound)
-        # Upstream cuts both to exactly two frames a token.
+        # Upstream cuts both to exactly two frames per token.
         count = min(len(mel_TM) // FRAMES_PER_TOKEN, len(voice.speech_tokens))
         prompt_S = torch.from_numpy(np.asarray(voice.speech_tokens[:count], np.int64))
         return prompt_S, mel_TM[None, : FRAMES_PER_TOKEN * count], speaker_1E
@@ -116,7 +116,7 @@ def load_cosyvoice_vocoder(folder: Path) -> CosyVoiceVocoder:
 
 
 def prompt_mel(waveform: np.ndarray) -> Tensor:
-    """Natural-log mel magnitudes (T, 80) of a 24 kHz waveform, 50 frames a second, as the flow was trained on."""
+    """Natural-log mel magnitudes (T, 80) of a 24 kHz waveform, 50 frames per second, as the flow was trained on."""
     padding = (FFT_SIZE - HOP_SIZE) // 2
     padded = torch.nn.functional.pad(torch.from_numpy(waveform)[None, None], (padding, padding), mode="reflect")[0, 0]
     window = torch.hann_window(FFT_SIZE)

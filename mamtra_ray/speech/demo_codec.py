@@ -155,7 +155,7 @@ class Codec:
         return self.decoder(self.tokenizer.codebook_KD[index_S][None])[0]
 
     def decode(self, tokens: Sequence[int] | np.ndarray, iterations: int = 32) -> np.ndarray:
-        """Float32 waveform at 16 kHz, 40 ms a token (10 ms less at the end)."""
+        """Float32 waveform at 16 kHz, 40 ms per token (10 ms less at the end)."""
         return griffin_lim(self.decode_mel(tokens), iterations)
 
     def decode_batch(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:

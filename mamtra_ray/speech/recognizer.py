@@ -86,7 +86,7 @@ class WhisperCT2:
         features_MT = features_MT[:, :frames]
         features_MT = np.pad(features_MT, ((0, 0), (0, frames - features_MT.shape[1])))
         prompt = self.model.get_prompt(tokenizer, [], without_timestamps=True)
-        # Nobody says ten tokens a second; a text this long is a loop, which the full window may not fall into.
+        # Speech has fewer than ten text tokens per second: a longer text is a loop, which the full window may avoid.
         longest = len(prompt) + 10 * len(waveform) // SAMPLE_RATE
         result = self.model.model.generate(
             self.model.encode(features_MT.astype(np.float32)),

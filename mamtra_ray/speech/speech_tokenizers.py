@@ -84,7 +84,7 @@ class Xcodec2Tokenizer:
 
 @dataclass(frozen=True)
 class S3Tokenizer:
-    """CosyVoice 2's speech tokenizer (25 tokens a second, 6,561 codes) in the package s3tokenizer."""
+    """CosyVoice 2's speech tokenizer (25 tokens per second, 6,561 codes) in the package s3tokenizer."""
 
     package: Any
     model: Any

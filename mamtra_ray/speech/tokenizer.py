@@ -1,4 +1,4 @@
-"""Sound to speech tokens: 25 a second from one codebook of log-mel patches.
+"""Sound to speech tokens: 25 per second from one codebook of log-mel patches.
 
 A patch is four log-mel frames (40 ms); its token is the nearest codebook vector. The codebook is fitted
 on one voice and one domain by k-means (`fit_codebook`) and does not carry over to other speech.

@@ -53,7 +53,7 @@ NORMALIZATIONS: dict[str, Callable[[str], str]] = {"demo": normalize_demo, **PUB
 class WerResult:
     """Errors of recognized speech. Rates are fractions, not percent.
 
-    `errors` and `words` are int64 arrays with one entry an utterance, so that intervals and paired
+    `errors` and `words` are int64 arrays with one entry per utterance, so that intervals and paired
     comparisons can be made later without recognizing again.
     """
 
@@ -131,7 +131,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the corpus WER, resampling utterances.
 
     Args:
-        errors, words: one entry an utterance, as in `WerResult`.
+        errors, words: one entry per utterance, as in `WerResult`.
         seed: seed of the resampling.
         level: probability the interval should cover.
         num_draws: bootstrap samples.

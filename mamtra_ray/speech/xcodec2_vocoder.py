@@ -1,4 +1,4 @@
-"""XCodec2, the codec of Llasa, through transformers: 50 tokens a second, 16 kHz."""
+"""XCodec2, the codec of Llasa, through transformers: 50 tokens per second, 16 kHz."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Xcodec2Vocoder:
         return int(np.prod(self.model.config.quantization_levels))
 
     def decode(self, speech_tokens: Sequence[int] | np.ndarray, voice: Voice | None = None) -> np.ndarray:
-        """Float32 waveform, 320 samples a token. The tokens carry the voice; ``voice`` is not used."""
+        """Float32 waveform, 320 samples per token. The tokens carry the voice; ``voice`` is not used."""
         import torch
 
         tokens = np.asarray(speech_tokens, np.int64)

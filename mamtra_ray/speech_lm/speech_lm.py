@@ -35,7 +35,7 @@ class SpeechLM(nn.Module):
     """A decoder over text and speech tokens: embedding table and hybrid body (``body``), and ``head``.
 
     Embedding table and head are frozen (``requires_grad`` False) and stay the teacher's in every student: with
-    one head for both, the teacher's exact logits follow from its cached hidden states, D numbers a token
+    one head for both, the teacher's exact logits follow from its cached hidden states, D numbers per token
     instead of S, and losses through the head need gradients of its input only.
 
     Parameters live on the ``meta`` device until :meth:`from_tensors` or :meth:`load` assigns them.

@@ -2,7 +2,7 @@
 
 The surrogate's optimum may be one that it only believes in. So every round scores the predicted best layouts *and* the
 optima of functions drawn from its posterior (Thompson sampling), refits, and asks how likely it is that an unscored
-layout is still better. All functions here look at one budget: constraints with one number of attention layers.
+layout is still better. All functions here look at one ratio: constraints with one number of attention layers.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def confidence(
     """Probability that no unscored layout beats the best scored one by more than 2 % of its score.
 
     Estimated by 32 posterior draws of the surrogate of the scores' logarithm, what it cannot represent included. 0 as
-    long as fewer than two scores a layer were made at this budget: until then its variances are guesses.
+    long as fewer than two scores per layer were made at this ratio: until then its variances are guesses.
     """
     known = [score for layout, score in scored.items() if constraints.allows(layout)]
     if len(known) >= constraints.num_layouts:

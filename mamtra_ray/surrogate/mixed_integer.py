@@ -1,4 +1,4 @@
-"""The best layout of one budget under a quadratic score, with a proven bound, for models too large to enumerate."""
+"""The best layout of one ratio under a quadratic score, with a proven bound, for models too large to enumerate."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def solve_with_milp(
 ) -> Optimum | None:
     """The best layout outside ``exclude`` with exactly ``attention`` attention layers, by HiGHS.
 
-    Products are linearized (z_ij = x_i x_j) and tied to the budget by ``sum over j of z_ij = (m - 1) x_i``, which
+    Products are linearized (z_ij = x_i x_j) and tied to the ratio by ``sum over j of z_ij = (m - 1) x_i``, which
     makes the relaxation far tighter than the four McCormick inequalities alone. A descent by swaps supplies a
     layout in any case, so the time limit costs proof, not a result.
 
     Returns:
-        The layout and the proven bound; None if nothing of this budget is left.
+        The layout and the proven bound; None if nothing of this ratio is left.
     """
     free = np.array(constraints.free_layers, dtype=int)
     constant, linear, pairs = fix_layers(quadratic, constraints, free)
@@ -70,7 +70,7 @@ def solve_with_milp(
         conditions.append(LinearConstraint(np.concatenate([cost_L, np.zeros(len(index))])[None], -np.inf, cost_limit))
     known_KH = _free_rows(exclude, constraints, attention, free)
     if len(known_KH):
-        # Two layouts of one budget differ in at least one Mamba layer.
+        # Two layouts of one ratio differ in at least one Mamba layer.
         nothing = np.zeros((len(known_KH), len(index)))
         conditions.append(LinearConstraint(np.concatenate([known_KH, nothing], axis=1), -np.inf, mamba - 1))
     known = {row.tobytes() for row in known_KH}

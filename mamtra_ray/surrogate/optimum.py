@@ -18,7 +18,7 @@ from mamtra_ray.layouts.constraints import Constraints, layout_from_row
 from mamtra_ray.surrogate.mixed_integer import solve_with_milp
 from mamtra_ray.surrogate.quadratic import Optimum, Quadratic, fix_layers
 
-# Enumeration visits about 2e8 layouts a second on one core; beyond this HiGHS takes over.
+# Enumeration visits about 2e8 layouts per second on one core; beyond this HiGHS takes over.
 ENUMERATION_LIMIT = 2**28
 # Rows of one half that are held at once (with 24 layers a half has 4,096).
 _HALF_LIMIT = 2**20
@@ -34,32 +34,32 @@ def best_layouts(
 ) -> dict[int, list[Optimum]]:
     """The ``count`` best layouts, outside ``exclude``, of every allowed number of attention layers, best first.
 
-    Exact where enumeration is possible (all layouts up to 28 layers, extreme budgets of larger models); otherwise
-    HiGHS runs for each of them, at most ``time_limit`` seconds a layout, and states its gap.
+    Exact where enumeration is possible (all layouts up to 28 layers, extreme ratios of larger models); otherwise
+    HiGHS runs for each of them, at most ``time_limit`` seconds per layout, and states its gap.
 
     Returns:
-        number of attention layers -> optima. Budgets that nothing is left of are left out.
+        number of attention layers -> optima. Ratios that nothing is left of are left out.
     """
     if can_enumerate(constraints):
         return _enumerate_others(quadratic, constraints, count, exclude)
     result: dict[int, list[Optimum]] = {}
-    for budget in constraints.attention_counts:
+    for num_attention in constraints.attention_counts:
         try:
-            single = replace(constraints, min_attention=budget, max_attention=budget)
+            single = replace(constraints, min_attention=num_attention, max_attention=num_attention)
         except InputError:
-            continue  # the cost bound leaves no layout of this budget
+            continue  # the cost bound leaves no layout of this ratio
         if can_enumerate(single):
             result |= _enumerate_others(quadratic, single, count, exclude)
         else:
             found: list[Optimum] = []
             while len(found) < count:
                 known = {*exclude, *(optimum.layout for optimum in found)}
-                optimum = solve_with_milp(quadratic, single, budget, time_limit, known)
+                optimum = solve_with_milp(quadratic, single, num_attention, time_limit, known)
                 if optimum is None:
                     break
                 found.append(optimum)
             # Within their gaps a later one may turn out better.
-            result |= {budget: sorted(found, key=lambda optimum: optimum.value)} if found else {}
+            result |= {num_attention: sorted(found, key=lambda optimum: optimum.value)} if found else {}
     return result
 
 
@@ -68,17 +68,20 @@ def _enumerate_others(
 ) -> dict[int, list[Optimum]]:
     excluded = {layout for layout in exclude if constraints.allows(layout)}
     found = enumerate_layouts(quadratic, constraints, count + len(excluded))
-    others = {budget: [o for o in optima if o.layout not in excluded][:count] for budget, optima in found.items()}
-    return {budget: optima for budget, optima in others.items() if optima}
+    others = {
+        num_attention: [o for o in optima if o.layout not in excluded][:count]
+        for num_attention, optima in found.items()
+    }
+    return {num_attention: optima for num_attention, optima in others.items() if optima}
 
 
 def enumerate_layouts(quadratic: Quadratic, constraints: Constraints, count: int = 1) -> dict[int, list[Optimum]]:
     """Every allowed layout, in blocks: the free layers are split into two halves whose rows are sorted by their
-    number of Mamba layers, so a block is one matrix product and a budget is a contiguous slice of its columns."""
+    number of Mamba layers, so a block is one matrix product and a ratio is a contiguous slice of its columns."""
     free = np.array(constraints.free_layers, dtype=int)
     constant, linear, pairs = fix_layers(quadratic, constraints, free)
     always = len(set(constraints.always_mamba))
-    mamba_counts = [constraints.num_layers - budget - always for budget in constraints.attention_counts]
+    mamba_counts = [constraints.num_layers - num_attention - always for num_attention in constraints.attention_counts]
     fewest, most = min(mamba_counts), max(mamba_counts)
     split = len(free) // 2
     rows_H, starts_H = _sorted_rows(split, most)
@@ -113,7 +116,7 @@ def enumerate_layouts(quadratic: Quadratic, constraints: Constraints, count: int
             if cost_H is not None and cost_W is not None:
                 values[cost_H[rows, None] + cost_W[columns] > cost_limit] = np.inf
             edges = np.array(starts_W[low : high + 1]) - columns.start
-            # One pass for the minima of all budgets; only a budget that improved is looked at again.
+            # One pass for the minima of all ratios; only a ratio that improved is looked at again.
             minima = np.minimum.reduceat(values, edges, axis=1).min(axis=0)
             for index, mamba_W in enumerate(range(low, high + 1)):
                 kept = best[mamba_H + mamba_W]

@@ -29,8 +29,8 @@ _MIN_NOISE = 1e-6  # of the scores' variance
 
 
 @dataclass(frozen=True)
-class BudgetFit:
-    """How well left-out scores of one budget are predicted.
+class RatioFit:
+    """How well left-out scores of one ratio are predicted.
 
     ``spearman`` is None below 4 layouts or without spread; ``coverage`` is the part of the scores inside the
     predicted 90 % intervals; ``rmse`` is in units of the target (log KL by default).
@@ -80,8 +80,8 @@ class Surrogate:
         weights = prior + self._prior.times((self._precision_BB @ residual) @ self._features_BF)
         return _to_quadratic(weights, self.mean.num_layers, self._shift, self._scale)
 
-    def held_out_fit(self) -> dict[int, BudgetFit]:
-        """Leave-one-out fit inside each budget (closed form, the prior variances kept): attention layers -> fit."""
+    def held_out_fit(self) -> dict[int, RatioFit]:
+        """Leave-one-out fit inside each ratio (closed form, the prior variances kept): attention layers -> fit."""
         diagonal = np.diag(self._precision_BB)
         error = self._scale * (self._precision_BB @ self._target_B) / diagonal
         deviation = self._scale / np.sqrt(diagonal)
@@ -95,7 +95,7 @@ class Surrogate:
             correlation = float(spearmanr(predicted, actual[at]).statistic) if spread else None
             inside = np.abs(error[at]) <= 1.645 * deviation[at]
             rmse = float(np.sqrt(np.mean(error[at] ** 2)))
-            fits[count] = BudgetFit(count, int(at.sum()), correlation, rmse, float(inside.mean()))
+            fits[count] = RatioFit(count, int(at.sum()), correlation, rmse, float(inside.mean()))
         return fits
 
     def best(self, constraints: Constraints, count: int = 1, time_limit: float = 30.0) -> dict[int, list[Optimum]]:

@@ -200,7 +200,7 @@ def _run(
     ]
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    # The plan and the operators of every run are Ray's business, not the user's; its log file keeps them.
+    # Ray logs the plan and the operators of every run; they stay in its log file.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     written = dataset.map_batches(
         ShardWriter,

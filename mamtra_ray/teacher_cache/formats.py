@@ -53,7 +53,7 @@ class RowFormat(Protocol):
 
 @dataclass(frozen=True)
 class HiddenFormat:
-    """Final hidden states in float16, 2 D bytes a position, and after them the outputs of ``layers``, as much each.
+    """Final hidden states in float16, 2 D bytes per position, and after them the outputs of ``layers``, as much each.
 
     What is encoded is of that width too, :func:`~mamtra_ray.teacher_cache.worker.labeled_hidden_states` with layers.
     """
@@ -223,7 +223,7 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _pack(codes_NG: np.ndarray) -> bytes:
-    """Dimension by dimension, one byte a code if all fit, else all low bytes and then all high bytes."""
+    """Dimension by dimension, one byte per code if all fit, else all low bytes and then all high bytes."""
     if codes_NG.min(initial=0) >= -128 and codes_NG.max(initial=0) <= 127:
         return codes_NG.astype(np.int8).T.tobytes()
     planes = codes_NG.astype("<i2").T.copy().view(np.uint8).reshape(-1, 2)

@@ -43,7 +43,7 @@ def take_inventory(storage: Storage, manifest: CacheManifest, wanted: Mapping[st
     """Verify every shard in the folder against the manifest and the plan.
 
     Shards that the manifest lists beyond ``wanted`` (a cache of more utterances) are kept. A shard that a
-    stopped job wrote after its manifest was written vouches for itself.
+    stopped job wrote after its manifest was written is checked by its own metadata.
     """
     planned = dict(wanted)
     for name, shard in manifest.shards.items():

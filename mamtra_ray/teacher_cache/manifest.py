@@ -206,7 +206,7 @@ def finished_shard(planned: PlannedShard, content: pa.Buffer) -> Shard:
 def unlisted_shard(storage: Storage, name: str, made_by: Mapping[str, Any], planned: PlannedShard) -> Shard | None:
     """A shard that a stopped job left, if it is whole and holds exactly ``planned``; else None.
 
-    Used where no manifest vouches for the file: everything is read and its content hash computed again.
+    Used where no manifest lists the file: everything is read and its content hash computed again.
     """
     content = storage.read(name)
     try:

@@ -1,6 +1,6 @@
 """Quantized hidden states: what the tokens tell of them is predicted, the rest is rounded and entropy coded.
 
-Whoever decodes a training sequence knows the speech token at a position and the one that follows, and these two
+The decoder of a training sequence knows the speech token at a position and the one that follows. These two
 explain most of the teacher's final hidden state. So the quantizer
 
 1. subtracts a prediction, the sum of a row per input token and a row per next token,
@@ -86,7 +86,7 @@ def calibrate(
     head_weight: Tensor,
     bits: float,
 ) -> HiddenQuantizer:
-    """Learn the quantizer whose codes have an entropy of ``bits`` a dimension on these rows.
+    """Learn the quantizer whose codes have an entropy of ``bits`` per dimension on these rows.
 
     The tables are a linear regression on the token's embedding and the next token's head row, which holds for
     tokens never seen here too, plus each token's mean remainder, shrunk by how seldom it was seen.

@@ -19,7 +19,7 @@ from mamtra_ray.teacher_cache.quantizer import QUANTIZER_FILE
 from mamtra_ray.teacher_cache.storage import Storage
 
 # A split up to this size is shuffled as a whole. A larger one is shuffled in windows of this size, made of
-# random blocks, so that blocks that had to be spilled to disk are restored once an epoch. It must hold dozens of
+# random blocks, so that blocks that had to be spilled to disk are restored once per epoch. It must hold dozens of
 # batches for their lengths to be alike (benchmarks/padding.py); all trials and workers of a node share its memory.
 WINDOW_BYTES = 4 << 30
 _BLOCK_BYTES = 64 << 20

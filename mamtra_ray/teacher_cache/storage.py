@@ -27,7 +27,7 @@ from mamtra_ray.artifacts import written_atomically
 from mamtra_ray.errors import InputError
 
 LOCK_FILE = "writer.lock"
-# A remote file system has no lock that dies with its holder, so the holder says every few seconds that it lives.
+# A remote file system has no lock that dies with its holder, so the holder renews it every few seconds.
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS = 10.0
 

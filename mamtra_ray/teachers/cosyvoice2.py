@@ -91,7 +91,7 @@ def bistream_example(
 ) -> tuple[Tensor, Tensor]:
     """Training sequence for text that arrives in pieces: 5 text tokens, 15 speech tokens, and so on.
 
-    Upstream draws it for half of the utterances that have more than 3 speech tokens a text token
+    Upstream draws it for half of the utterances that have more than 3 speech tokens per text token
     (``prepare_lm_input_target``). After each full block the label is ``fill``; the last block holds the rest of the
     text (0 to 4 tokens), the task id and the rest of the speech.
 

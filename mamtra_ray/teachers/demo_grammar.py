@@ -117,7 +117,7 @@ def draw_splits(counts: dict[str, int], seed: int) -> dict[str, list[str]]:
 
 
 def tokenize_text(text: str) -> list[int]:
-    """Text ids of a sentence, one a word.
+    """Text ids of a sentence, one per word.
 
     Raises:
         InputError: the text is empty or holds a word outside the demo vocabulary.

@@ -15,7 +15,7 @@ from mamtra_ray.teachers.teacher import Teacher
 def check_teacher_and_hybrid(teacher: Teacher, ratio: str, state_sharing: StateSharing) -> Difference:
     """Before a search: :func:`check_generation` of the teacher and of a hybrid of ``ratio`` with transferred mixers.
 
-    The hybrid shares the teacher's tensors, so it costs no memory to speak of. Its mixers are disturbed as if they had
+    The hybrid shares the teacher's tensors, so it costs almost no memory. Its mixers are disturbed as if they had
     been trained: new ones pass their input through a convolution that does nothing, in which no error would show.
     """
     layout = from_strategy("block_beginning", teacher.model.layout.num_layers, ratio)

@@ -1,4 +1,4 @@
-"""The one road of a teacher to the workers: Ray's object store. No worker needs the checkpoint's files."""
+"""How a teacher reaches the workers: through Ray's object store. No worker needs the checkpoint's files."""
 
 from __future__ import annotations
 
