@@ -147,7 +147,7 @@ def spoken(teacher: Teacher, model: SpeechLM, rows: list[Utterance], codec: Any,
 @torch.no_grad()
 def decode_milliseconds(student: SpeechLM, mixer_layers: tuple[int, ...]) -> float:
     """One decoding step of all mixers of a student, median of 200."""
-    mixers = [student.body.layers[layer].mamba.mixer for layer in mixer_layers]
+    mixers = [student.body.layers[layer].mamba for layer in mixer_layers]
     hidden_B1D = torch.randn(1, 1, student.config.hidden_size)
     states = [mixer(hidden_B1D, return_state=True)[1] for mixer in mixers]
     seconds = []

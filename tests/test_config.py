@@ -30,7 +30,7 @@ NEUTRAL = [
 ]
 INHERITED = {
     "demo": [
-        *NEUTRAL,
+        *(key for key in NEUTRAL if key != "evaluate.temperature"),
         *("teacher.path", "corpus.path", "cache.format", "cache.bits", "student.initialization", "align.workers"),
         *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
     ],

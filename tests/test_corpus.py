@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mamtra_ray.corpus.table import (
+    REQUIRED_COLUMNS,
     Utterance,
     check_vocabulary,
     corpus_identity,
@@ -202,6 +203,17 @@ def test_tokens_beyond_the_vocabulary_name_the_utterance(tmp_path: Path) -> None
         check_vocabulary(chunked, text_size=2, speech_size=6)
 
 
-def test_hash_is_sha256(tmp_path: Path) -> None:
-    digest = write(tmp_path / "c.parquet", [row(0)])
-    assert len(digest) == hashlib.sha256().digest_size * 2
+def test_hash_is_the_sha256_of_names_lengths_and_values(tmp_path: Path) -> None:
+    """Written out in plain Python: another release, or another program, must find the same."""
+    rows = [row(0, speech_tokens=[1, 2]), row(3, text="ä b", speech_tokens=[7])]
+    digest = hashlib.sha256()
+    for name in REQUIRED_COLUMNS:
+        kind = str(REQUIRED_COLUMNS[name])
+        values, lengths = b"", b""
+        for one in rows:
+            value = one[name].encode() if isinstance(one[name], str) else np.array(one[name], "<i4").tobytes()
+            values += value
+            lengths += np.array(len(value) if isinstance(one[name], str) else len(one[name]), "<i4").tobytes()
+        digest.update(f"{name}\0{kind}\0{len(rows)}\0".encode())
+        digest.update(hashlib.sha256(lengths).digest() + hashlib.sha256(values).digest())
+    assert write(tmp_path / "c.parquet", rows) == digest.hexdigest()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def write_utterance(root, utterance_id, text, subset="train-clean-100", waveform
     speaker, chapter = utterance_id.split("_")[:2]
     folder = root / subset / speaker / chapter
     folder.mkdir(parents=True, exist_ok=True)
-    waveform = sound(hash(utterance_id) % 1000) if waveform is None else waveform
+    waveform = sound(zlib.crc32(utterance_id.encode())) if waveform is None else waveform
     soundfile.write(folder / f"{utterance_id}.wav", waveform, rate, subtype="FLOAT")
     if text is not None:
         (folder / f"{utterance_id}.normalized.txt").write_text(text)

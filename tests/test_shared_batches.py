@@ -171,7 +171,7 @@ def test_batches_are_the_padded_training_examples(ray_cluster: None, made: dict)
 
 
 def test_skipping_batches_goes_on_exactly_there(ray_cluster: None, made: dict) -> None:
-    shared = dataclasses.replace(shared_of(made))
+    shared = shared_of(made)
     options = {"tokens_per_batch": 150, "seed": 3, "epoch": 2, "rank": 1, "world_size": 2}
     whole = list(batches(shared, SEQUENCE, **options))
     for skip in (0, 1, len(whole) - 1, len(whole), len(whole) + 5):

@@ -183,7 +183,7 @@ class EvaluateConfig(Section):
     normalization: Literal["demo", "seed", "whisper_basic", "whisper_en"] = "whisper_en"
     """Text normalization before the WER."""
     temperature: NotNegative | None = None
-    """Sampling temperature, 0 is greedy; none, here and below: as the teacher's system samples (demo: greedy)."""
+    """Sampling temperature, 0 is greedy; none, here and below: as the teacher's own system samples."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Nucleus of the sampling."""
     top_k: CountOrZero | None = None

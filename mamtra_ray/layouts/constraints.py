@@ -33,15 +33,15 @@ class LinearCost:
         Raises:
             InputError: the cost of the pure Mamba layout is not the sum of the single changes.
         """
-        whole = float(cost_of(Layout.all_attention(num_layers)))
+        all_attention = float(cost_of(Layout.all_attention(num_layers)))
         change = [
-            float(cost_of(Layout.from_attention_layers(set(range(num_layers)) - {i}, num_layers))) - whole
+            float(cost_of(Layout.from_attention_layers(set(range(num_layers)) - {i}, num_layers))) - all_attention
             for i in range(num_layers)
         ]
         pure_mamba = float(cost_of(Layout.all_mamba(num_layers)))
-        if not np.isclose(whole + sum(change), pure_mamba, rtol=1e-9, atol=1e-9 * abs(whole)):
+        if not np.isclose(all_attention + sum(change), pure_mamba, rtol=1e-9, atol=1e-9 * abs(all_attention)):
             raise InputError(f"cost {name} does not add up over layers, so no bound on it can be solved exactly")
-        return cls(name, whole, tuple(change))
+        return cls(name, all_attention, tuple(change))
 
     def of(self, layout: Layout) -> float:
         return self.all_attention + sum(self.change_L[layer] for layer in layout.mamba_layers)

@@ -72,11 +72,11 @@ def probe_layouts(
     """
     by_ratio = ratio_constraints(space)
     rng = np.random.default_rng(seed)
-    papers = [candidate.layout for candidate in paper_candidates(space, strategies)]
+    paper_placements = [candidate.layout for candidate in paper_candidates(space, strategies)]
     with ProbePool(data, folder, worker) as pool:
         total = config.num_layouts
         before_last, confirms = total - int(total * _LAST_SHARE), False
-        wanted = first_layouts(list(by_ratio.values()), papers, round(total * _FIRST_SHARE), rng)
+        wanted = first_layouts(list(by_ratio.values()), paper_placements, round(total * _FIRST_SHARE), rng)
         while True:
             new = [layout for layout in wanted if layout not in pool.rows]
             base = _inside(by_ratio, pool.rows)
@@ -136,10 +136,10 @@ def ratio_constraints(space: SearchSpace) -> dict[str, Constraints]:
 
 
 def first_layouts(
-    ratios: Sequence[Constraints], papers: Sequence[Layout], count: int, rng: np.random.Generator
+    ratios: Sequence[Constraints], paper_placements: Sequence[Layout], count: int, rng: np.random.Generator
 ) -> list[Layout]:
     """The paper's layouts, then ratios drawn uniformly and placements drawn uniformly inside them."""
-    chosen = list(dict.fromkeys(papers))
+    chosen = list(dict.fromkeys(paper_placements))
     share = np.bincount(rng.integers(len(ratios), size=max(count - len(chosen), 0)), minlength=len(ratios))
     for constraints, number in zip(ratios, share, strict=True):
         chosen += sample_layouts(constraints, int(number), rng, exclude=chosen)

@@ -28,15 +28,15 @@ _RESULT_VERSION = 2
 
 
 def choose_finalists(
-    space: SearchSpace, papers: Sequence[Candidate], rows: Sequence[TrialRow], found_per_ratio: int
+    space: SearchSpace, paper_placements: Sequence[Candidate], rows: Sequence[TrialRow], found_per_ratio: int
 ) -> list[Candidate]:
     """The paper's placements of every ratio, then the best found layouts of every ratio.
 
     Rows are compared at the highest rung they reached first, then by CE: a layout that successive halving let go on
     is ahead of one it stopped.
     """
-    from_paper = {candidate.layout for candidate in papers}
-    finalists = list(papers)
+    from_paper = {candidate.layout for candidate in paper_placements}
+    finalists = list(paper_placements)
     for ratio in space.ratios:
         kept = space.num_attention(ratio)
         best: dict[Layout, TrialRow] = {}
@@ -96,10 +96,10 @@ class _CurveToTable(ray.train.UserCallback):
 
 
 def distill_the_finalists(
-    session: Session, settings: TrialSettings, papers: list[Candidate], rows: list[TrialRow]
+    session: Session, settings: TrialSettings, paper_placements: list[Candidate], rows: list[TrialRow]
 ) -> list[FinalistRow]:
     """Every finalist with the full token budget; rows of ``finalists.parquet`` without their WER."""
-    finalists = choose_finalists(settings.space, papers, rows, settings.search.finalists)
+    finalists = choose_finalists(settings.space, paper_placements, rows, settings.search.finalists)
     tokens = settings.settings.tokens
     results = []
     with session.screen.phase(

@@ -44,7 +44,7 @@ def measure_wer(
     reference = Reference(validate(teacher.model, held_out).ce, config.evaluate.sentences)
     teacher_measured = Measured(TEACHER, reference.teacher_ce)
     if config.evaluate.sentences:
-        heard = _hear(session, finalists)
+        heard = _evaluate(session, finalists)
         finalists = [_with_speech(row, heard[str(row.layout)]) for row in finalists]
         metrics.best_wer.set(min(row.wer.value for row in finalists if row.wer))
         teacher_measured = heard[TEACHER].measured(reference.teacher_ce)
@@ -61,7 +61,7 @@ def measure_wer(
     ], reference
 
 
-def _hear(session: Session, finalists: Sequence[FinalistRow]) -> dict[str, Evaluation]:
+def _evaluate(session: Session, finalists: Sequence[FinalistRow]) -> dict[str, Evaluation]:
     config, folder, screen = session.config, session.folder, session.screen
     systems: dict[str, Path | None] = {str(row.layout): student_folder(folder, row.layout) for row in finalists}
     with screen.phase("speech", f"{config.evaluate.sentences} sentences by teacher and finalists"):

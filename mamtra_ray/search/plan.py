@@ -28,9 +28,9 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     train = min(train, config.corpus.train_tokens or train)
     validation = config.corpus.validation_tokens
     search, distill = config.search, config.distill
-    papers = paper_candidates(inputs.space, search.strategies)
+    paper_placements = paper_candidates(inputs.space, search.strategies)
     ranked = importance_criteria(search.strategies)
-    placements = len(papers) + len(ranked) * len(search.ratios)
+    placements = len(paper_placements) + len(ranked) * len(search.ratios)
     trials = placements if search.sampler == "grid" else max(search.trials, placements)
     halving = _halving_tokens(trials, search.rung_tokens, search.reduction_factor)
     finalists = placements + search.finalists * len(search.ratios)
@@ -55,7 +55,7 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     name = inputs.teacher.name
     print(f"plan for {folder}: teacher {name}, {layers} layers, {body / 1e6:.1f} M parameters without the table")
     print(f"ratios {', '.join(search.ratios)}; always among the candidates:")
-    for candidate in papers:
+    for candidate in paper_placements:
         print(f"  {candidate.layout}  {candidate.layout.ratio}  {candidate.origin}")
     for criterion in ranked:
         print(f"  {'measured first':{layers}}  {', '.join(search.ratios)}  importance_{criterion}")

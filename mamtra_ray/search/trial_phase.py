@@ -57,7 +57,7 @@ def trial_settings(session: Session, data: DistillData, table: Any) -> TrialSett
 def run_the_trials(
     session: Session,
     settings: TrialSettings,
-    papers: list[Candidate],
+    paper_placements: list[Candidate],
     proposals: list[Candidate],
     metrics: SearchMetrics,
 ) -> tuple[list[TrialRow], list[str]]:
@@ -71,7 +71,7 @@ def run_the_trials(
     """
     search, table = session.config.search, settings.table
     known = known_layouts(session, result_of(table.all_rows.remote()))
-    candidates = without_repeats([*known, *papers, *proposals])
+    candidates = without_repeats([*known, *paper_placements, *proposals])
     ray.get(table.set_origins.remote({candidate.layout: candidate.origin for candidate in candidates}))
     total = len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates))
     progress = _TrialsProgress(session, metrics, table, total)

@@ -57,9 +57,9 @@ def relative_cost(architecture: Architecture, name: str, context_length: int) ->
     """
     if name not in COSTS:
         raise InputError(f"unknown cost {name!r}: {nearest_name(name, COSTS)}")
-    whole = COSTS[name](architecture, Layout.all_attention(architecture.num_layers), context_length)
+    all_attention = COSTS[name](architecture, Layout.all_attention(architecture.num_layers), context_length)
     return LinearCost.from_function(
-        name, lambda layout: COSTS[name](architecture, layout, context_length) / whole, architecture.num_layers
+        name, lambda layout: COSTS[name](architecture, layout, context_length) / all_attention, architecture.num_layers
     )
 
 
