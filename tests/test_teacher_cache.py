@@ -589,5 +589,5 @@ def test_dry_run_and_wrong_input(made: tuple[Config, Path], tmp_path: Path, caps
     positions = sum(len(row["speech_tokens"]) + 1 for row in random_rows())
     assert f"{positions:,} positions" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    assert main(["--dry-run", *overrides, "corpus.path=/nowhere"]) == 2
+    assert main(["--dry-run", "--run", str(tmp_path / "run"), *overrides, "corpus.path=/nowhere"]) == 2
     assert "error: corpus /nowhere does not exist" in capsys.readouterr().err

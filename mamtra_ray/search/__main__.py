@@ -29,7 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         from mamtra_ray.run.checks import check_inputs
         from mamtra_ray.search.plan import print_plan
 
-        print_plan(run.config, run.folder, check_inputs(run.config, speech=True))
+        inputs = check_inputs(run.config, speech=True)
+        if inputs.teacher.decoder is not None:
+            from mamtra_ray.models.granite import check_representable
+
+            check_representable(inputs.teacher.decoder)
+        print_plan(run.config, run.folder, inputs)
         return 0
 
     from mamtra_ray.search.pipeline import search

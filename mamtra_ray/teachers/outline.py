@@ -15,6 +15,7 @@ from mamtra_ray.efficiency.architectures import Architecture, StateSharing, deco
 from mamtra_ray.teachers import check_kind, load_teacher
 
 if TYPE_CHECKING:
+    from mamtra_ray.models.decoder_config import DecoderConfig
     from mamtra_ray.teachers.teacher import Teacher
 
 
@@ -26,6 +27,8 @@ class TeacherOutline:
     architecture: Architecture
     text_size: int
     speech_size: int
+    decoder: DecoderConfig | None = None
+    """Of a teacher that was loaded; the packaged one is known to do for everything."""
 
 
 def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) -> TeacherOutline:
@@ -39,7 +42,9 @@ def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) ->
         teacher = load_teacher(kind, path)
         vocabulary = teacher.model.vocabulary
         architecture = architecture_of(teacher, state_sharing)
-        return TeacherOutline(teacher.name, architecture, vocabulary.text_size, vocabulary.speech_size)
+        return TeacherOutline(
+            teacher.name, architecture, vocabulary.text_size, vocabulary.speech_size, teacher.model.config
+        )
     folder = demo_asset("teacher")
     config, format_ = (json.loads((folder / name).read_text()) for name in ("config.json", "speech_lm.json"))
     vocabulary = format_["vocabulary"]
