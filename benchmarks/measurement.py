@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from mamtra_ray.artifacts import write_json
-from mamtra_ray.runtime.environment import checkout_commit
 
 RESULTS = Path(__file__).parent / "results"
 LONG_DEMO = [
@@ -125,11 +124,6 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def commit() -> str | None:
-    """Of the checkout, with what makes it inexact."""
-    return checkout_commit(Path(__file__).parents[1])
-
-
 def write_result(
     name: str, rows: Sequence[Mapping[str, Any]], command: Sequence[str] | None = None, **more: Any
 ) -> Path:
@@ -144,7 +138,6 @@ def write_result(
         {
             "schema_version": 1,
             "command": shlex.join(command),
-            "commit": commit(),
             "machine": machine(),
             **more,
             "rows": rows,

@@ -1,15 +1,14 @@
-"""The README's picture, docs/picture.svg, from two result files of this folder.
+"""The README's picture, docs/picture.svg: what a hybrid saves, for CosyVoice 2's shape.
 
-    python benchmarks/picture.py            a second; run it again when one of the files has changed
+    python benchmarks/picture.py            a second; run it again when the result file has changed
 
-Left, ``results/memory.json``: memory of decoding at its peak, above the weights, by context. Right,
-``results/demo_search.json``: word error rates of the demo teacher's 1:1 layouts with their 95 % intervals.
+Left, in closed form: the cache of one sequence by context. Right, ``results/generate.json``: decoding speed over the
+teacher's at two contexts, with the quartiles of the rounds.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes
+from mamtra_ray.layouts import Layout, from_strategy
+
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "picture.svg"
-INK, FAINT, FOUND, OTHER = "#1c2530", "#d8dee6", "#c75a00", "#0b62a8"
+INK, FAINT = "#1c2530", "#d8dee6"
 LINES = {"1:0": INK, "1:1": "#0b62a8", "1:3": "#c75a00", "1:5": "#13795b", "1:11": "#8a3f9e"}
+LENGTHS = tuple(range(0, 8_193, 512))
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": INK,
@@ -40,51 +43,49 @@ def main() -> None:
         figure = Figure(figsize=(8.4, 3.1), layout="constrained", facecolor="white")
         FigureCanvasSVG(figure)
         left, right = figure.subplots(1, 2)
-        draw_memory(left, rows_of("memory"))
-        draw_word_errors(right, rows_of("demo_search"))
+        draw_cache(left)
+        draw_speed(right, json.loads((RESULTS / "generate.json").read_text())["rows"])
         figure.savefig(PICTURE, format="svg", metadata={"Date": None})
     print(f"wrote {PICTURE}")
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
-    """Rows of ``results/<name>.json``."""
-    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    return rows
-
-
-def draw_memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def draw_cache(axes: Axes) -> None:
     """A line per ratio, labeled at its end."""
-    batch = json.loads((RESULTS / "memory.json").read_text())["settings"]["batch"]
+    shape = ARCHITECTURES["cosyvoice2"]
     for ratio, color in LINES.items():
-        points = sorted((row["context"], row["decode peak MB"]) for row in rows if row["ratio"] == ratio)
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=color, marker="o", markersize=3, linestyle="--" if ratio == "1:0" else "-")
-        name = "teacher" if ratio == "1:0" else ratio
-        axes.annotate(name, (x[-1], y[-1]), (5, 0), textcoords="offset points", va="center", color=color)
-    axes.set_title("CosyVoice 2's shape: memory of decoding", fontsize=9, loc="left")
+        teacher = ratio == "1:0"
+        layout = Layout.all_attention(24) if teacher else from_strategy("block_beginning", 24, ratio)
+        y = [cache_bytes(shape, layout, length) / 1e6 for length in LENGTHS]
+        axes.plot(LENGTHS, y, color=color, linestyle="--" if teacher else "-")
+        name = "teacher" if teacher else ratio
+        axes.annotate(name, (LENGTHS[-1], y[-1]), (5, 0), textcoords="offset points", va="center", color=color)
+    axes.set_title("Cache of one sequence, MB", fontsize=9, loc="left")
     axes.set_xlabel("tokens of context")
-    axes.set_ylabel(f"MB above the weights, {batch} sequences")
     axes.set_xlim(0, 9_300)
     axes.set_xticks([0, 2_048, 4_096, 8_192], ["0", "2,048", "4,096", "8,192"])
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
 
 
-def draw_word_errors(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """A bar per 1:1 layout below the teacher's, best CE on top."""
-    shown = [row for row in rows if row["from"] == "teacher" or row["ratio"] == "1:1"]
-    for place, row in enumerate(reversed(shown)):
-        value, low, high = map(float, re.findall(r"[\d.]+", row["WER %"]))
-        found = row["from"].startswith("found")
-        color = INK if row["from"] == "teacher" else FOUND if found else OTHER
-        axes.barh(place, value, height=0.6, color=color, alpha=0.85)
-        axes.plot([low, high], [place, place], color=INK, linewidth=1)
-    names = ["found" if row["from"].startswith("found") else row["from"].replace("_", " ") for row in shown]
-    labels = [f"{name}  {row['layout']}" for name, row in zip(names, shown, strict=True)]
-    axes.set_yticks(range(len(shown)), labels[::-1], family="monospace", fontsize=7)
-    axes.set_title("Demo: six of twelve layers replaced", fontsize=9, loc="left")
-    axes.set_xlabel("word error rate, %, with 95 % interval")
-    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+def draw_speed(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Bars of every ratio at each context, over the teacher's line."""
+    hybrids = [ratio for ratio in LINES if ratio != "1:0"]
+    contexts = sorted({row["context"] for row in rows})
+    width = 0.8 / len(hybrids)
+    for place, context in enumerate(contexts):
+        for offset, ratio in enumerate(hybrids):
+            [row] = [row for row in rows if row["context"] == context and row["model"] == ratio]
+            value, low, high = row["times the teacher's"], row["low"], row["high"]
+            x = place + (offset - (len(hybrids) - 1) / 2) * width
+            label = ratio if place == 0 else None
+            axes.bar(x, value, width=0.9 * width, color=LINES[ratio], alpha=0.85, label=label)
+            axes.plot([x, x], [low, high], color=INK, linewidth=1)
+    axes.axhline(1, color=INK, linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(contexts)), [f"{context:,} tokens of context" for context in contexts])
+    axes.set_title("Decoding speed over the teacher's (CPU, batch 8)", fontsize=9, loc="left")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(hybrids))
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
 
 

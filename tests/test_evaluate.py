@@ -250,7 +250,7 @@ def test_a_search_checks_its_evaluation_before_it_trains(place, ray_cluster):
 
 def test_bad_input_is_refused_before_any_work(place, ray_cluster, tmp_path, capsys):
     for changes, message in {
-        ("evaluate.normalization", "seeds"): r"evaluate.normalization = 'seeds' \(.*\): Input should be .*'seed'",
+        ("evaluate.normalization", "seeds"): r"evaluate.normalization = 'seeds' \(.*\): did you mean 'seed'",
         ("evaluate.sentences", 0): "nothing to speak",
     }.items():
         with pytest.raises(InputError, match=message):

@@ -6,6 +6,7 @@ Files are YAML 1.2, in which ``1:3`` is a ratio, ``1e-5`` a number and ``yes`` a
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,8 @@ def _first_problem(error: ValidationError, path: Path) -> str:
         return f"unknown key {where!r} {source}: {nearest_name(keys[-1], names)}"
     if problem["type"] in ("model_type", "dict_type"):
         return f"{where} {source} must be a section of keys, not {_short(problem['input'])}"
+    if problem["type"] == "literal_error":
+        message = nearest_name(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
     if isinstance(problem["input"], BaseModel | dict):  # a check of several keys, which names them itself
         return f"{message} {source}"
     return f"{where} = {_short(problem['input'])} {source}: {message}"
