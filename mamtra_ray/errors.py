@@ -62,6 +62,12 @@ def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[...,
         except Stopped as stop:
             print(f"\nstopped by {stop}; the same command goes on where it stopped", file=sys.stderr, flush=True)
             return stop.exit_code
+        except SystemError as error:  # what becomes of a signal inside a call of Ray
+            cause = error.__cause__ or error.__context__
+            if not isinstance(cause, Stopped):
+                raise
+            print(f"\nstopped by {cause}; the same command goes on where it stopped", file=sys.stderr, flush=True)
+            return cause.exit_code
         except KeyboardInterrupt:  # before there was anything to keep
             print("\nstopped", file=sys.stderr, flush=True)
             return 130

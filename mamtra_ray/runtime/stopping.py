@@ -12,10 +12,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+import ray
+
 from mamtra_ray.errors import STOP_SIGNALS, Stopped
 
 Result = TypeVar("Result")
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_TO_UNWIND = 10.0
 
 
 def take_stop_signals() -> None:
@@ -36,9 +39,11 @@ def _raise(signum: int, _frame: FrameType | None) -> None:
 
 
 def run_interruptibly(function: Callable[[], Result]) -> Result:
-    """Run ``function`` in a thread and wait for it, so that it cannot take the signals.
+    """Run ``function`` in a thread and wait for it here, so that a signal finds Python code and not Ray's.
 
-    Ray Train sets its handler only where it is called in the main thread, and leaves it there.
+    A signal inside a call of Ray becomes a SystemError there; and Ray Train sets its own handler where it is called in
+    the main thread, and leaves it. When a signal comes, Ray is shut down, which ends what the thread waits for; so its
+    phases note their seconds before :class:`~mamtra_ray.errors.Stopped` goes on.
     """
     if not _is_main_thread():
         return function()
@@ -52,8 +57,15 @@ def run_interruptibly(function: Callable[[], Result]) -> Result:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_SECONDS_BETWEEN_LOOKS)
+    try:
+        while thread.is_alive():
+            # Again and again: ray.init, which the thread calls, puts a handler in C++ in their place.
+            take_stop_signals()
+            thread.join(_SECONDS_BETWEEN_LOOKS)
+    except Stopped:
+        ray.shutdown()
+        thread.join(_SECONDS_TO_UNWIND)
+        raise
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]

@@ -37,10 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         print_plan(run.config, run.folder, inputs)
         return 0
 
+    from mamtra_ray.runtime.stopping import run_interruptibly, take_stop_signals
     from mamtra_ray.search.pipeline import search
 
     try:
-        return search(run, options.address)
+        take_stop_signals()
+        return run_interruptibly(lambda: search(run, options.address))
     except Stopped as stop:
         go_on = f"python -m mamtra_ray.search --resume --run {run.folder}"
         print(f"\nstopped by {stop}; go on with: {go_on}", file=sys.stderr, flush=True)
