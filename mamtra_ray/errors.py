@@ -28,6 +28,14 @@ class Stopped(BaseException):
         self.exit_code = 128 + signum
 
 
+def stop_behind(error: BaseException) -> Stopped:
+    """The signal that ``error`` stands for; one inside a call of Ray becomes a SystemError. Raises any other again."""
+    stop = error if isinstance(error, Stopped) else error.__cause__ or error.__context__
+    if not isinstance(stop, Stopped):
+        raise error
+    return stop
+
+
 def nearest_name(name: str, valid_names: Iterable[str]) -> str:
     """A hint for a message about an unknown name, e.g. ``did you mean 'front'? (valid: back, front)``."""
     valid = sorted(valid_names)
@@ -59,15 +67,10 @@ def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[...,
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
-        except Stopped as stop:
+        except (Stopped, SystemError) as error:
+            stop = stop_behind(error)
             print(f"\nstopped by {stop}; the same command goes on where it stopped", file=sys.stderr, flush=True)
             return stop.exit_code
-        except SystemError as error:  # what becomes of a signal inside a call of Ray
-            cause = error.__cause__ or error.__context__
-            if not isinstance(cause, Stopped):
-                raise
-            print(f"\nstopped by {cause}; the same command goes on where it stopped", file=sys.stderr, flush=True)
-            return cause.exit_code
         except KeyboardInterrupt:  # before there was anything to keep
             print("\nstopped", file=sys.stderr, flush=True)
             return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -11,6 +12,8 @@ def verb_parser(verb: str, description: str, *, ray: bool = True) -> argparse.Ar
 
     Parse with ``parse_intermixed_args``, so that overrides may stand anywhere.
     """
+    # Before Ray is imported: a thread that outlives a stopped run must not start another cluster by calling Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     parser = argparse.ArgumentParser(prog=f"python -m mamtra_ray.{verb}", description=description)
     parser.add_argument(
         "--space",

@@ -5,27 +5,21 @@ Ray Tune and Ray Train have handlers of their own, which end ``fit()`` as if all
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-import ray
-
 from mamtra_ray.errors import STOP_SIGNALS, Stopped
 
 Result = TypeVar("Result")
 _SECONDS_BETWEEN_LOOKS = 0.2
-_SECONDS_TO_UNWIND = 10.0
 
 
 def take_stop_signals() -> None:
     """From now on SIGINT and SIGTERM raise :class:`~mamtra_ray.errors.Stopped`; call it after ``ray.init``, which takes
     SIGTERM for itself. The decorator of a verb's ``main`` puts back what was there before."""
-    # Tune's handler ends `fit()` without an exception; this is its documented switch.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     if _is_main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, _raise)
@@ -39,11 +33,10 @@ def _raise(signum: int, _frame: FrameType | None) -> None:
 
 
 def run_interruptibly(function: Callable[[], Result]) -> Result:
-    """Run ``function`` in a thread and wait for it here, so that a signal finds Python code and not Ray's.
+    """Run ``fit`` of Ray Tune or Ray Train in a thread and wait for it here, so that it does not take the signals.
 
-    A signal inside a call of Ray becomes a SystemError there; and Ray Train sets its own handler where it is called in
-    the main thread, and leaves it. When a signal comes, Ray is shut down, which ends what the thread waits for; so its
-    phases note their seconds before :class:`~mamtra_ray.errors.Stopped` goes on.
+    Both set their own handlers, but in the main thread only. A signal leaves the thread behind, which ends with the
+    process.
     """
     if not _is_main_thread():
         return function()
@@ -57,15 +50,8 @@ def run_interruptibly(function: Callable[[], Result]) -> Result:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    try:
-        while thread.is_alive():
-            # Again and again: ray.init, which the thread calls, puts a handler in C++ in their place.
-            take_stop_signals()
-            thread.join(_SECONDS_BETWEEN_LOOKS)
-    except Stopped:
-        ray.shutdown()
-        thread.join(_SECONDS_TO_UNWIND)
-        raise
+    while thread.is_alive():
+        thread.join(_SECONDS_BETWEEN_LOOKS)
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]

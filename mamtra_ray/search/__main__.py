@@ -10,7 +10,7 @@ import sys
 
 from mamtra_ray.config import explain
 from mamtra_ray.config.command_line import verb_parser
-from mamtra_ray.errors import Stopped, exit_code_2_on_input_error
+from mamtra_ray.errors import Stopped, exit_code_2_on_input_error, stop_behind
 from mamtra_ray.run.open_run import open_run
 
 
@@ -37,13 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         print_plan(run.config, run.folder, inputs)
         return 0
 
-    from mamtra_ray.runtime.stopping import run_interruptibly, take_stop_signals
     from mamtra_ray.search.pipeline import search
 
     try:
-        take_stop_signals()
-        return run_interruptibly(lambda: search(run, options.address))
-    except Stopped as stop:
+        return search(run, options.address)
+    except (Stopped, SystemError) as error:
+        stop = stop_behind(error)
         go_on = f"python -m mamtra_ray.search --resume --run {run.folder}"
         print(f"\nstopped by {stop}; go on with: {go_on}", file=sys.stderr, flush=True)
         return stop.exit_code

@@ -18,6 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mamtra_ray.config import SearchConfig
 from mamtra_ray.layouts.candidates import Candidate
+from mamtra_ray.runtime.stopping import run_interruptibly
 from mamtra_ray.search.parameter_space import param_space, params_from_layout, sampler
 from mamtra_ray.search.trial import TrialSettings, run_trial
 
@@ -90,7 +91,7 @@ def run_trials(
             verbose=0,
         ),
     )
-    tuner.fit()
+    run_interruptibly(tuner.fit)
 
 
 def max_concurrent_trials(settings: TrialSettings) -> int:
