@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mamtra_ray.artifacts import write_json
+from mamtra_ray.runtime.progress import table
 
 RESULTS = Path(__file__).parent / "results"
 LONG_DEMO = [
@@ -118,10 +119,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     text = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    heads = list(rows[0])
-    widths = [max(len(line[column]) for line in [heads, *text]) for column in range(len(heads))]
-    for line in [heads, ["-" * width for width in widths], *text]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(table(list(rows[0]), text))
 
 
 def write_result(

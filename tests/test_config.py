@@ -9,7 +9,7 @@ from mamtra_ray.config import Config, explain, load_config, save_config
 from mamtra_ray.config.files import RENAMED, SHIPPED_SPACES
 from mamtra_ray.config.sections import EvaluateConfig
 from mamtra_ray.errors import InputError
-from mamtra_ray.run.session import search_space
+from mamtra_ray.run.checks import search_space
 from mamtra_ray.speech.quality import METRICS
 from mamtra_ray.speech.wer import NORMALIZATIONS
 

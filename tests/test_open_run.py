@@ -95,6 +95,14 @@ def test_what_no_finished_result_depends_on_may_change(run, override):
     assert not open_run(None, run, [override]).writes_config, "another verb does not"
 
 
+def test_a_search_does_not_go_on_with_settings_that_it_would_not_keep(run):
+    with_trials(run)
+    with pytest.raises(InputError, match=r"search\.trials: 9, not 40\); add --resume"):
+        open_run(None, run, ["search.trials=40"], resume=False)
+    assert open_run(None, run, ["search.trials=40"], resume=True).writes_config
+    assert not open_run(None, run, [], resume=False).writes_config, "the same command goes on"
+
+
 def test_a_run_that_has_computed_nothing_may_begin_anew(run):
     """Its error may have asked for another setting."""
     assert open_run("demo", run, ["evaluate.sentences=0"]).writes_config

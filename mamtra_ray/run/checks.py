@@ -54,9 +54,7 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
     """
     outline = teacher_outline(config.teacher.kind, config.teacher.path, config.student.state_sharing)
     layers = outline.architecture.num_layers
-    space = SearchSpace(
-        layers, config.search.ratios, frozenset(config.search.keep_attention), frozenset(config.search.always_mamba)
-    )
+    space = search_space(config, layers)
     if outside := [layer for layer in config.cache.layers if layer >= layers]:
         raise InputError(f"cache.layers has layer {outside[0]}, the teacher only 0 to {layers - 1}")
     corpus = read_corpus(config.corpus.path)
@@ -67,6 +65,16 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
     if speech and config.evaluate.sentences:
         _check_speech(config, outline, corpus)
     return CheckedInputs(outline, corpus_identity(corpus), train, validation, space)
+
+
+def search_space(config: Config, num_layers: int) -> SearchSpace:
+    """The layouts that ``config`` allows of a teacher of ``num_layers``.
+
+    Raises:
+        InputError: ratios or constraints that no layout can meet.
+    """
+    search = config.search
+    return SearchSpace(num_layers, search.ratios, frozenset(search.keep_attention), frozenset(search.always_mamba))
 
 
 def _check_speech(config: Config, outline: TeacherOutline, corpus: pa.Table) -> None:

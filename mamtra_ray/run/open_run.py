@@ -62,7 +62,7 @@ def open_run(
     overrides: Sequence[str],
     *,
     creates: bool = True,
-    resume: bool = False,
+    resume: bool | None = None,
 ) -> OpenRun:
     """The settings and the folder of a verb; nothing is written yet.
 
@@ -71,7 +71,8 @@ def open_run(
         folder: ``--run``; none: ``runs/<name>``.
         overrides: ``key=value``.
         creates: whether the verb may begin a run; one that may not needs a folder with a run, or a space to begin one.
-        resume: whether changed settings are wanted (verb ``search``).
+        resume: of the verb that owns the run's settings (``search``): whether changed ones are wanted. None for others,
+            which put their overrides on top and do not keep them.
 
     Raises:
         InputError: a bad file or key; a folder that is no run and not empty; another run's folder; a changed setting
@@ -79,17 +80,16 @@ def open_run(
     """
     saved = (folder / CONFIG) if folder is not None else None
     if saved is not None and _exists(saved) and space is None:
-        before = load_config(saved, ())
-        config = load_config(saved, overrides)
-        folder = saved.parent
-        changed = changed_keys(before, config)
-        _check_results(folder, before, config)
-        return OpenRun(config, folder.absolute(), writes_config=resume and bool(changed))
+        folder, config = saved.parent, load_config(saved, overrides)
+        if resume is None:
+            _check_results(folder, load_config(saved), config)
+            return OpenRun(config, folder.absolute(), writes_config=False)
+        return OpenRun(config, folder.absolute(), _check_new(config, folder, resume))
     if folder is not None and space is None and not creates:
         raise InputError(f"{folder} holds no run (it has no {CONFIG}); give --space to begin one there")
     config = load_config(space, overrides)
     folder = folder if folder is not None else Path("runs") / config.name
-    return OpenRun(config, folder.absolute(), _check_new(config, folder, resume))
+    return OpenRun(config, folder.absolute(), _check_new(config, folder, bool(resume)))
 
 
 def _check_new(config: Config, folder: Path, resume: bool) -> bool:
@@ -102,40 +102,38 @@ def _check_new(config: Config, folder: Path, resume: bool) -> bool:
             raise InputError(f"{folder} is not empty and no run (it has no {CONFIG}); give another folder to --run")
         return True
     before = load_config(saved)
-    changed = changed_keys(before, config)
-    if not changed:
+    _check_results(folder, before, config)
+    old, new = _flat(before.model_dump()), _flat(config.model_dump())
+    key = next((key for key in new if new[key] != old[key]), None)
+    if key is None:
         return False
-    if resume:
-        _check_results(folder, before, config)
-        return True
-    if _has_trials(folder) or _has_finalists(folder):
-        key = changed[0]
+    # One that stopped before anything was computed may begin anew: its error may have asked for another setting.
+    if not resume and (_has_trials(folder) or _has_finalists(folder)):
         raise InputError(
-            f"{folder} holds a run with another configuration ({key}: {_value(before, key)!r}, not "
-            f"{_value(config, key)!r}); add --resume to go on with the new one, or give another folder to --run"
+            f"{folder} holds a run with another configuration ({key}: {old[key]!r}, not {new[key]!r}); add --resume to "
+            "go on with the new one, or give another folder to --run"
         )
-    return True  # stopped before anything was computed: what its error asked for may be changed
+    return True
 
 
 def _check_results(folder: Path, before: Config, now: Config) -> None:
     """Refuse changes that make finished results wrong."""
+    old, new = _flat(before.model_dump()), _flat(now.model_dump())
     for has_results, keys, what in (
         (_has_trials(folder), _OF_TRIALS, "trials"),
         (_has_finalists(folder), _OF_FINALISTS, "finalists"),
     ):
         for key in keys if has_results else ():
-            old, new = _value(before, key), _value(now, key)
-            if old == new or not (_counts(before, key) or _counts(now, key)):
-                continue
-            raise InputError(
-                f"{key} is {new!r}, but {folder} has {what} made with {old!r}: leave it, or begin another run "
-                "with --run and --space"
-            )
+            if old[key] != new[key] and (_counts(old, key) or _counts(new, key)):
+                raise InputError(
+                    f"{key} is {new[key]!r}, but {folder} has {what} made with {old[key]!r}: leave it, or begin "
+                    "another run with --run and --space"
+                )
 
 
-def _counts(config: Config, key: str) -> bool:
+def _counts(settings: dict[str, Any], key: str) -> bool:
     other, value = _UNUSED.get(key, (None, None))
-    return other is None or _value(config, other) == value
+    return other is None or settings[other] == value
 
 
 def _has_trials(folder: Path) -> bool:
@@ -151,16 +149,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError) as error:
         raise InputError(f"--run {str(path)[:80]!r} cannot be a folder: {str(error)[:80]}") from None
-
-
-def changed_keys(before: Config, now: Config) -> list[str]:
-    """Dotted keys whose values differ, in the order of the file."""
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
-    return [key for key in new if new[key] != old.get(key)]
-
-
-def _value(config: Config, key: str) -> Any:
-    return _flat(config.model_dump())[key]
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -219,7 +219,7 @@ def _fields(kind: Any) -> dict[str, Any]:
 @cache
 def _schema(kind: Any) -> pa.Schema:
     fields: list[tuple[str, pa.DataType]] = []
-    for name, part in _fields(cast(Any, kind)).items():
+    for name, part in _fields(kind).items():
         if part is ErrorRate:
             fields += [(column, pa.float64()) for column in (name, f"{name}_low", f"{name}_high")]
         elif part is EndOfSpeech:

@@ -14,6 +14,7 @@ from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.run.checks import search_space
 from mamtra_ray.run.folder import write_architecture
 from mamtra_ray.run.identity import check_identity
 from mamtra_ray.run.names import CONFIG, COSTS, LOCK
@@ -23,7 +24,7 @@ from mamtra_ray.runtime.environment import note_session
 from mamtra_ray.runtime.progress import Costs, Screen
 from mamtra_ray.runtime.resources import WorkerResources, check_resources, worker_resources
 from mamtra_ray.runtime.stopping import take_stop_signals
-from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers import cached_teacher
 from mamtra_ray.teachers.outline import architecture_of
 from mamtra_ray.teachers.shared import SharedTeacher, share_teacher
 from mamtra_ray.teachers.teacher import Teacher
@@ -78,7 +79,7 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
             that another process is working on, or one with results of another teacher or corpus.
     """
     config, folder = run.config, run.folder
-    teacher = load_teacher(config.teacher.kind, config.teacher.path)
+    teacher = cached_teacher(config.teacher.kind, config.teacher.path)
     search_space(config, teacher.model.layout.num_layers)
     identity = corpus_identity(read_corpus(config.corpus.path))
     cluster = connect(address)
@@ -126,13 +127,3 @@ def lock_run(folder: Path) -> FileLock:
         reason = " ".join(str(error).split())
         raise InputError(f"{str(folder)[:80]!r} cannot be a run folder: {reason[:80]}") from None
     return lock
-
-
-def search_space(config: Config, num_layers: int) -> SearchSpace:
-    """The layouts that ``config`` allows of a teacher of ``num_layers``.
-
-    Raises:
-        InputError: ratios or constraints that no layout can meet.
-    """
-    search = config.search
-    return SearchSpace(num_layers, search.ratios, frozenset(search.keep_attention), frozenset(search.always_mamba))

@@ -13,7 +13,7 @@ import ray.train
 from tensorboardX import SummaryWriter
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
-from mamtra_ray.distill.job import Report, student_made_by
+from mamtra_ray.distill.job import Report
 from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
@@ -57,10 +57,7 @@ def distill_finalist(
     """
     total = settings.settings.tokens
     job = settings.job(layout, checkpoints_at(total, settings.settings.checkpoint_every_tokens), settings.table)
-    made_by = student_made_by(settings.data, settings.student, settings.settings, settings.seed) | {
-        "layout": str(layout),
-        "total_tokens": str(total),
-    }
+    made_by = job.made_by
     result = folder / "result.json"
     if result.exists():
         manifest = read_manifest(result, "finalist", _RESULT_VERSION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,12 @@ def load_teacher(
     teacher: Teacher = module.load(None if path is None else Path(path), dtype or torch.float32, device)
     teacher.model.eval()
     return teacher
+
+
+@functools.lru_cache(maxsize=1)
+def cached_teacher(kind: str, path: str | None) -> Teacher:
+    """:func:`load_teacher`, once per process: a verb asks for its shape before it begins a session."""
+    return load_teacher(kind, path)
 
 
 def check_kind(kind: str, path: Path | str | None) -> None:

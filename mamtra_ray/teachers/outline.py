@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mamtra_ray.assets import demo_asset
 from mamtra_ray.efficiency.architectures import Architecture, StateSharing, decoder_architecture, from_hf_config
-from mamtra_ray.teachers import check_kind, load_teacher
+from mamtra_ray.teachers import cached_teacher, check_kind
 
 if TYPE_CHECKING:
     from mamtra_ray.models.decoder_config import DecoderConfig
@@ -39,7 +39,7 @@ def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) ->
     """
     check_kind(kind, path)
     if kind != "demo" or path is not None:
-        teacher = load_teacher(kind, path)
+        teacher = cached_teacher(kind, path)
         vocabulary = teacher.model.vocabulary
         architecture = architecture_of(teacher, state_sharing)
         return TeacherOutline(
