@@ -83,6 +83,47 @@ def test_the_verb_prints_an_answer_and_how_to_train_it(run_folder, capsys):
     assert best.startswith("A") and COST_IN_FULL["cache_bytes"](Layout(best)) <= 0.6
 
 
+def falling_kl(layout: Layout) -> float:
+    """A KL that a sum of terms in the exponent does not describe: it saturates, as measured ones do."""
+    lost = sum(1 / (1 + layer) + 0.2 for layer in layout.mamba_layers)
+    return 0.4 * lost**1.5 / (6 + lost**1.5)
+
+
+@pytest.mark.parametrize("scored_ratios", [(6,), (9, 6), (6, 2), (10, 3)])
+@pytest.mark.parametrize("weight", [0.0, 2.0, -3.0])
+def test_ratios_without_scores_are_ranked_below_and_stay_between_their_neighbors(scored_ratios, weight):
+    """As when only 1:1 was probed: the surrogate then has no evidence of how KL changes with the number of layers."""
+    generator = np.random.default_rng(1)
+    scores = {
+        layout: falling_kl(layout)
+        for attention in scored_ratios
+        for layout in generator.choice([x for x in EVERY if x.num_attention == attention], 12, replace=False)
+    }
+    relative = tradeoff.relative_cost(DEMO, "cache_bytes", 2048)
+    answers = tradeoff.best_by_ratio(scores, Constraints(12, max_attention=11, cost=relative), relative, weight)
+    assert len(answers) == 12
+    extrapolated = [answer.layout.num_attention not in scored_ratios for answer in answers]
+    assert extrapolated == sorted(extrapolated), "one without scores was ranked above one with"
+    assert [answer.evidence == "extrapolated" for answer in answers] == extrapolated
+    best = {count: min(kl for x, kl in scores.items() if x.num_attention == count) for count in scored_ratios}
+    held = sorted((x for x in answers if x.evidence == "extrapolated"), key=lambda x: x.layout.num_attention)
+    for answer in held:
+        count = answer.layout.num_attention
+        assert all(answer.kl >= kl and answer.kl_low >= kl for more, kl in best.items() if more > count)
+        assert all(answer.kl <= kl and answer.kl_high <= kl for fewer, kl in best.items() if fewer < count)
+        assert answer.kl_low <= answer.kl <= answer.kl_high
+        assert answer.tradeoff == pytest.approx(math.log(max(answer.kl, 1e-8)) + weight * answer.cost)
+    assert [x.kl for x in held] == sorted((x.kl for x in held), reverse=True), "KL rises with attention"
+
+
+def test_where_no_allowed_ratio_has_scores_the_verb_says_how_to_get_them(run_folder, capsys):
+    rows = [row for row in read_run(run_folder).probe if row.layout.num_attention == 6]
+    write_table(run_folder / PROBE, rows, ProbeRow)
+    assert verb.main(["--run", str(run_folder), "--max-attention", "1", "--min-attention", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "extrapolated" in output and "search.ratios=1:11" in output and "mamtra_ray.distill" not in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

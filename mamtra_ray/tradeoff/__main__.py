@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error, nearest_name
+from mamtra_ray.run.names import CONFIG
 
 COSTS = ("cache_bytes", "decode_flops", "parameters")
 _DESCRIPTION = """Which layout is best under a cost bound, a weight on the cost, or other constraints?
@@ -18,7 +19,7 @@ their KL divergence, all others by the surrogate, for every allowed number of at
     python -m mamtra_ray.tradeoff --run runs/demo --cost decode_flops --weight 2
     python -m mamtra_ray.tradeoff --run runs/demo --max-attention 4 --keep-attention 0
 
-Ratios far from those that were probed are extrapolations; their intervals say so.
+Ratios of which no layout was scored are extrapolations: they are marked, and ranked below all others.
 """
 
 
@@ -70,7 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
             answer.layout.ratio,
             answer.layout,
             f"{answer.kl:.4f}",
-            "scored" if answer.scored else f"predicted [{answer.kl_low:.4f}, {answer.kl_high:.4f}]",
+            "scored"
+            if answer.evidence == "scored"
+            else f"{answer.evidence} [{answer.kl_low:.4f}, {answer.kl_high:.4f}]",
             f"{answer.cost:.1%}",
             f"{answer.tradeoff:.3f}",
         ]
@@ -78,7 +81,16 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     print(f"{len(scores)} scored layouts; {options.cost} at {context:,} tokens as a share of the teacher's")
     print(table(["ratio", "layout", "KL", "90 %", options.cost, "log KL + weight x cost"], rows))
-    print(f"\nto train one: python -m mamtra_ray.distill --run {options.run} --layout {answers[0].layout}")
+    best = answers[0]
+    if best.evidence == "extrapolated":
+        count = best.layout.num_attention
+        print(f"\nno allowed ratio has scores; to score {best.layout.ratio} first, in a run of its own:")
+        print(
+            f"python -m mamtra_ray.probe --space {options.run / CONFIG} --run {options.run}-{count}-attention "
+            f"search.ratios={best.layout.ratio}"
+        )
+        return 0
+    print(f"\nto train one: python -m mamtra_ray.distill --run {options.run} --layout {best.layout}")
     return 0
 
 

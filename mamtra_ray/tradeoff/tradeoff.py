@@ -1,20 +1,17 @@
 """Which layout is best under a cost bound, a weight on the cost, or other constraints?
 
-Answers from the scores that ``probe`` or ``search`` left in a run folder, without computing new ones: scored layouts by
-their KL divergence, all others by the surrogate, for every allowed number of attention layers. Costs are exact. ::
+Answers from scores that are there, without computing new ones: scored layouts by their KL divergence, all others by the
+surrogate, for every allowed number of attention layers. Costs are exact.
 
-    python -m mamtra_ray.tradeoff --run runs/demo --max-cost 0.6            at most 60 % of the teacher's cache
-    python -m mamtra_ray.tradeoff --run runs/demo --cost decode_flops --weight 2
-    python -m mamtra_ray.tradeoff --run runs/demo --max-attention 4 --keep-attention 0
-
-Ratios far from those that were probed are extrapolations; their intervals say so.
+The surrogate knows nothing of ratios at which no layout was scored. KL falls with attention, so their predictions are
+held between the answers of the scored ratios around them, and they are ranked below those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +22,7 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.constraints import Constraints, LinearCost
 from mamtra_ray.surrogate.acquisition import fit_log
 from mamtra_ray.surrogate.optimum import best_layouts
+from mamtra_ray.surrogate.surrogate import Surrogate
 
 COSTS: dict[str, Callable[[Architecture, Layout, int], float]] = {
     "cache_bytes": efficiency.cache_bytes,
@@ -32,6 +30,9 @@ COSTS: dict[str, Callable[[Architecture, Layout, int], float]] = {
     "parameters": lambda architecture, layout, _length: efficiency.parameters(architecture, layout),
 }
 _INTERVAL_90 = 1.645
+Evidence = Literal["scored", "predicted", "extrapolated"]
+"""A forward pass has scored the layout; the surrogate predicts it at a ratio of which layouts were scored; or at one of
+which none was."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class Answer:
     kl: float
     kl_low: float
     kl_high: float
-    scored: bool
-    """Whether a forward pass has confirmed it; otherwise the surrogate predicts it."""
+    evidence: Evidence
     cost: float
     tradeoff: float
     """log KL + weight * cost / cost of the teacher."""
@@ -66,7 +66,7 @@ def relative_cost(architecture: Architecture, name: str, context_length: int) ->
 def best_by_ratio(
     scores: Mapping[Layout, float], constraints: Constraints, cost: LinearCost, weight: float = 0.0
 ) -> list[Answer]:
-    """The best layout of every allowed number of attention layers, the best trade-off first.
+    """The best layout of every allowed number of attention layers: the best trade-off first, extrapolations last.
 
     Args:
         scores: KL of every layout that was scored; at least 3.
@@ -80,21 +80,67 @@ def best_by_ratio(
     surrogate = fit_log(scores)
     objective = surrogate.mean.plus(np.array(cost.change_L), weight)
     known: dict[int, Layout] = {}
-    for layout in sorted(scores, key=lambda layout: np.log(max(scores[layout], 1e-8)) + weight * cost.of(layout)):
+    for layout in sorted(scores, key=lambda layout: _tradeoff(scores[layout], cost.of(layout), weight)):
         if constraints.allows(layout):
             known.setdefault(layout.num_attention, layout)
-    answers = []
+    scored_ratios = {layout.num_attention for layout in scores}
+    answers = {}
     for attention, [optimum, *_] in best_layouts(objective, constraints).items():
         # The cost does not depend on the placement in models of equal layers, but it may in others.
         candidates = {optimum.layout, *([known[attention]] if attention in known else [])}
-        answers.append(min((_answer(x, scores, surrogate, cost, weight) for x in candidates), key=lambda a: a.tradeoff))
-    return sorted(answers, key=lambda answer: answer.tradeoff)
+        answers[attention] = min(
+            (_answer(layout, scores, surrogate, cost, weight, scored_ratios) for layout in candidates),
+            key=lambda answer: answer.tradeoff,
+        )
+    held = _held_between_scored(answers, _best_of_each_ratio(scores), weight)
+    return sorted(held, key=lambda answer: (answer.evidence == "extrapolated", answer.tradeoff))
 
 
-def _answer(layout: Layout, scores: Mapping[Layout, float], surrogate: Any, cost: LinearCost, weight: float) -> Answer:
+def _answer(
+    layout: Layout,
+    scores: Mapping[Layout, float],
+    surrogate: Surrogate,
+    cost: LinearCost,
+    weight: float,
+    scored_ratios: Collection[int],
+) -> Answer:
     [mean], [deviation] = surrogate.predict([layout])
-    scored = layout in scores
-    kl = scores[layout] if scored else float(np.exp(mean))
-    spread = 1.0 if scored else float(np.exp(_INTERVAL_90 * deviation))
-    tradeoff = float(np.log(max(kl, 1e-8))) + weight * cost.of(layout)
-    return Answer(layout, kl, kl / spread, kl * spread, scored, cost.of(layout), tradeoff)
+    evidence: Evidence = "predicted" if layout.num_attention in scored_ratios else "extrapolated"
+    kl, spread = float(np.exp(mean)), float(np.exp(_INTERVAL_90 * deviation))
+    if layout in scores:
+        evidence, kl, spread = "scored", scores[layout], 1.0
+    return Answer(
+        layout, kl, kl / spread, kl * spread, evidence, cost.of(layout), _tradeoff(kl, cost.of(layout), weight)
+    )
+
+
+def _tradeoff(kl: float, cost: float, weight: float) -> float:
+    return float(np.log(max(kl, 1e-8))) + weight * cost
+
+
+def _best_of_each_ratio(scores: Mapping[Layout, float]) -> dict[int, float]:
+    best: dict[int, float] = {}
+    for layout, kl in scores.items():
+        best[layout.num_attention] = min(kl, best.get(layout.num_attention, kl))
+    return best
+
+
+def _held_between_scored(
+    answers: Mapping[int, Answer], best_scored: Mapping[int, float], weight: float
+) -> list[Answer]:
+    """Extrapolations moved between the lowest KL scored with more attention and that with less; among themselves they
+    never fall where attention does. What was scored, or predicted beside scores, stays as it is."""
+    held: list[Answer] = []
+    at_least = 0.0
+    for attention in sorted(answers, reverse=True):
+        answer = answers[attention]
+        if answer.evidence == "extrapolated":
+            at_least = max([at_least, *(kl for count, kl in best_scored.items() if count > attention)])
+            at_most = min((kl for count, kl in best_scored.items() if count < attention), default=np.inf)
+            # Where the scores themselves contradict each other the floor counts: it promises less.
+            at_most = max(at_most, at_least)
+            kl, low, high = (float(np.clip(x, at_least, at_most)) for x in (answer.kl, answer.kl_low, answer.kl_high))
+            answer = replace(answer, kl=kl, kl_low=low, kl_high=high, tradeoff=_tradeoff(kl, answer.cost, weight))
+            at_least = kl
+        held.append(answer)
+    return held
