@@ -20,7 +20,7 @@ from mamtra_ray.run.folder import (
     write_audio_index,
     write_reference,
 )
-from mamtra_ray.run.names import AUDIO, BEST_LAYOUT, CONFIG, COSTS, CURVES, FINALISTS, PROBE, TRIALS
+from mamtra_ray.run.names import AUDIO, BEST, CONFIG, COSTS, CURVES, EXPORTED_LAYOUT, FINALISTS, PROBE, TRIALS
 from mamtra_ray.run.rows import FINISHED, CurvePoint, FinalistRow, ProbeRow, TrialRow, write_table
 from mamtra_ray.speech.error_rate import ErrorRate
 
@@ -112,7 +112,9 @@ def made_run(folder: Path, overrides: tuple[str, ...] = (), penalty: float = 0.0
     write_json(folder / COSTS, {"kind": "costs", "schema_version": 1, "phases": phases})
     systems = ("codec", "teacher", str(finalists[0].layout))
     write_audio(folder, systems, seed)
-    write_json(folder / BEST_LAYOUT, {"kind": "layout", "schema_version": 1, "layout": str(finalists[0].layout)})
+    write_json(
+        folder / BEST / EXPORTED_LAYOUT, {"kind": "layout", "schema_version": 1, "layout": str(finalists[0].layout)}
+    )
     return folder
 
 

@@ -9,11 +9,12 @@ import pytest
 from mamtra_ray.config import DistillConfig, SearchConfig, StudentConfig
 from mamtra_ray.distill.job import DistillData, DistillJob, Report
 from mamtra_ray.errors import InputError
+from mamtra_ray.evaluate.run_scores import choose_best
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace, paper_candidates
 from mamtra_ray.run.rows import CurvePoint, FinalistRow, TrialRow
 from mamtra_ray.search import finalists
-from mamtra_ray.search.finalists import choose_best, choose_finalists, distill_finalist, log_to_tensorboard
+from mamtra_ray.search.finalists import choose_finalists, distill_finalist, log_to_tensorboard
 from mamtra_ray.speech.error_rate import ErrorRate
 
 COSTS = {"cache_bytes": 1.0, "decode_flops": 1.0, "parameters": 1.0}

@@ -13,12 +13,12 @@ from tiny_search import write_search_space
 from tiny_whisper import write_tiny_whisper
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.evaluate.run_scores import choose
 from mamtra_ray.run.folder import Reference, Score, read_run
 from mamtra_ray.run.names import FINALISTS
 from mamtra_ray.search import __main__ as search
 from mamtra_ray.search import outcome
-from mamtra_ray.search.outcome import choose, verdict_lines
+from mamtra_ray.search.outcome import verdict_lines
 from mamtra_ray.search.verdict import EXIT_UNUSABLE
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder
@@ -38,7 +38,7 @@ def test_the_exported_one_has_no_alarm_if_there_is_any_without():
         row("AMMM", ce=1.1, alarm="does not stop"),
         row("MAMM", ce=1.2, alarm="stops at once"),
     ]
-    after, best = choose(rows, SearchSpace(4, ("1:1", "1:3")))
+    after, best = choose(rows, ("1:1", "1:3"))
     assert [str(best["1:1"].layout), str(best["1:3"].layout)] == ["AMAM", "AMMM"]
     assert [one.alarm for one in after] == ["stops at once", None, "does not stop", "stops at once"]
     assert after == rows
@@ -46,7 +46,7 @@ def test_the_exported_one_has_no_alarm_if_there_is_any_without():
 
 def test_an_export_far_worse_than_one_that_was_ruled_out_has_an_alarm_too():
     rows = [row("AAMM", wer=0.02, alarm="does not stop"), row("AMAM", wer=0.4)]
-    after, best = choose(rows, SearchSpace(4, ("1:1",)))
+    after, best = choose(rows, ("1:1",))
     assert str(best["1:1"].layout) == "AMAM"
     assert "far above that of AAMM, 2.0 %" in after[1].alarm
     assert best["1:1"] == after[1]

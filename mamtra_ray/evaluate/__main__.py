@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamtra_ray.config.command_line import verb_parser
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
+from mamtra_ray.run.names import FINALISTS, best_folder
 from mamtra_ray.run.open_run import open_run
+
+if TYPE_CHECKING:
+    from mamtra_ray.run.rows import FinalistRow
 
 
 @exit_code_2_on_input_error
@@ -20,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="a saved model, may be repeated (default: the finalists of the run folder)",
+        help="a saved model to hear beside the finalists of the run folder; may be repeated",
     )
     options = parser.parse_intermixed_args(arguments)
     run = open_run(options.space, options.run, options.overrides, creates=bool(options.system))
@@ -45,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from mamtra_ray.evaluate.evaluation import comparison_lines, evaluate_systems, evaluation_alarms, result_table
     from mamtra_ray.evaluate.results import silent_systems
+    from mamtra_ray.evaluate.run_scores import update_run
     from mamtra_ray.run.session import start_session
 
     session = start_session(run, ("evaluate",), options.address)
@@ -62,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(["", *comparison_lines(evaluations)]).rstrip())
     if alarms := evaluation_alarms(evaluations):
         print("\n".join(["", *[f"alarm: {alarm.system} {alarm.text}" for alarm in alarms]]))
+    if (best := update_run(folder, evaluations, config.search.ratios)) is not None:
+        print(f"\nwritten into {folder / FINALISTS}; a new report: python -m mamtra_ray.report --run {folder}")
+        print("\n".join(overtaken(folder, best)) or "what is exported is still the best of its ratio")
     if silent := silent_systems(evaluations):
         name, reason = next(iter(silent.items()))
         raise InputError(f"no sentence of system {name!r} could be spoken: {reason}")
@@ -69,23 +78,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def systems_from_arguments(given: Sequence[str], folder: Path) -> dict[str, Path | None]:
-    """``--system``, or the finalists of the run.
+    """The finalists of the run and ``--system``: rates that are compared are made together.
 
     Raises:
-        InputError: an argument that is no NAME=FOLDER, or a run without finalists.
+        InputError: an argument that is no NAME=FOLDER, a finalist's name for another model, or nothing to hear.
     """
-    systems: dict[str, Path | None] = {}
+    finalists = {student.parent.name: student for student in sorted(folder.glob("finalists/*/student"))}
+    systems: dict[str, Path | None] = dict(finalists)
     for text in given:
         name, separator, path = text.partition("=")
         if not separator:
             raise InputError(f"--system is NAME=FOLDER, such as found=runs/demo/finalists/AMAM/student, not {text!r}")
+        if name in finalists and Path(path).resolve() != finalists[name].resolve():
+            raise InputError(f"--system {text}: {name} is a finalist of {folder}; give the model another name")
         systems[name] = Path(path)
-    if given:
-        return systems
-    found = {student.parent.name: student for student in sorted(folder.glob("finalists/*/student"))}
-    if not found:
+    if not systems:
         raise InputError(f"{folder} has no finalists to hear: run the search first, or give --system NAME=FOLDER")
-    return dict(found)
+    return systems
+
+
+def overtaken(folder: Path, best: Mapping[str, FinalistRow]) -> list[str]:
+    """What to do where these scores choose another finalist of a ratio than the exported one."""
+    from mamtra_ray.run.folder import exported_layout
+
+    lines = []
+    for ratio, row in best.items():
+        checkpoint = best_folder(folder, ratio, list(best))
+        exported = exported_layout(checkpoint)
+        if exported is not None and exported != row.layout:
+            lines.append(f"{checkpoint} holds {exported}; by these scores {row.layout} is the better one:")
+            lines.append(f"python -m mamtra_ray.export --run {folder} --layout {row.layout}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def evaluate_systems(
     in_order = {
         name: [finished[name][sentence.utterance_id] for sentence in sentences_of(name, sentences)] for name in chosen
     }
-    evaluations = scored(in_order, config.evaluate.normalization)
+    identity = content_hash([made_by, config.evaluate.normalization, [sentence.utterance_id for sentence in sentences]])
+    evaluations = scored(in_order, config.evaluate.normalization, identity)
     for name, evaluation in evaluations.items():
         # Sentences of an earlier, longer evaluation stay in the file, after the ones scored now.
         now = {row["utterance_id"]: row for row in evaluation.rows}

@@ -52,6 +52,8 @@ class Evaluation:
     """Mean over the utterances that have it, of every further score."""
     metric_utterances: Mapping[str, int]
     """How many utterances these means are over."""
+    identity: str = ""
+    """Of models, settings and sentences of the whole evaluation: the same for all systems heard in it."""
 
     def measured(self, ce: float | None = None) -> Measured:
         """For :mod:`mamtra_ray.evaluate.alarms`; ``ce`` where it is known."""
@@ -72,12 +74,13 @@ class Evaluation:
         return content
 
 
-def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, Evaluation]:
+def scored(rows: Mapping[str, Sequence[Row]], normalization: str, identity: str = "") -> dict[str, Evaluation]:
     """Rates of every system; ``rows`` by system, each in the order of the sentences.
 
     Args:
         rows: with at least ``utterance_id``, ``text``, ``hypothesis``, ``failure``.
         normalization: a name in :data:`~mamtra_ray.speech.wer.NORMALIZATIONS`.
+        identity: of the evaluation.
     """
     evaluations = {}
     for system, own in rows.items():
@@ -119,6 +122,7 @@ def scored(rows: Mapping[str, Sequence[Row]], normalization: str) -> dict[str, E
             difference_to_teacher=None,
             metrics={name: float(np.mean(values)) for name, values in scores.items()},
             metric_utterances={name: len(values) for name, values in scores.items()},
+            identity=identity,
         )
     if TEACHER in evaluations:
         for system in set(evaluations) - {TEACHER}:

@@ -21,10 +21,11 @@ from mamtra_ray.run.names import (
     ARCHITECTURE,
     AUDIO,
     AUDIO_INDEX,
-    BEST_LAYOUT,
+    BEST,
     CONFIG,
     COSTS,
     CURVES,
+    EXPORTED_LAYOUT,
     FINALISTS,
     PROBE,
     REFERENCE,
@@ -33,7 +34,7 @@ from mamtra_ray.run.names import (
 from mamtra_ray.run.rows import CurvePoint, FinalistRow, ProbeRow, TrialRow, read_table
 from mamtra_ray.speech.error_rate import ErrorRate
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Reference:
     """The recordings after a round trip through the codec: the floor of every model that speaks through it."""
     teacher_alarm: str | None = None
     """What is wrong with the teacher's own speech, see :mod:`mamtra_ray.evaluate.alarms`."""
+    evaluation: str = ""
+    """Identifies the evaluation that heard the teacher; the finalists' rows name the same one."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def read_run(path: Path) -> Run:
     costs = read_json(path / COSTS) if (path / COSTS).exists() else {}
     if not isinstance(costs, dict):
         raise InputError(f"{path / COSTS} holds no phases")
+    finalists, reference = read_table(path / FINALISTS, FinalistRow), read_reference(path)
+    _check_one_evaluation(path, finalists, reference)
     return Run(
         path=path,
         name=path.resolve().name,
@@ -127,13 +132,23 @@ def read_run(path: Path) -> Run:
         trials=read_trials(path),
         probe=latest_scores(path),
         curves=read_journal(path / CURVES, CurvePoint, CURVE_KEY),
-        finalists=read_table(path / FINALISTS, FinalistRow),
-        reference=read_reference(path),
+        finalists=finalists,
+        reference=reference,
         phases=costs.get("phases", {}),
         rungs=costs.get("rungs", []),
         audio=read_audio_index(path),
-        best_layout=_best_layout(path),
+        best_layout=exported_layout(path / BEST),
     )
+
+
+def _check_one_evaluation(path: Path, finalists: Sequence[FinalistRow], reference: Reference | None) -> None:
+    """Refuse rates of finalists beside a teacher's of another evaluation."""
+    heard_in = reference.evaluation if reference else ""
+    if other := next((row.layout for row in finalists if row.evaluation != heard_in), None):
+        raise InputError(
+            f"{path / FINALISTS} and {path / REFERENCE} are of different evaluations ({other} was heard in another one "
+            f"than the teacher): python -m mamtra_ray.evaluate --run {path} writes both anew"
+        )
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -167,10 +182,11 @@ def latest_scores(folder: Path) -> list[ProbeRow]:
     return [row for row in rows if row.made_by == rows[-1].made_by]
 
 
-def _best_layout(folder: Path) -> Layout | None:
-    if not (folder / BEST_LAYOUT).exists():
+def exported_layout(folder: Path) -> Layout | None:
+    """The layout of an exported checkpoint; None if there is none in the folder."""
+    if not (folder / EXPORTED_LAYOUT).exists():
         return None
-    return Layout.from_string(read_manifest(folder / BEST_LAYOUT, "layout", 1)["layout"])
+    return Layout.from_string(read_manifest(folder / EXPORTED_LAYOUT, "layout", 1)["layout"])
 
 
 def write_architecture(folder: Path, architecture: Architecture) -> None:
@@ -205,7 +221,11 @@ def read_reference(folder: Path) -> Reference | None:
     try:
         scores = {name: _score(content[name]) for name in ("teacher", "codec")}
         return Reference(
-            content["teacher_ce"], content["evaluation_sentences"], **scores, teacher_alarm=content["teacher_alarm"]
+            content["teacher_ce"],
+            content["evaluation_sentences"],
+            **scores,
+            teacher_alarm=content["teacher_alarm"],
+            evaluation=content["evaluation"],
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is no reference of a run: {error}") from None

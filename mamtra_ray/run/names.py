@@ -18,6 +18,7 @@ runs/<name>/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -33,7 +34,8 @@ COSTS = "costs.json"
 AUDIO = "audio"
 AUDIO_INDEX = "audio/index.json"
 BEST = "best"
-BEST_LAYOUT = "best/layout.json"
+EXPORTED_LAYOUT = "layout.json"
+"""In ``best/`` and every other exported checkpoint."""
 REPORT = "report.html"
 LOCK = ".lock"
 
@@ -45,6 +47,11 @@ A student's system name is its layout string."""
 def student_folder(run_folder: Path, layout: object) -> Path:
     """Where a finalist's distilled student lies."""
     return run_folder / "finalists" / str(layout) / "student"
+
+
+def best_folder(run_folder: Path, ratio: str, ratios: Sequence[str]) -> Path:
+    """Where the best finalist of ``ratio`` is exported: ``best/`` for the first of the search's ratios."""
+    return run_folder / (BEST if ratio == ratios[0] else f"{BEST}-{ratio.replace(':', '-')}")
 
 
 def trial_states(run_folder: Path) -> Path:

@@ -27,7 +27,7 @@ FINALIST_CURVE = "finalist"
 """The ``trial_id`` of a finalist's training curve; its rung is the one after the trials' last."""
 RUNNING, FINISHED = "running", "finished"
 
-_VERSION_KEY, _VERSION = b"mamtra_ray_rows", b"2"
+_VERSION_KEY, _VERSION = b"mamtra_ray_rows", b"3"
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), Layout: pa.string()}
 
 
@@ -122,6 +122,8 @@ class FinalistRow(TableRow):
     """Further scores by name, such as speaker_similarity or utmos."""
     alarm: str | None = None
     """What contradicts itself, see :mod:`mamtra_ray.evaluate.alarms`."""
+    evaluation: str = ""
+    """Identifies the evaluation that heard it; empty where no speech was generated."""
 
 
 Row = TypeVar("Row", bound=TableRow)

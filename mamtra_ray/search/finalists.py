@@ -141,17 +141,3 @@ def log_to_tensorboard(folder: Path, curve: Sequence[CurvePoint]) -> None:
                 value = getattr(point, name)
                 if not math.isnan(value):  # a term that is switched off
                     writer.add_scalar(f"loss/{name}", value, point.tokens)
-
-
-def choose_best(rows: Sequence[FinalistRow]) -> FinalistRow:
-    """The finalist to export among those of one ratio: one without an ``alarm``, if there is any.
-
-    A WER from a few dozen sentences is noisy, so it only rules layouts out: among those whose WER lies within the
-    95 % interval of the lowest one, the lowest held-out CE wins. Without a WER the CE decides alone.
-    """
-    rows = [row for row in rows if not row.alarm] or list(rows)
-    heard = [(row.wer, row) for row in rows if row.wer is not None]
-    if heard:
-        lowest, _ = min(heard, key=lambda pair: (pair[0].value, pair[1].ce))
-        rows = [row for wer, row in heard if wer.value <= lowest.high]
-    return min(rows, key=lambda row: (not math.isfinite(row.ce), row.ce))

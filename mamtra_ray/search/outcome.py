@@ -5,25 +5,23 @@ Speech and WER, alarms, the best of every ratio, its checkpoint, and the words o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mamtra_ray.distill.training import validate
 from mamtra_ray.distill.workers import VALIDATION_BATCHES
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms
+from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.evaluate.evaluation import evaluate_systems
 from mamtra_ray.evaluate.results import Evaluation
+from mamtra_ray.evaluate.run_scores import measured_of, with_scores
 from mamtra_ray.export.checkpoint import export_student
 from mamtra_ray.layouts import Layout
-from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.run.folder import Reference, Score
-from mamtra_ray.run.names import BEST, CODEC, TEACHER, TRIALS, student_folder
+from mamtra_ray.run.names import TEACHER, TRIALS, best_folder, student_folder
 from mamtra_ray.run.rows import FinalistRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.progress import table
-from mamtra_ray.search.finalists import choose_best
 from mamtra_ray.search.metrics import SearchMetrics
 from mamtra_ray.search.verdict import Outcome, verdict
 from mamtra_ray.teacher_cache.batches import batches
@@ -41,24 +39,11 @@ def measure_wer(
     config, teacher = session.config, session.teacher
     size = VALIDATION_BATCHES * config.distill.tokens_per_batch
     held_out = batches(validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0)
-    reference = Reference(validate(teacher.model, held_out).ce, config.evaluate.sentences)
-    teacher_measured = Measured(TEACHER, reference.teacher_ce)
-    if config.evaluate.sentences:
-        heard = _evaluate(session, finalists)
-        finalists = [_with_speech(row, heard[str(row.layout)]) for row in finalists]
+    heard = _evaluate(session, finalists) if config.evaluate.sentences else {}
+    finalists, reference = with_scores(finalists, heard, validate(teacher.model, held_out).ce)
+    if heard:
         metrics.best_wer.set(min(row.wer.value for row in finalists if row.wer))
-        teacher_measured = heard[TEACHER].measured(reference.teacher_ce)
-        alarms = teacher_alarms(teacher_measured, heard[CODEC].measured() if CODEC in heard else None)
-        reference = dataclasses.replace(
-            reference,
-            teacher=_score(heard[TEACHER]),
-            codec=_score(heard[CODEC]) if CODEC in heard else None,
-            teacher_alarm=alarm_text(alarms),
-        )
-    return [
-        dataclasses.replace(row, alarm=alarm_text(finalist_alarms(measured_of(row), teacher_measured)))
-        for row in finalists
-    ], reference
+    return finalists, reference
 
 
 def _evaluate(session: Session, finalists: Sequence[FinalistRow]) -> dict[str, Evaluation]:
@@ -75,43 +60,6 @@ def _evaluate(session: Session, finalists: Sequence[FinalistRow]) -> dict[str, E
         )
 
 
-def _score(evaluation: Evaluation) -> Score:
-    return Score(evaluation.wer, evaluation.cer, dict(evaluation.metrics))
-
-
-def _with_speech(row: FinalistRow, evaluation: Evaluation) -> FinalistRow:
-    paired = evaluation.difference_to_teacher
-    return dataclasses.replace(
-        row,
-        wer=evaluation.wer,
-        cer=evaluation.cer,
-        wer_difference=paired.difference if paired else None,
-        ends=evaluation.measured().ends,
-        metrics=dict(evaluation.metrics),
-    )
-
-
-def measured_of(row: FinalistRow) -> Measured:
-    """A finalist as :mod:`mamtra_ray.evaluate.alarms` looks at it."""
-    return Measured(str(row.layout), row.ce, row.wer, row.ends)
-
-
-def choose(finalists: Sequence[FinalistRow], space: SearchSpace) -> tuple[list[FinalistRow], dict[str, FinalistRow]]:
-    """By ratio the finalist to export; one that is far worse than a finalist beside it gets an alarm for that.
-
-    Returns:
-        All finalists, and the chosen ones by ratio.
-    """
-    rows, best = {row.layout: row for row in finalists}, {}
-    for ratio in space.ratios:
-        same_ratio = [row for row in rows.values() if row.layout.num_attention == space.num_attention(ratio)]
-        row = choose_best(same_ratio)
-        far_worse = alarm_text(chosen_alarms(measured_of(row), map(measured_of, same_ratio)))
-        alarm = "; ".join(filter(None, (row.alarm, far_worse))) or None
-        best[ratio] = rows[row.layout] = dataclasses.replace(row, alarm=alarm)
-    return list(rows.values()), best
-
-
 def export(session: Session, best: Mapping[str, FinalistRow]) -> tuple[dict[Layout, Path], list[InputError]]:
     """The best finalist of every ratio as a checkpoint for plain transformers; ``best/`` is the first ratio's.
 
@@ -120,8 +68,8 @@ def export(session: Session, best: Mapping[str, FinalistRow]) -> tuple[dict[Layo
     """
     folders, refusals = {}, []
     with session.screen.phase("export", "a checkpoint that plain transformers loads"):
-        for index, (ratio, row) in enumerate(best.items()):
-            folder = session.folder / (BEST if index == 0 else f"{BEST}-{ratio.replace(':', '-')}")
+        for ratio, row in best.items():
+            folder = best_folder(session.folder, ratio, list(best))
             student = student_folder(session.folder, row.layout)
             try:
                 export_student(student, folder, row, session.teacher, session.config.teacher)

@@ -16,6 +16,7 @@ from mamtra_ray.align.phase import make_library
 from mamtra_ray.config import Config
 from mamtra_ray.distill.job import distill_data
 from mamtra_ray.evaluate.evaluation import check_evaluation
+from mamtra_ray.evaluate.run_scores import choose
 from mamtra_ray.layouts.candidates import Candidate, importance_criteria, paper_candidates
 from mamtra_ray.models.granite import check_representable
 from mamtra_ray.probe.phase import probe_data, run_probe
@@ -31,7 +32,7 @@ from mamtra_ray.search.costs import cost_by_rung
 from mamtra_ray.search.finalists import distill_the_finalists
 from mamtra_ray.search.importance import layer_importance
 from mamtra_ray.search.metrics import SearchMetrics
-from mamtra_ray.search.outcome import choose, export, measure_wer, print_summary
+from mamtra_ray.search.outcome import export, measure_wer, print_summary
 from mamtra_ray.search.trial_phase import run_the_trials, start_trial_table, trial_settings
 from mamtra_ray.search.verdict import EXIT_UNUSABLE, is_unusable
 from mamtra_ray.teacher_cache.phase import make_cache
@@ -66,7 +67,7 @@ def search(run: OpenRun, address: str | None) -> int:
     finalists = distill_the_finalists(session, settings, paper_placements, rows)
     note_costs(session, train, library, rows, finalists)
     finalists, reference = measure_wer(session, finalists, validation, metrics)
-    finalists, best = choose(finalists, session.space)
+    finalists, best = choose(finalists, config.search.ratios)
     write_table(folder / FINALISTS, finalists, FinalistRow)
     write_reference(folder, reference)
     exported, refusals = export(session, best)
