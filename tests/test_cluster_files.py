@@ -10,6 +10,7 @@ import ray
 import yaml
 from ray.util.metrics import Counter
 
+from mamtra_ray.config import load_config
 from mamtra_ray.search.metrics import SearchMetrics
 
 CLUSTER = Path(__file__).parent.parent / "cluster"
@@ -79,6 +80,29 @@ def test_every_way_to_a_cluster_uses_one_token():
     assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in command for command in starts)
     job = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())
     assert job["spec"]["rayClusterSpec"]["authOptions"]["mode"] == "token"
+
+
+def test_a_cluster_opens_its_dashboard_to_nobody():
+    """`ray dashboard` and `kubectl port-forward` tunnel to it; in a pod the service must reach it."""
+    ray_up = yaml.safe_load((CLUSTER / "ray_cluster.yaml").read_text())
+    assert not any("dashboard-host" in command for command in ray_up["head_start_ray_commands"])
+
+
+@pytest.mark.parametrize("file", ["ray_cluster.yaml", "rayjob.yaml"])
+def test_the_searches_of_the_cluster_files_are_what_the_verb_takes(file, monkeypatch, tmp_path):
+    """Also from another folder: a job's working directory is a copy of some other one."""
+    monkeypatch.chdir(tmp_path)
+    text = (CLUSTER / file).read_text()
+    words = re.sub(r"[#\\\n]", " ", text).split()
+    start = words.index("mamtra_ray.search") + 1
+    space, overrides = words[start + words[start:].index("--space") + 1], []
+    for word in words[start + 4 :]:
+        if not re.match(r"[a-z_]+\.[a-z_]+=", word):
+            break
+        overrides.append(word)
+    config = load_config(space, overrides)
+    paths = [config.teacher.path, config.corpus.path, config.evaluate.corpus, config.evaluate.recognizer.split(":")[1]]
+    assert len(overrides) == 4 and all(path.startswith("/shared/") for path in paths)
 
 
 def test_ray_job_has_only_fields_of_the_resource():

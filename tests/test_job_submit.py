@@ -1,6 +1,7 @@
 """The cluster way: a head with Ray's default token authentication, a submitted job, our metrics on its endpoint."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,10 +25,14 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_a_submitted_search_runs_on_a_head_with_token_authentication(tmp_path):
-    space, run = write_search_space(tmp_path, search__trials=3), tmp_path / "runs" / "job"
+    (tmp_path / "mine").mkdir()
+    write_search_space(tmp_path / "mine", search__trials=3)
+    run = tmp_path / "runs" / "mine"
     dashboard, metrics = free_port(), free_port()
     environment = {
         **os.environ,
+        # The guide's `ray` and `python` are those of this environment.
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,8 +48,7 @@ def test_a_submitted_search_runs_on_a_head_with_token_authentication(tmp_path):
     try:
         wait_for(f"http://127.0.0.1:{dashboard}/api/version", "0123456789abcdef0123456789abcdef")
         wait_for(f"http://127.0.0.1:{metrics}/metrics", "0123456789abcdef0123456789abcdef")
-        command = [RAY, "job", "submit", "--runtime-env", "cluster/runtime_env.yaml", "--working-dir", ".", "--",
-                   sys.executable, "-m", "mamtra_ray.search", "--space", str(space), "--run", str(run)]  # fmt: skip
+        command = ["bash", "-c", command_of_the_guide("/shared/mine/space.yaml").replace("/shared", str(tmp_path))]
         without_token = {**environment, "RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "wrong" * 8}
         refused = subprocess.run(command, env=without_token, cwd=REPOSITORY, capture_output=True, text=True)
         assert refused.returncode != 0, "a wrong token must not start a job"
@@ -59,7 +63,7 @@ def test_a_submitted_search_runs_on_a_head_with_token_authentication(tmp_path):
             time.sleep(1)
             with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics") as answer:
                 lines = answer.read().decode().splitlines()
-            seen |= {line.split("{")[0] for line in lines if line.startswith("ray_mamtra_") and 'run="job"' in line}
+            seen |= {line.split("{")[0] for line in lines if line.startswith("ray_mamtra_") and 'run="mine"' in line}
         output = job.communicate()[0]
         assert job.returncode == 0, output
         assert (run / "best" / "config.json").exists() and "checkpoint" in output
@@ -73,6 +77,13 @@ def test_a_submitted_search_runs_on_a_head_with_token_authentication(tmp_path):
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait(timeout=60)
+
+
+def command_of_the_guide(part: str) -> str:
+    """The one block of docs/cluster.md that holds ``part``, word for word."""
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "docs" / "cluster.md").read_text(), re.S)
+    (block,) = [block for block in blocks if part in block]
+    return block
 
 
 def submit(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
