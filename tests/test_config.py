@@ -45,6 +45,12 @@ INHERITED = {
         *("search.finalists", "search.reduction_factor", "distill.precision"),
         *("probe.validation_tokens", "evaluate.codec"),
     ],
+    "smollm2": [
+        *(key for key in NEUTRAL if key != "cache.utterances_per_shard"),
+        *("cache.format", "cache.bits", "student.initialization", "align.workers", "search.finalists"),
+        *("distill.workers", "distill.precision"),
+        *(f"evaluate.{key}" for key in ("corpus", "recognizer", "codec", "normalization")),
+    ],
 }
 
 
@@ -57,7 +63,7 @@ def flat(content: dict, prefix: str = "") -> dict:
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_search_space_is_valid_and_says_what_matters(space):
-    layers = {"demo": 12, "cosyvoice2": 24, "paper_grid": 24, "llasa_1b": 16}[space.stem]
+    layers = {"demo": 12, "cosyvoice2": 24, "paper_grid": 24, "llasa_1b": 16, "smollm2": 30}[space.stem]
     assert search_space(load_config(space), layers).num_layers == layers
     said = set(flat(yaml.safe_load(space.read_text())))
     inherited = [key for key in flat(Config().model_dump()) if key not in said]

@@ -43,9 +43,9 @@ class ResourcesConfig(Section):
 
 class TeacherConfig(Section):
     kind: str = "demo"
-    """Which loader: demo, cosyvoice2, llasa, huggingface."""
+    """Which loader: demo, cosyvoice2, llasa, huggingface, and causal_lm for a model of text."""
     path: LocalPath | None = None
-    """Folder of the checkpoint; none for the packaged demo teacher."""
+    """Folder of the checkpoint (causal_lm: or a GGUF file); none for the packaged demo teacher."""
 
 
 class CorpusConfig(Section):
@@ -248,4 +248,9 @@ class Config(Section):
             raise ValueError(f"teacher.kind={self.teacher.kind} needs teacher.path, the folder of its checkpoint")
         if self.corpus.path is None and self.teacher.kind != "demo":
             raise ValueError(f"teacher.kind={self.teacher.kind} needs corpus.path: the packaged corpus is the demo's")
+        if self.teacher.kind == "causal_lm":
+            if self.evaluate.sentences:
+                raise ValueError("teacher.kind=causal_lm writes text, which is not spoken: set evaluate.sentences=0")
+            if "importance_wer" in search.strategies:
+                raise ValueError("search.strategies=importance_wer needs a teacher that speaks: take importance_kl")
         return self

@@ -5,6 +5,9 @@ Columns: ``utterance_id`` string, ``text`` string, ``text_tokens`` list<int32>, 
 ``prompt_text_tokens``, ``prompt_speech_tokens``, ``prompt_audio`` (a path, which codecs and speaker similarity read). A
 sentence of the test split may have no ``speech_tokens``: it is to be spoken, not learned.
 
+A corpus of text alone (:mod:`mamtra_ray.corpus.text`) has its tokens in ``speech_tokens``, what a model predicts, and
+no ``text_tokens`` in any row; ``next_token``, in all rows or none, is the token that follows a row in its document.
+
 A corpus is one file or a folder of ``*.parquet`` files, whose key-value metadata ``mamtra_ray`` is JSON with kind,
 schema version, tokenizer and what made it.
 """
@@ -48,6 +51,7 @@ OPTIONAL_COLUMNS = {
     "prompt_text_tokens": _TOKENS,
     "prompt_speech_tokens": _TOKENS,
     "prompt_audio": pa.string(),
+    "next_token": pa.int32(),
 }
 _METADATA_KEY = b"mamtra_ray"
 # Small enough that a reader of a few utterances touches little, large enough for Parquet's encodings to work.
@@ -68,6 +72,8 @@ class Utterance:
     prompt_text_tokens: np.ndarray | None = None
     prompt_speech_tokens: np.ndarray | None = None
     prompt_audio: str | None = None
+    next_token: int | None = None
+    """Of a row of running text: the token that follows it. None: the end does."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,11 @@ def utterances(table: pa.Table) -> list[Utterance]:
     return rows
 
 
+def is_text_only(table: pa.Table) -> bool:
+    """Whether this is the corpus of a model of text alone: no row has text before what is predicted."""
+    return bool(len(table)) and pc.max(pc.list_value_length(table["text_tokens"])).as_py() == 0
+
+
 def token_counts(table: pa.Table, column: str) -> np.ndarray:
     """Number of tokens of each row, int64 of shape (rows,)."""
     return pc.list_value_length(table[column]).to_numpy().astype(np.int64)
@@ -197,8 +208,13 @@ def check_vocabulary(table: pa.Table, text_size: int, speech_size: int) -> None:
     """Refuse a corpus whose tokens a teacher does not know.
 
     Raises:
-        InputError: names the first utterance with a text id >= ``text_size`` or a speech id >= ``speech_size``.
+        InputError: names the first utterance with a text id >= ``text_size`` or a speech id >= ``speech_size``; or a
+            corpus of text alone for a teacher of speech.
     """
+    if text_size and is_text_only(table):
+        raise InputError(
+            "the corpus is text alone, for teacher.kind=causal_lm; a teacher of speech needs recordings and their text"
+        )
     for column, size in (("text_tokens", text_size), ("speech_tokens", speech_size)):
         row_offset = 0
         for chunk in table[column].chunks:
@@ -211,6 +227,20 @@ def check_vocabulary(table: pa.Table, text_size: int, speech_size: int) -> None:
                     "the corpus was made with another tokenizer"
                 )
             row_offset += len(chunk)
+
+
+def check_tokenizer(table: pa.Table, expected: str | None) -> None:
+    """Refuse a corpus made with another tokenizer than a teacher's; ``expected`` is None where it is not known.
+
+    Raises:
+        InputError: names both.
+    """
+    found = corpus_identity(table).tokenizer
+    if expected is not None and found != expected:
+        raise InputError(
+            f"the corpus was made with the tokenizer {found!r}, the teacher's is {expected!r}: make it again with "
+            "python -m mamtra_ray.corpus text"
+        )
 
 
 def _corpus_files(path: Path | str | None) -> list[Path]:
@@ -278,7 +308,7 @@ def _checked(table: pa.Table, where: str) -> pa.Table:
         table = table.select(schema.names).replace_schema_metadata(None).cast(schema)
     except (pa.ArrowException, ValueError) as error:
         raise InputError(f"corpus {where} has a column of another type: {error}") from None
-    for name in REQUIRED_COLUMNS:
+    for name in (*REQUIRED_COLUMNS, *(["next_token"] if "next_token" in table.column_names else [])):
         if table[name].null_count:
             row = pc.index(pc.is_null(table[name]), True).as_py()
             raise InputError(f"corpus {where}, row {row}: {name} is empty")
@@ -290,6 +320,8 @@ def _checked(table: pa.Table, where: str) -> pa.Table:
     _refuse(table, wrong_split, where, f"its split is none of {', '.join(SPLITS)}")
     for name in ("text_tokens", "speech_tokens"):
         empty = pc.equal(pc.list_value_length(table[name]), 0)
+        if name == "text_tokens" and is_text_only(table):
+            continue
         if name == "speech_tokens":
             empty = pc.and_(empty, pc.not_equal(table["split"], "test"))
         _refuse(table, empty, where, f"it has no {name}")
@@ -297,6 +329,8 @@ def _checked(table: pa.Table, where: str) -> pa.Table:
             values = chunk.flatten()
             if values.null_count or (len(values) and pc.min(values).as_py() < 0):
                 raise InputError(f"corpus {where} has a missing or negative token in {name}")
+    if "next_token" in table.column_names:
+        _refuse(table, pc.less(table["next_token"], 0), where, "its next_token is negative")
     return table
 
 
@@ -314,6 +348,9 @@ def _content_hash(table: pa.Table) -> str:
         digest.update(f"{name}\0{column.type}\0{len(column)}\0".encode())
         values, lengths = hashlib.sha256(), hashlib.sha256()
         for chunk in column.chunks:
+            if pa.types.is_integer(chunk.type):
+                values.update(chunk.to_numpy().astype("<i4").tobytes())
+                continue
             nested = pa.types.is_list(chunk.type)
             sizes = pc.list_value_length(chunk) if nested else pc.binary_length(chunk)
             lengths.update(pc.fill_null(sizes, -1).to_numpy(zero_copy_only=False).astype("<i4").tobytes())

@@ -153,7 +153,8 @@ def write_granite(
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
         use_cache=use_cache,
-        sequence_bias=[[[token], bias] for token, bias in sorted(token_bias.items())],
+        # None where all ids may be said, as in a model of text: an empty list is refused.
+        sequence_bias=[[[token], bias] for token, bias in sorted(token_bias.items())] or None,
     )
     # Compact, because it is thousands of short lists.
     write_text(folder / GENERATION_FILE, json.dumps(generation.to_diff_dict(), allow_nan=False))

@@ -12,7 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from mamtra_ray.config import Config
-from mamtra_ray.corpus.table import CorpusIdentity, check_vocabulary, corpus_identity, read_corpus, split_of
+from mamtra_ray.corpus.table import (
+    CorpusIdentity,
+    check_tokenizer,
+    check_vocabulary,
+    corpus_identity,
+    read_corpus,
+    split_of,
+)
 from mamtra_ray.efficiency import closed_form
 from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.errors import InputError
@@ -58,10 +65,11 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
     if outside := [layer for layer in config.cache.layers if layer >= layers]:
         raise InputError(f"cache.layers has layer {outside[0]}, the teacher only 0 to {layers - 1}")
     corpus = read_corpus(config.corpus.path)
+    check_tokenizer(corpus, outline.tokenizer)
     check_vocabulary(corpus, outline.text_size, outline.speech_size)
     train, validation = split_of(corpus, "train"), split_of(corpus, "validation")
     if config.cache.format == "topk" and config.cache.top_k >= outline.speech_size:
-        raise InputError(f"cache.top_k={config.cache.top_k} must be below the {outline.speech_size} speech ids")
+        raise InputError(f"cache.top_k={config.cache.top_k} must be below the {outline.speech_size} ids it is of")
     if speech and config.evaluate.sentences:
         _check_speech(config, outline, corpus)
     return CheckedInputs(outline, corpus_identity(corpus), train, validation, space)

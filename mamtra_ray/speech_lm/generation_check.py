@@ -139,10 +139,12 @@ def versions_text() -> str:
 
 
 def random_example(sequence: SequenceFormat, num_text: int, num_prompt_speech: int, seed: int) -> Tensor:
-    """Unified ids (L,) of a prompt with random text and prompt speech."""
+    """Unified ids (L,) of a prompt with random text and prompt speech; of a model of text alone: of as many tokens."""
     vocabulary = sequence.vocabulary
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(vocabulary.text_size, (num_text,), generator=generator).tolist()
+    if not vocabulary.text_size:
+        num_text, num_prompt_speech = 0, num_text + num_prompt_speech
+    text = torch.randint(max(vocabulary.text_size, 1), (num_text,), generator=generator).tolist()
     speech = torch.randint(vocabulary.speech_size, (num_prompt_speech,), generator=generator).tolist()
     return sequence.prompt(text, (), speech)
 

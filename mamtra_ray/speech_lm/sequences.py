@@ -16,6 +16,8 @@ from mamtra_ray.losses import IGNORE
 class Vocabulary:
     """Sizes of the three parts of the unified vocabulary, and the speech ids that end an utterance.
 
+    A model of text alone predicts all its ids: they are all "speech" ids, and ``text_size`` is 0.
+
     Attributes:
         eos_id: speech id that training predicts after the last token.
         stop_ids: speech ids that end generation; contains ``eos_id``.
@@ -53,7 +55,8 @@ class Vocabulary:
 class SequenceFormat:
     """How text and speech make one sequence: prefix, text, separator, speech (``prefix`` etc. in unified ids).
 
-    CosyVoice 2: prefix (sos,), separator (task,). Llasa: its chat template around the text.
+    CosyVoice 2: prefix (sos,), separator (task,). Llasa: its chat template around the text. A model of text alone:
+    prefix (start of text,), no text and no separator.
     """
 
     prefix: tuple[int, ...]
@@ -64,12 +67,15 @@ class SequenceFormat:
         object.__setattr__(self, "prefix", tuple(self.prefix))
         object.__setattr__(self, "separator", tuple(self.separator))
 
-    def training_example(self, text_tokens: Sequence[int], speech_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def training_example(
+        self, text_tokens: Sequence[int], speech_tokens: Sequence[int], next_token: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Input ids and labels of one utterance, aligned: the label at a position is what it predicts.
 
         Args:
             text_tokens: text ids.
             speech_tokens: S speech ids, without the end.
+            next_token: the speech id that follows, where they are a part of something longer; none: the end.
 
         Returns:
             ``(input_ids, labels)``, int64, equally long. The last S + 1 labels are speech ids (the separator's
@@ -78,7 +84,8 @@ class SequenceFormat:
         """
         input_ids = self.prompt(text_tokens, prompt_speech_tokens=speech_tokens)
         labels = torch.full_like(input_ids, IGNORE)
-        labels[len(labels) - len(speech_tokens) - 1 :] = torch.tensor([*speech_tokens, self.vocabulary.eos_id])
+        end = self.vocabulary.eos_id if next_token is None else next_token
+        labels[len(labels) - len(speech_tokens) - 1 :] = torch.tensor([*speech_tokens, end])
         return input_ids, labels
 
     def prompt(

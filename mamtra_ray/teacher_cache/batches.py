@@ -23,10 +23,12 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE, HiddenTargets, TopKTargets
 from mamtra_ray.speech_lm.sequences import SequenceFormat
 from mamtra_ray.teacher_cache.formats import RowFormat, row_format, to_device
+from mamtra_ray.teacher_cache.manifest import NEXT_TOKEN
 from mamtra_ray.teacher_cache.shared import SharedCache
 
 # Sequence lengths within a few percent of each other count as equal: batches differ from epoch to epoch.
 _LENGTH_JITTER = 0.03
+_NONE = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,14 @@ def _made(
         needed = np.unique(shared.block_of_row[np.concatenate(remaining)]).tolist()
         tables = ray.get([shared.blocks[block] for block in needed])
         columns = {
-            block: {name: _Column(table[name]) for name in names} for block, table in zip(needed, tables, strict=True)
+            block: {name: _Column(table[name]) for name in (*names, NEXT_TOKEN) if name in table.column_names}
+            for block, table in zip(needed, tables, strict=True)
         }
         del tables
         for rows in remaining:
             places = [(columns[int(shared.block_of_row[row])], int(shared.row_in_block[row])) for row in rows]
             values = {name: [block[name][row] for block, row in places] for name in names}
+            values[NEXT_TOKEN] = [block[NEXT_TOKEN][row] if NEXT_TOKEN in block else _NONE for block, row in places]
             yield _batch(sequence, rows_format, values, device)
         # Lets go of this window's blocks before the next one's are restored.
         del columns
@@ -196,14 +200,15 @@ def _batch(
     shape = (len(lengths), int(lengths.max()))
     input_ids_BL = np.zeros(shape, np.int64)
     labels_BL = np.full(shape, IGNORE, np.int64)
-    for ids, labels, text, speech in zip(input_ids_BL, labels_BL, texts, speeches, strict=True):
+    following = [value.view("<i4") for value in values[NEXT_TOKEN]]
+    for ids, labels, text, speech, after in zip(input_ids_BL, labels_BL, texts, speeches, following, strict=True):
         speech_start = fixed + len(text)
         ids[: len(prefix)] = prefix
         ids[len(prefix) : len(prefix) + len(text)] = text
         ids[len(prefix) + len(text) : speech_start] = separator
         ids[speech_start : speech_start + len(speech)] = speech + sequence.vocabulary.speech_offset
         labels[speech_start - 1 : speech_start - 1 + len(speech)] = speech
-        labels[speech_start - 1 + len(speech)] = sequence.vocabulary.eos_id
+        labels[speech_start - 1 + len(speech)] = after[0] if len(after) else sequence.vocabulary.eos_id
     mask_BL = np.arange(shape[1])[None, :] < lengths[:, None]
     return DistillBatch(
         input_ids_BL=to_device(input_ids_BL, device),

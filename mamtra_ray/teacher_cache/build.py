@@ -23,6 +23,7 @@ from mamtra_ray.artifacts import check_made_by
 from mamtra_ray.config import CacheConfig, CorpusConfig
 from mamtra_ray.corpus.table import (
     CorpusIdentity,
+    check_tokenizer,
     check_vocabulary,
     corpus_identity,
     first_rows_within,
@@ -95,6 +96,7 @@ def build_cache(
         raise InputError(f"cache.layers has layer {max(config.layers)}, the teacher only 0 to {num_layers - 1}")
     identity = corpus_identity(corpora["train"])
     for table in corpora.values():
+        check_tokenizer(table, teacher.tokenizer)
         check_vocabulary(table, teacher.sequence.vocabulary.text_size, teacher.sequence.vocabulary.speech_size)
     made_by = cache_made_by(config, teacher.fingerprint, identity)
     with storage.locked():

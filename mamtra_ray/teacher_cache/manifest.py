@@ -2,8 +2,10 @@
 
 A shard holds consecutive utterances of one split, one row each: ``utterance_id``, ``text_tokens`` and
 ``speech_tokens`` (int32 little-endian bytes), ``num_text``, ``num_speech``, and the teacher's rows for the
-``num_speech + 1`` labeled positions in the columns of :mod:`mamtra_ray.teacher_cache.formats`. Its Parquet metadata
-says what it was made from and the hash of its content, so a shard can be trusted before any manifest lists it.
+``num_speech + 1`` labeled positions in the columns of :mod:`mamtra_ray.teacher_cache.formats`. Rows of running text
+have ``next_token`` too (int32 bytes), the label of their last position; empty, or without the column, it is the end.
+Its Parquet metadata says what it was made from and the hash of its content, so a shard can be trusted before any
+manifest lists it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from mamtra_ray.teacher_cache.storage import Storage
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 COMMAND = "python -m mamtra_ray.teacher_cache"
+NEXT_TOKEN = "next_token"
 _METADATA_KEY = b"mamtra_ray"
 _SHARD_KIND = "teacher_cache_shard"
 ROW_SCHEMA = pa.schema(

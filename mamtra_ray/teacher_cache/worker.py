@@ -19,7 +19,7 @@ from mamtra_ray.corpus.table import Utterance, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.teacher_cache.formats import row_format
-from mamtra_ray.teacher_cache.manifest import PlannedShard, encode_shard, finished_shard, shard_table
+from mamtra_ray.teacher_cache.manifest import NEXT_TOKEN, PlannedShard, encode_shard, finished_shard, shard_table
 from mamtra_ray.teacher_cache.quantizer import QUANTIZER_FILE, calibrate, quantizer_bytes, token_context
 from mamtra_ray.teacher_cache.storage import Storage
 from mamtra_ray.teachers.shared import SharedTeacher
@@ -64,7 +64,9 @@ def labeled_hidden_states(
         (N, (1 + layers) D), the outputs of these decoder layers beside them.
     """
     sequence = teacher.sequence
-    examples = [sequence.training_example(row.text_tokens.tolist(), row.speech_tokens.tolist()) for row in rows]
+    examples = [
+        sequence.training_example(row.text_tokens.tolist(), row.speech_tokens.tolist(), row.next_token) for row in rows
+    ]
     by_length = sorted(range(len(rows)), key=lambda index: (-len(examples[index][0]), index))
     while by_length:
         longest = len(examples[by_length[0]][0])
@@ -123,11 +125,13 @@ def shard_rows(rows: Sequence[Utterance], encoded: Sequence[Mapping[str, bytes]]
             "speech_tokens": row.speech_tokens.astype("<i4").tobytes(),
             "num_text": len(row.text_tokens),
             "num_speech": len(row.speech_tokens),
+            **({} if row.next_token is None else {NEXT_TOKEN: np.array(row.next_token, "<i4").tobytes()}),
             **values,
         }
         for row, values in zip(rows, encoded, strict=True)
     ]
-    return shard_table(complete, columns)
+    follows = any(row.next_token is not None for row in rows)
+    return shard_table(complete, (*columns, *([NEXT_TOKEN] if follows else [])))
 
 
 class ShardWriter:
@@ -170,7 +174,8 @@ def learn_quantizer(job: CacheJob, table: pa.Table, bits: float) -> bytes:
     vocabulary = model.vocabulary
     context = token_context([rows[index].speech_tokens for index in order], vocabulary.speech_size)
     speech_ids = range(vocabulary.speech_offset, vocabulary.control_offset)
-    edge_ids = torch.tensor([*speech_ids, sequence.separator[-1]], device=model.device)
+    before_speech = (*sequence.prefix, *sequence.separator)[-1]
+    edge_ids = torch.tensor([*speech_ids, before_speech], device=model.device)
     head_rows = torch.tensor([*range(vocabulary.speech_size), vocabulary.eos_id], device=model.device)
     with torch.inference_mode():
         quantizer = calibrate(

@@ -19,8 +19,10 @@ LOADERS = {
     "cosyvoice2": "mamtra_ray.teachers.cosyvoice2",
     "llasa": "mamtra_ray.teachers.llasa",
     "huggingface": "mamtra_ray.teachers.huggingface",
+    "causal_lm": "mamtra_ray.teachers.causal_lm",
 }
-"""Module per kind; each has ``load(path, dtype, device) -> Teacher``. ``huggingface`` takes any Qwen2 or Llama."""
+"""Module per kind; each has ``load(path, dtype, device) -> Teacher``. ``huggingface`` takes any Qwen2 or Llama of text
+and speech tokens, ``causal_lm`` any of text alone."""
 
 
 def load_teacher(
@@ -30,7 +32,7 @@ def load_teacher(
 
     Args:
         kind: one of :data:`LOADERS`.
-        path: its checkpoint folder; None for the packaged demo teacher.
+        path: its checkpoint folder, or GGUF file; None for the packaged demo teacher.
         dtype: of the parameters; float32 if None.
         device: where to put it.
 
@@ -63,4 +65,7 @@ def check_kind(kind: str, path: Path | str | None) -> None:
     if path is None and kind != "demo":
         raise InputError(f"teacher {kind!r} needs teacher.path, the folder of its checkpoint")
     if path is not None and not Path(path).is_dir():
-        raise InputError(f"teacher.path: {path} is no folder")
+        if kind != "causal_lm":
+            raise InputError(f"teacher.path: {path} is no folder")
+        if not Path(path).is_file():
+            raise InputError(f"teacher.path: {path} is neither a folder nor a GGUF file")

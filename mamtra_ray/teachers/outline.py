@@ -27,6 +27,8 @@ class TeacherOutline:
     architecture: Architecture
     text_size: int
     speech_size: int
+    tokenizer: str | None = None
+    """That a corpus must name; None where it is not asked for it."""
     decoder: DecoderConfig | None = None
     """Of a teacher that was loaded; the packaged one is known to do for everything."""
 
@@ -43,7 +45,12 @@ def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) ->
         vocabulary = teacher.model.vocabulary
         architecture = architecture_of(teacher, state_sharing)
         return TeacherOutline(
-            teacher.name, architecture, vocabulary.text_size, vocabulary.speech_size, teacher.model.config
+            teacher.name,
+            architecture,
+            vocabulary.text_size,
+            vocabulary.speech_size,
+            teacher.tokenizer,
+            teacher.model.config,
         )
     folder = demo_asset("teacher")
     config, format_ = (json.loads((folder / name).read_text()) for name in ("config.json", "speech_lm.json"))

@@ -17,20 +17,22 @@ class Teacher:
 
     Attributes:
         fingerprint: of the model, see :meth:`SpeechLM.fingerprint`.
-        tokens_per_second: speech tokens per second of audio.
+        tokens_per_second: speech tokens per second of audio; None: its tokens are text.
         length_per_text_token: fewest and most speech tokens an utterance may have, per text token.
         max_length: longest sequence (text and speech) the model was trained for; None if not limited.
         sampling: the system's own sampling settings, by the names of :class:`mamtra_ray.speech_lm.generate.Sampling`.
+        tokenizer: that a corpus must name; None where a corpus is not asked for it.
     """
 
     name: str
     model: SpeechLM
     sequence: SequenceFormat
     fingerprint: str
-    tokens_per_second: float
+    tokens_per_second: float | None
     length_per_text_token: tuple[float, float]
     max_length: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
 
     def length_bounds(self, text_tokens: Sequence[int]) -> tuple[int, int]:
         """(fewest, most) speech tokens to generate for ``text_tokens``."""

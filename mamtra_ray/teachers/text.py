@@ -24,7 +24,7 @@ def text_tokenizer(kind: str, path: Path | None) -> TextTokenizer:
 
     Args:
         kind: ``teacher.kind``.
-        path: the teacher's folder; not needed for the demo.
+        path: the teacher's folder or GGUF file; not needed for the demo.
 
     Raises:
         InputError: unknown kind, or no tokenizer in the folder. The function itself raises it for text that the
@@ -34,7 +34,7 @@ def text_tokenizer(kind: str, path: Path | None) -> TextTokenizer:
         from mamtra_ray.teachers.demo_grammar import tokenize_text
 
         return tokenize_text
-    tokenizer = _transformers_tokenizer(kind, path)
+    tokenizer = transformers_tokenizer(kind, path)
     return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -45,7 +45,7 @@ def save_text_tokenizer(kind: str, path: Path | None, folder: Path) -> bool:
         Whether there was one: a folder of kind "huggingface" may hold a model alone.
     """
     try:
-        tokenizer = _demo_tokenizer() if kind == "demo" else _transformers_tokenizer(kind, path)
+        tokenizer = _demo_tokenizer() if kind == "demo" else transformers_tokenizer(kind, path)
     except InputError:
         return False
     tokenizer.save_pretrained(folder)
@@ -67,7 +67,12 @@ def _demo_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def _transformers_tokenizer(kind: str, path: Path | None) -> Any:
+def transformers_tokenizer(kind: str, path: Path | None) -> Any:
+    """The tokenizer in a teacher's folder or GGUF file, as transformers reads it.
+
+    Raises:
+        InputError: unknown kind, or no tokenizer there.
+    """
     if kind not in LOADERS or path is None:
         raise InputError(f"teacher {kind!r} has no text tokenizer without teacher.path (kinds: {', '.join(LOADERS)})")
     if kind != "cosyvoice2":
@@ -87,7 +92,9 @@ def _auto_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        if folder.is_file():
+            return AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more particular
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder} has no tokenizer: {reason}") from None

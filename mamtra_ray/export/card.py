@@ -1,0 +1,91 @@
+"""The README of an exported checkpoint: what it is, how well it does, how plain transformers uses it."""
+
+from __future__ import annotations
+
+from mamtra_ray import __version__
+from mamtra_ray.export.check import ExportCheck
+from mamtra_ray.run.rows import FinalistRow
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.teachers.teacher import Teacher
+
+_INPUT = 'AutoTokenizer.from_pretrained("PATH")("YOUR TEXT", add_special_tokens=False).input_ids'
+
+
+def model_card(student: SpeechLM, row: FinalistRow, teacher: Teacher, has_tokenizer: bool, check: ExportCheck) -> str:
+    """The card, with the front matter that model hubs read."""
+    is_text = teacher.tokens_per_second is None
+    layout, fingerprint = student.layout, teacher.fingerprint[:16]
+    scores = [f"held-out cross-entropy {row.ce:.4f} nats per token"]
+    if row.wer is not None:
+        interval = f"95 % interval {row.wer.low:.2%} to {row.wer.high:.2%}"
+        scores.append(f"word error rate {row.wer.value:.2%} ({interval})")
+    if row.alarm:
+        scores.append(f"**do not use**: it {row.alarm}")
+    if not is_text:
+        scores.append(f"{teacher.tokens_per_second:g} speech tokens are one second of sound")
+    versions = ", ".join(f"{name} {version}" for name, version in check.versions.items())
+    scores.append(
+        f"checked in plain transformers when it was written: the same greedy {'text' if is_text else 'speech'}, "
+        f"logits differ by at most\n  {check.largest_difference:.1e} ({versions})"
+    )
+    listed = "\n".join(f"- {score}" for score in scores)
+    use = _text_use(teacher, has_tokenizer) if is_text else _speech_use(student, teacher, has_tokenizer)
+    return f"""---
+library_name: transformers
+pipeline_tag: {"text-generation" if is_text else "text-to-speech"}
+tags: [mamba, hybrid, distillation{"" if is_text else ", speech"}]
+---
+# {teacher.name}, {layout.ratio} Mamba hybrid
+
+Layout `{layout}` (A attention, M Mamba; attention kept in layers {", ".join(map(str, layout.attention_layers))}),
+distilled from {teacher.name} (fingerprint {fingerprint}) on {row.tokens:,} tokens by mamtra_ray
+{__version__}, after MamTra (arXiv 2603.12342).
+
+{listed}
+
+## Use
+
+{use}"""
+
+
+def _speech_use(student: SpeechLM, teacher: Teacher, has_tokenizer: bool) -> str:
+    vocabulary = student.vocabulary
+    prefix, separator = list(teacher.sequence.prefix), list(teacher.sequence.separator)
+    text = _INPUT if has_tokenizer else f"[...]  # text token ids, 0 to {vocabulary.text_size - 1}"
+    return f"""```python
+import torch
+from transformers import AutoModelForCausalLM{", AutoTokenizer" if has_tokenizer else ""}
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+text = {text}
+ids = torch.tensor([{prefix} + text + {separator}])
+speech = model.generate(ids, max_new_tokens=20 * len(text), do_sample=False)[0, ids.shape[1]:] - {vocabulary.text_size}
+```
+
+Ids {vocabulary.speech_offset} to {vocabulary.control_offset - 1} are speech tokens (subtract {vocabulary.text_size});
+{vocabulary.eos_id} ends an utterance. `generation_config.json` keeps `generate` to speech ids; calling the model's
+forward gives logits of the whole vocabulary, 0 for ids that are not speech.
+"""
+
+
+def _text_use(teacher: Teacher, has_tokenizer: bool) -> str:
+    """A sequence begins as those that it learned from."""
+    if not has_tokenizer:
+        return f"""```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+ids = torch.tensor([{list(teacher.sequence.prefix)} + [...]])  # token ids of your text
+print(model.generate(ids, max_new_tokens=40, do_sample=False)[0].tolist())
+```
+"""
+    return f"""```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("PATH"), AutoTokenizer.from_pretrained("PATH")
+ids = torch.tensor([{list(teacher.sequence.prefix)} + tokenizer("YOUR TEXT", add_special_tokens=False).input_ids])
+print(tokenizer.decode(model.generate(ids, max_new_tokens=40, do_sample=False)[0]))
+```
+"""

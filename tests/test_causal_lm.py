@@ -1,0 +1,238 @@
+"""Text models as teachers: folders and GGUF files against transformers, and a search from text files to the end."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from text_models import BYTES, END, HEADS, START, text_model, text_tokenizer, write_gguf, write_text_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from mamtra_ray.config import load_config
+from mamtra_ray.errors import InputError
+from mamtra_ray.run.checks import check_inputs
+from mamtra_ray.speech_lm.generation_check import check_generation
+from mamtra_ray.speech_lm.student import make_student
+from mamtra_ray.teachers import cached_teacher, load_teacher
+
+IDS = torch.randint(len(BYTES), (2, 40), generator=torch.Generator().manual_seed(1))
+KINDS = [("llama", {}), ("llama", {"tied": False, "head_dim": 32}), ("qwen2", {}), ("qwen2", {"tied": False})]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS)
+
+
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_a_folder_equals_transformers_bit_for_bit(tmp_path, kind, settings):
+    model = text_model(kind, **settings)
+    teacher = load_teacher("causal_lm", write_text_folder(tmp_path / "model", model))
+    assert torch.equal(logits(teacher.model), logits(model).logits)
+    assert teacher.sequence.prefix == (START,) and teacher.model.vocabulary.stop_ids == (END,)
+    assert teacher.tokenizer.startswith("tokenizer.json ") and teacher.tokens_per_second is None
+
+
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_a_gguf_file_equals_transformers_bit_for_bit(tmp_path, kind, settings):
+    pytest.importorskip("gguf")
+    model = text_model(kind, **settings)
+    teacher = load_teacher("causal_lm", write_gguf(tmp_path / "model.gguf", model))
+    assert torch.equal(logits(teacher.model), logits(model).logits)
+    assert (teacher.name, teacher.sequence.prefix, teacher.model.vocabulary.stop_ids) == ("model", (START,), (END,))
+
+
+@pytest.mark.parametrize("quantization", ["F16", "Q8_0", "Q4_1", "BF16"])
+def test_a_quantized_file_is_the_model_of_its_dequantized_weights(tmp_path, quantization):
+    gguf = pytest.importorskip("gguf")
+    model = text_model("qwen2")
+    teacher = load_teacher("causal_lm", write_gguf(tmp_path / "model.gguf", model, quantization))
+    kind = gguf.GGMLQuantizationType[quantization]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                rounded = gguf.dequantize(gguf.quantize(parameter.numpy(), kind), kind)
+                assert not np.array_equal(rounded, parameter.numpy())
+                parameter.copy_(torch.from_numpy(np.array(rounded)))
+    assert torch.equal(logits(teacher.model), logits(model).logits)
+
+
+def test_rope_scalings_of_gguf_files(tmp_path):
+    pytest.importorskip("gguf")
+    rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+    model = text_model(rope_parameters=rope)
+    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    teacher = load_teacher("causal_lm", write_gguf(tmp_path / "linear.gguf", model, **scaling))
+    torch.testing.assert_close(logits(teacher.model), logits(model).logits, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="RoPE scaling 'longrope' is not supported"):
+        load_teacher("causal_lm", write_gguf(tmp_path / "a.gguf", model, **{"llama.rope.scaling.type": "longrope"}))
+    with pytest.raises(InputError, match=r"has rope_freqs.weight.*load this model from its Hugging Face folder"):
+        load_teacher(
+            "causal_lm", write_gguf(tmp_path / "b.gguf", model, **{"rope_freqs.weight": np.ones(8, np.float32)})
+        )
+
+
+def test_files_that_are_no_teacher_get_one_sentence(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = text_model()
+    whole = write_gguf(tmp_path / "model.gguf", model)
+    content = whole.read_bytes()
+    broken = tmp_path / "broken.gguf"
+    for part in (content[: len(content) // 2], content[:100], b"nothing", b""):
+        broken.write_bytes(part)
+        with pytest.raises(InputError, match=r"broken.gguf is truncated, damaged or no GGUF file"):
+            load_teacher("causal_lm", broken)
+    with pytest.raises(InputError, match=r"no place for: blk.0.attn_sinks.weight"):
+        sinks = {"blk.0.attn_sinks.weight": np.ones(HEADS, np.float32)}
+        load_teacher("causal_lm", write_gguf(broken, model, **sinks))
+    lacking = text_model()
+    del lacking.model.layers[2].mlp.up_proj
+    with pytest.raises(InputError, match=r"has no tensor blk.2.ffn_up.weight"):
+        load_teacher("causal_lm", write_gguf(broken, lacking))
+    writer = gguf.GGUFWriter(broken, "falcon")
+    writer.add_block_count(1)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(InputError, match=r"does not say which id ends a text|architecture 'falcon'"):
+        load_teacher("causal_lm", broken)
+    with pytest.raises(InputError, match="neither a folder nor a GGUF file"):
+        load_teacher("causal_lm", tmp_path / "nowhere")
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    pytest.importorskip("gguf")
+    model = text_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
+    with pytest.raises(InputError, match=r"blk.1.ffn_down.weight has values that are not finite"):
+        load_teacher("causal_lm", write_gguf(tmp_path / "model.gguf", model))
+
+
+def test_folders_that_are_no_teacher_get_one_sentence(tmp_path):
+    folder = write_text_folder(tmp_path / "model", text_model())
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"eos_token_id": None}, "does not say which id ends a text"),
+        ({"eos_token_id": "</s>"}, "eos_token_id = '</s>' is no id"),
+        ({"bos_token_id": 10_000}, "bos_token_id or eos_token_id is 10000"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=re.escape(message)):
+            load_teacher("causal_lm", folder)
+    GPT2Config().save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="'gpt2' cannot be a teacher body"):
+        load_teacher("causal_lm", tmp_path / "other")
+
+
+def test_an_end_stands_in_for_a_start_and_several_ends_all_stop(tmp_path):
+    folder = write_text_folder(tmp_path / "model", text_model(bos_token_id=None, eos_token_id=[END, START]))
+    teacher = load_teacher("causal_lm", folder)
+    assert teacher.sequence.prefix == (END,) and teacher.model.vocabulary.stop_ids == (END, START)
+
+
+def test_without_the_package_gguf_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"pip install 'mamtra-ray\[gguf\]'"):
+        load_teacher("causal_lm", tmp_path / "model.gguf")
+
+
+def test_sequences_end_with_the_token_that_follows(tmp_path):
+    sequence = load_teacher("causal_lm", write_text_folder(tmp_path / "model", text_model())).sequence
+    assert [part.tolist() for part in sequence.training_example([], [5, 6], 7)] == [[START, 5, 6], [5, 6, 7]]
+    assert [part.tolist() for part in sequence.training_example([], [5, 6])] == [[START, 5, 6], [5, 6, END]]
+
+
+def test_generation_is_checked_for_teacher_and_hybrid(tmp_path):
+    teacher = load_teacher("causal_lm", write_text_folder(tmp_path / "model", text_model()))
+    for model in (teacher.model, make_student(teacher.model, "MAAM")):
+        assert check_generation(model, teacher.sequence, "model").relative < 1e-4
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A model, ten small texts, and what a configuration says about them."""
+    write_text_folder(tmp_path / "model", text_model())
+    (tmp_path / "texts").mkdir()
+    for index in range(10):
+        text = "".join(f"line {number} of abc text {index}\n" + "\n" * (number % 3 == 0) for number in range(20))
+        (tmp_path / "texts" / f"{index}.txt").write_text(text)
+    return tmp_path
+
+
+def corpus_text(place, *arguments):
+    command = [sys.executable, "-m", "mamtra_ray.corpus", "text", *arguments]
+    return subprocess.run(command, cwd=place, capture_output=True, text=True)
+
+
+TEACHER = ("teacher.kind=causal_lm", "teacher.path=model", "evaluate.sentences=0")
+
+
+def test_a_dry_run_refuses_a_corpus_of_another_tokenizer(place):
+    made = corpus_text(place, "texts", "--output", "corpus", *TEACHER)
+    assert made.returncode == 0, made.stderr
+    paths = [f"teacher.path={place / 'model'}", f"corpus.path={place / 'corpus'}"]
+    settings = ["teacher.kind=causal_lm", *paths, "evaluate.sentences=0"]
+    assert check_inputs(load_config(None, settings), speech=True).num_layers == 4
+    tokenizer = text_tokenizer()
+    tokenizer.add_tokens(["line"])
+    tokenizer.save_pretrained(place / "model")
+    cached_teacher.cache_clear()
+    with pytest.raises(
+        InputError, match=r"made with the tokenizer 'tokenizer.json .*', the teacher's is 'tokenizer.json"
+    ):
+        check_inputs(load_config(None, settings), speech=True)
+    with pytest.raises(InputError, match="the corpus is text alone"):
+        check_inputs(load_config(None, [f"corpus.path={place / 'corpus'}"]), speech=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluate.sentences=10", "set evaluate.sentences=0"),
+        ("search.strategies=importance_wer", "needs a teacher that speaks"),
+        ("teacher.path=null", "needs teacher.path"),
+    ],
+)
+def test_settings_of_speech_are_refused(setting, message):
+    settings = ["teacher.kind=causal_lm", "teacher.path=m", "corpus.path=c", "evaluate.sentences=0", setting]
+    with pytest.raises(InputError, match=message):
+        load_config(None, settings)
+
+
+@pytest.mark.slow
+def test_a_search_from_text_files_to_a_hybrid_that_plain_transformers_loads(place):
+    made = corpus_text(place, "texts", "--output", "corpus", "--row-tokens", "48", *TEACHER)
+    assert made.returncode == 0, made.stderr
+    settings = [
+        *TEACHER, "corpus.path=corpus", "corpus.train_tokens=3000", "align.tokens=1500", "align.tokens_per_batch=500",
+        "probe.num_layouts=5", "probe.validation_tokens=300", "search.trials=3", "search.rung_tokens=500,1000",
+        "distill.tokens=1000", "distill.tokens_per_batch=500", "distill.workers=1", "name=text",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "mamtra_ray.search", *settings]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = place / "runs" / "text"
+    best = json.loads((run / "best" / "layout.json").read_text())
+    student = run / "finalists" / best["layout"] / "student"
+    assert best["layout"].count("A") == 2 and student.is_dir()
+    model = AutoModelForCausalLM.from_pretrained(run / "best").eval()
+    from mamtra_ray.speech_lm.speech_lm import SpeechLM
+
+    torch.testing.assert_close(logits(SpeechLM.load(student)), logits(model).logits, rtol=0, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(run / "best")
+    assert tokenizer("abc line").input_ids == text_tokenizer()("abc line").input_ids
+    for words in (done.stdout, (run / "best" / "README.md").read_text(), report_text(run)):
+        for word in ("speech", "WER", "spoken", "speaks", "heard", "sentences"):
+            assert not re.search(rf"\b{word}\b", words, re.IGNORECASE), (word, words[:3000])
+
+
+def report_text(run):
+    """What a reader sees of the page."""
+    page = (run / "report.html").read_text()
+    page = re.sub(r"<(style|script|svg)\b.*?</\1>", "", page, flags=re.DOTALL)
+    return re.sub(r"<[^>]*>", " ", page)
