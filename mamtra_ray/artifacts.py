@@ -1,8 +1,11 @@
 """Files that others read: written atomically, carrying a version and a hash of what made them.
 
-A *manifest* is a JSON object with ``kind``, ``schema_version`` and ``made_by`` (whatever identifies
-the inputs: hashes, settings). Readers call :func:`read_manifest`, which refuses another kind or version
-with one sentence.
+A *manifest* is a JSON object with ``kind``, ``schema_version``, ``made_by`` (whatever identifies the inputs: hashes,
+settings) and ``checksum`` (of all the rest). Readers call :func:`read_manifest`, which refuses another kind or version
+and a damaged file with one sentence.
+
+What a verb writes into a folder of the user's is noted with its hash (:func:`write_output`), so that it overwrites its
+own files only.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +86,46 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` (JSON-ready) and, as ``checksum``, the hash of what a reader will find in it."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return {**rest, "checksum": content_hash(json.loads(json.dumps(rest)))}
+
+
+def check_checksum(content: Mapping[str, Any], where: Path | str) -> None:
+    """Refuse content that is not what :func:`with_checksum` made.
+
+    Args:
+        content: as read; ``where`` is named in the error.
+
+    Raises:
+        InputError: its checksum is missing or another one.
+    """
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    if "checksum" not in content:
+        raise InputError(f"{where} has no checksum: it is damaged, or an earlier version of mamtra_ray wrote it")
+    if content["checksum"] != content_hash(rest):
+        raise InputError(f"{where} is damaged: its content has not the checksum that it was written with")
+
+
+def write_checked_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object with its checksum, atomically; for :func:`read_manifest` it needs ``kind`` and
+    ``schema_version``."""
+    write_json(path, with_checksum(content))
+
+
 def write_manifest(path: Path, kind: str, schema_version: int, made_by: Mapping[str, Any], **content: Any) -> None:
     """Write a manifest of ``kind``; ``made_by`` identifies the inputs, ``content`` is the rest."""
-    write_json(path, {"kind": kind, "schema_version": schema_version, "made_by": dict(made_by), **content})
+    write_checked_json(path, {"kind": kind, "schema_version": schema_version, "made_by": dict(made_by), **content})
 
 
-def read_manifest(path: Path, kind: str, schema_version: int) -> dict[str, Any]:
-    """Read a manifest and check its kind and version.
+def read_manifest(path: Path, kind: str, schema_version: int, *, by_hand: bool = False) -> dict[str, Any]:
+    """Read a manifest and check its kind, version and checksum.
+
+    Args:
+        path: of the file.
+        kind, schema_version: what it must be.
+        by_hand: people write such files too, so that one without a checksum is taken.
 
     Raises:
         InputError: the file is missing, damaged, of another kind or of another schema version.
@@ -102,7 +138,84 @@ def read_manifest(path: Path, kind: str, schema_version: int) -> dict[str, Any]:
         raise InputError(
             f"{path} has schema version {manifest.get('schema_version')!r}, this code reads version {schema_version}"
         )
+    if not by_hand or "checksum" in manifest:
+        check_checksum(manifest, path)
     return manifest
+
+
+def checked_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines, each with its checksum."""
+    return "".join(json.dumps(with_checksum(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def row_of_line(line: str | bytes, where: str) -> dict[str, Any]:
+    """A row of :func:`checked_lines`, without its checksum; ``where`` is named in errors.
+
+    Raises:
+        InputError: the line is damaged.
+    """
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise InputError(f"{where} is damaged: {error}") from None
+    check_checksum(row, where)
+    row.pop("checksum")
+    return row
+
+
+OUTPUTS = "written_by_mamtra_ray.json"
+"""Beside what a verb writes into a folder that it may share with the user: which files are its own."""
+
+
+def write_output(folder: Path, name: str, write: Callable[[Path], object]) -> Path:
+    """Write ``folder / name`` atomically and note its hash in :data:`OUTPUTS`; returns its path.
+
+    Args:
+        folder: of the user's choice.
+        name: relative to ``folder``.
+        write: is called with the temporary path to write to.
+
+    Raises:
+        InputError: as :func:`check_outputs`.
+    """
+    check_outputs(folder, [name])
+    path = _inside(folder, name)
+    with written_atomically(path) as temporary:
+        write(temporary)
+        # Before the file takes its place. Its old hash stays until the next time, for a process that stops in between.
+        digests = {file_hash(temporary)} | ({file_hash(path)} if path.is_file() else set())
+        files = _noted(folder) | {name: sorted(digests)}
+        write_checked_json(folder / OUTPUTS, {"kind": "outputs", "schema_version": 1, "files": files})
+    return path
+
+
+def check_outputs(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to overwrite what :func:`write_output` did not write, or what was changed since.
+
+    Raises:
+        InputError: names the first such file of ``names``.
+    """
+    noted = _noted(folder)
+    for name in names:
+        path = _inside(folder, name)
+        is_there = path.is_symlink() or path.exists()
+        if is_there and not (path.is_file() and file_hash(path) in noted.get(name, ())):
+            raise InputError(
+                f"{path} would be overwritten, but mamtra_ray did not write it, or it was changed since: move it "
+                "away, or give another --output"
+            )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Also where ``name`` begins with ``..`` and the folder is not there yet."""
+    return Path(os.path.normpath(folder / name))
+
+
+def _noted(folder: Path) -> dict[str, list[str]]:
+    path = folder / OUTPUTS
+    return dict(read_manifest(path, "outputs", 1)["files"]) if path.exists() else {}
 
 
 def check_made_by(path: Path | str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -120,6 +120,7 @@ def skewed_forward_kl(
         Scalar; 0 if no token counts.
     """
     _check_alpha(alpha)
+    teacher_logits, student_logits = _counted(teacher_logits, mask), _counted(student_logits, mask)
     kl = _skewed_kl_rows(_log_softmax(teacher_logits), _log_softmax(student_logits), alpha)
     return _masked_mean(kl, mask)
 
@@ -139,7 +140,7 @@ def skewed_forward_kl_top_k(
         mask: (N,), true where a token counts.
     """
     _check_alpha(alpha)
-    log_q_NV = _log_softmax(student_logits_NV)
+    log_q_NV = _log_softmax(_counted(student_logits_NV, mask))
     kl_N = _skewed_kl_rows(_bucket_log_p(targets), _bucket_log_q(log_q_NV, targets.ids_NK), alpha)
     return _masked_mean(kl_N, mask)
 
@@ -156,7 +157,7 @@ def hidden_mse(teacher_hidden: Tensor, student_hidden: Tensor, mask: Tensor | No
         student_hidden: (..., D).
         mask: (...), true where a token counts; every token if None.
     """
-    difference = _wide(student_hidden) - _wide(teacher_hidden)
+    difference = _counted(_wide(student_hidden) - _wide(teacher_hidden), mask)
     return _masked_mean(difference.square().mean(-1), mask)
 
 
@@ -210,7 +211,7 @@ def distillation_loss(
         kl = kl_sum / count if weights.kl else missing
     if weights.hidden:
         pairs = _hidden_pairs(teacher_targets, student_hidden_ND, hidden_layers, student_layers_ND)
-        errors = [(_wide(student) - _wide(teacher)).square().mean(-1) for teacher, student in pairs]
+        errors = [_counted(_wide(student) - _wide(teacher), valid_N).square().mean(-1) for teacher, student in pairs]
         hidden = torch.stack([_masked_mean(error_N, valid_N, count) for error_N in errors]).mean()
         total = total + weights.hidden * hidden
     return LossTerms(total, ce.detach(), kl.detach(), hidden.detach())
@@ -252,7 +253,7 @@ class _HeadLosses(torch.autograd.Function):
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows] = grad_nV @ weight_VD
             if grad_weight_VD is not None:
-                grad_weight_VD.addmm_(grad_nV.T, hidden_ND[rows].to(grad_nV.dtype))
+                grad_weight_VD.addmm_(grad_nV.T, _counted(hidden_ND[rows], labels_n != IGNORE).to(grad_nV.dtype))
             if grad_bias_V is not None:
                 grad_bias_V += grad_nV.sum(0)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
@@ -304,7 +305,7 @@ def _chunk_losses(
     grad_NV.scatter_add_(1, label_N1, torch.full_like(grad_NV[:, :1], -weights.ce))
     if minus_NV is not None:
         grad_NV.sub_(minus_NV, alpha=weights.kl)
-    return ce_sum, kl_sum, grad_NV.mul_(valid_N[:, None])
+    return ce_sum, kl_sum, grad_NV.masked_fill_(~valid_N[:, None], 0)
 
 
 def _teacher_rows(
@@ -371,6 +372,11 @@ def _bucket_log_q(log_q_NV: Tensor, ids_NK: Tensor) -> Tensor:
     tail_N1 = log_q_NV.scatter(1, ids_NK, -math.inf).logsumexp(1, keepdim=True)
     floor = torch.finfo(log_q_NV.dtype).min / 4
     return torch.cat([log_q_NV.gather(1, ids_NK), tail_N1.clamp_min(floor)], 1)
+
+
+def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """0 in rows that do not count: nothing of them, not even a NaN, reaches a sum or a gradient."""
+    return values if mask is None else values.where(mask.bool()[..., None], 0)
 
 
 def _masked_mean(values: Tensor, mask: Tensor | None, count: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mamtra_ray.artifacts import write_json
+from mamtra_ray.artifacts import write_checked_json
 from mamtra_ray.config import load_config, save_config
 from mamtra_ray.efficiency import ARCHITECTURES, cache_bytes, decode_flops, parameters
 from mamtra_ray.layouts import Layout, from_strategy
@@ -109,12 +109,11 @@ def made_run(folder: Path, overrides: tuple[str, ...] = (), penalty: float = 0.0
         "cache": {"seconds": 81.2, "tokens": 90_000},
         "trials": {"seconds": 300.5, "tokens": 400_000, "trials": 9},
     }
-    write_json(folder / COSTS, {"kind": "costs", "schema_version": 1, "phases": phases})
+    write_checked_json(folder / COSTS, {"kind": "costs", "schema_version": 1, "phases": phases})
     systems = ("codec", "teacher", str(finalists[0].layout))
     write_audio(folder, systems, seed)
-    write_json(
-        folder / BEST / EXPORTED_LAYOUT, {"kind": "layout", "schema_version": 1, "layout": str(finalists[0].layout)}
-    )
+    best = {"kind": "layout", "schema_version": 1, "layout": str(finalists[0].layout)}
+    write_checked_json(folder / BEST / EXPORTED_LAYOUT, best)
     return folder
 
 

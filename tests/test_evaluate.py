@@ -23,7 +23,7 @@ from mamtra_ray.evaluate import __main__ as verb
 from mamtra_ray.evaluate import evaluation as evaluate
 from mamtra_ray.evaluate import pool as evaluation_pool
 from mamtra_ray.evaluate.evaluation import check_evaluation, evaluate_systems, evaluation_settings
-from mamtra_ray.evaluate.results import RATES, compare, scored, write_summary
+from mamtra_ray.evaluate.results import RATES, audio_file, compare, scored, write_summary
 from mamtra_ray.evaluate.worker import Chunk, EvaluationWorker, sampling_of
 from mamtra_ray.run.folder import read_audio_index
 from mamtra_ray.runtime.actor_pool import result_of
@@ -157,6 +157,37 @@ def test_pool_equals_the_steps_by_hand(place, evaluated_run):
     assert evaluations["teacher"].difference_to_teacher is None
 
 
+def in_this_process(settings, chunks, _):
+    """In place of the actors."""
+    worker = EvaluationWorker(settings)
+    for chunk in chunks:
+        yield chunk, *worker.run(chunk)
+
+
+def test_every_utterance_has_a_sound_file_of_its_own(tmp_path):
+    ids = ["a/b", "a_b", "a b", "..", "x" * 300, "x" * 299 + "y", "天气/真", "天气", "a:b|c", "\n"]
+    files = [audio_file(tmp_path, "AMAM", utterance_id) for utterance_id in ids]
+    assert len(set(files)) == len(ids)
+    for file in files:
+        assert file.parent == tmp_path / "audio" / "AMAM"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert audio_file(tmp_path, "AMAM", "1089_134686_000001").name == "1089_134686_000001.wav"
+
+
+def test_a_damaged_sound_file_is_named_and_spoken_again(place, evaluated_run, monkeypatch):
+    folder, before, _ = evaluated_run
+    clip = next(clip for clip in read_audio_index(folder).clips if clip.system == "AMAM")
+    path = folder / "audio" / clip.file
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
+    with pytest.raises(InputError, match=r"\.wav is damaged"):
+        read_audio_index(folder)
+    monkeypatch.setattr(evaluate, "evaluated", in_this_process)
+    assert evaluated_systems(place, {"AMAM": place / "student"}, folder)["AMAM"].rows == before["AMAM"].rows
+    assert path.read_bytes() == content and read_audio_index(folder).clips
+
+
 def test_files_of_an_evaluation(evaluated_run):
     folder, evaluations, _ = evaluated_run
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
@@ -174,8 +205,8 @@ def test_files_of_an_evaluation(evaluated_run):
     assert [json.loads(line)["utterance_id"] for line in lines] == [f"test/{index}" for index in range(5)]
     index = read_audio_index(folder)
     assert index.systems == ("codec", "teacher", "AMAM")
-    assert {clip.file for clip in index.clips} == {
-        "codec/test_1.wav", *[f"{system}/test_{index}.wav" for system in ("teacher", "AMAM") for index in (0, 1)]
+    assert {(clip.system, clip.utterance_id) for clip in index.clips} == {
+        ("codec", "test/1"), *[(system, f"test/{index}") for system in ("teacher", "AMAM") for index in (0, 1)]
     }  # fmt: skip
     clip = next(clip for clip in index.clips if clip.system == "teacher")
     row = next(row for row in evaluations["teacher"].rows if row["utterance_id"] == clip.utterance_id)
@@ -211,12 +242,6 @@ def test_finished_sentences_are_not_spoken_again(place, evaluated_run, monkeypat
 
 def test_only_lost_sentences_are_spoken_again(place, evaluated_run, monkeypatch):
     folder, before, _ = evaluated_run
-
-    def in_this_process(settings, chunks, _):
-        worker = EvaluationWorker(settings)
-        for chunk in chunks:
-            yield chunk, *worker.run(chunk)
-
     monkeypatch.setattr(evaluate, "evaluated", in_this_process)
     path = folder / "evaluation" / "AMAM.jsonl"
     lines = path.read_text().splitlines(keepends=True)

@@ -178,7 +178,7 @@ def test_settings_of_the_generation_config_may_be_changed(exported, tmp_path):
 
 
 def test_a_mixer_trained_in_the_expanded_form_is_not_compacted(exported, tmp_path):
-    from mamtra_ray.artifacts import file_hash
+    from mamtra_ray.artifacts import file_hash, with_checksum
     from mamtra_ray.models.checkpoint import read_tensors, write_tensors
 
     exported["qwen2 per_query_head"][0].save_granite(tmp_path)
@@ -188,7 +188,7 @@ def test_a_mixer_trained_in_the_expanded_form_is_not_compacted(exported, tmp_pat
     tensors[name][40] += 1  # a row of x, of which its group's other heads hold copies
     write_tensors(weights, tensors)
     content = json.loads(config.read_text())
-    content["mamtra_ray"]["weights_sha256"] = file_hash(weights)
+    content["mamtra_ray"] = with_checksum(content["mamtra_ray"] | {"weights_sha256": file_hash(weights)})
     config.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"layers\.1\.mamba\.in_proj\.weight is not an expanded"):
         SpeechLM.load_granite(Path(tmp_path))

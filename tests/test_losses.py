@@ -246,6 +246,33 @@ def test_autocast_and_a_scaled_loss(problem):
     torch.testing.assert_close(found, 4 * expected, atol=0.02, rtol=0.1)
 
 
+@pytest.mark.parametrize("form", ["hidden", "top-k"])
+def test_what_is_ignored_cannot_spoil_a_gradient(problem, form):
+    """An activation that overflowed at a position of padding."""
+    head, teacher, student, labels = problem
+    targets = HiddenTargets(teacher) if form == "hidden" else top_k_targets(head, teacher)
+    weights = LossWeights(1, 1, 1 if form == "hidden" else 0)
+
+    def gradient(values):
+        values = values.clone().requires_grad_()
+        distillation_loss(values, head, labels, targets, weights).total.backward()
+        return values.grad
+
+    spoiled = student.detach().clone()
+    spoiled[labels == IGNORE] = torch.nan
+    found, expected = gradient(spoiled), gradient(student.detach())
+    assert torch.equal(found[labels != IGNORE], expected[labels != IGNORE])
+    assert not found[labels == IGNORE].any()
+    mask = labels != IGNORE
+    for loss in (
+        lambda x: skewed_forward_kl(head(teacher), head(x), 0.1, mask),
+        lambda x: hidden_mse(teacher, x, mask),
+    ):
+        values = spoiled.clone().requires_grad_()
+        loss(values).backward()
+        assert values.grad.isfinite().all()
+
+
 def test_no_gradient_is_made_for_evaluation(problem):
     head, teacher, student, labels = problem
     with torch.no_grad():

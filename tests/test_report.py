@@ -15,6 +15,7 @@ from browser import needs_chromium, told_by
 from made_run import made_run, quality
 from scipy import stats
 
+from mamtra_ray.artifacts import write_checked_json
 from mamtra_ray.config import save_config
 from mamtra_ray.efficiency import ARCHITECTURES
 from mamtra_ray.errors import InputError
@@ -245,8 +246,32 @@ def test_what_is_no_run_gets_one_sentence(runs, tmp_path, capsys):
     assert "schema version 99" in refused(broken)
     shutil.copy(runs[0] / REFERENCE, broken / REFERENCE)
     index = broken / AUDIO_INDEX
-    index.write_text(index.read_text().replace('"teacher/u1.wav"', '"../../plain/config.yaml"'))
+    content = json.loads(index.read_text())
+    content["clips"][0]["file"] = "../config.yaml"
+    write_checked_json(index, content)
     assert "is not in" in refused(broken)
+
+
+def test_what_the_report_did_not_write_stays(runs, tmp_path, capsys):
+    def reported(output: Path, *arguments: str) -> int:
+        return main(["--run", str(runs[0]), "--output", str(output), *arguments])
+
+    for mine in ("report.html", "report/table_3_systems.csv"):
+        folder = tmp_path / f"of {Path(mine).stem}"
+        (folder / mine).parent.mkdir(parents=True)
+        (folder / mine).write_text("mine")
+        before = sorted(folder.rglob("*"))
+        for arguments in (["--dry-run"], []):
+            assert reported(folder, *arguments) == 2
+            assert f"{mine} would be overwritten" in capsys.readouterr().err
+        assert (folder / mine).read_text() == "mine" and sorted(folder.rglob("*")) == before
+    ours = tmp_path / "ours"
+    assert reported(ours) == 0 and reported(ours) == 0, "its own report is replaced"
+    (ours / "report" / "notes.txt").write_text("mine")
+    assert reported(ours) == 0 and (ours / "report" / "notes.txt").read_text() == "mine"
+    page = ours / "report.html"
+    page.write_text(page.read_text() + "<!-- my remark -->")
+    assert reported(ours) == 2 and "my remark" in page.read_text()
 
 
 def test_alarms_stand_above_everything_and_in_the_table(runs, tmp_path):

@@ -46,6 +46,11 @@ def test_a_batch_is_its_utterances_and_silence_for_nothing(codec):
     assert len(sounds[1]) > 0
 
 
+def test_a_single_token_is_sound_too(codec):
+    assert len(codec.decode([3])) == 640 - 160
+    assert np.isfinite(codec.decode([3])).all()
+
+
 @pytest.mark.parametrize("tokens", [[], [0, 12], [-1]])
 def test_tokens_outside_the_codebook_are_refused(codec, tokens):
     with pytest.raises(InputError, match="from 0 to 11"):

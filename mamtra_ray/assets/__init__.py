@@ -26,7 +26,7 @@ def demo_asset(name: str, folder: Path = DEMO) -> Path:
     Raises:
         InputError: the asset is missing, damaged, or not in the manifest.
     """
-    files = read_manifest(folder / MANIFEST, "demo_assets", SCHEMA_VERSION)["files"]
+    files = read_manifest(folder / MANIFEST, "demo_assets", SCHEMA_VERSION, by_hand=True)["files"]
     wanted = {path: entry for path, entry in files.items() if path == name or path.startswith(f"{name}/")}
     if not wanted:
         raise InputError(f"{folder / MANIFEST} lists no demo asset {name!r}")

@@ -5,6 +5,7 @@ Files are YAML 1.2, in which ``1:3`` is a ratio, ``1e-5`` a number and ``yes`` a
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ RENAMED = {
 """Keys of version 0.1 and what they are called now."""
 
 
+_SEAL, _SEAL_END = "# SHA-256 of what follows: ", " (remove this line to change it by hand)"
+
+
 class _Quoted(str):
     """Written in quotation marks."""
 
@@ -75,7 +79,7 @@ def load_config(space: Path | str | None = None, overrides: Sequence[str] = ()) 
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML, atomically; :func:`load_config` reads it back."""
+    """Write the resolved configuration as YAML with its hash, atomically; :func:`load_config` reads it back."""
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
@@ -85,7 +89,7 @@ def save_config(config: Config, path: Path) -> None:
     content = config.model_dump(mode="json")
     content["search"]["ratios"] = [_Quoted(ratio) for ratio in content["search"]["ratios"]]
     yaml.dump(content, text)
-    write_text(path, text.getvalue())
+    write_text(path, f"{_SEAL}{_hash(text.getvalue())}{_SEAL_END}\n{text.getvalue()}")
 
 
 def space_file(space: Path | str | None) -> Path:
@@ -108,16 +112,27 @@ def space_file(space: Path | str | None) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = _parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = _parse(text)
     except FileNotFoundError:
         raise InputError(f"search space {path} does not exist") from None
     except (OSError, ValueError, KeyError, YAMLError, RecursionError) as error:
         raise InputError(f"search space {_printable(path)} cannot be read: {_one_line(error)}") from None
+    first, _, rest = text.partition("\n")
+    if first.startswith(_SEAL) and first.removeprefix(_SEAL).removesuffix(_SEAL_END) != _hash(rest):
+        raise InputError(
+            f"{path} is not as mamtra_ray wrote it: give changes as key=value, or remove its first line if you changed "
+            "it yourself"
+        )
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"search space {path} must hold sections such as teacher: and search:")
     return content
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _parse(text: str) -> Any:

@@ -52,13 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     made_here = f"corpus.path={json.dumps(str(options.output))}"
     config = load_config(options.space, [*options.overrides, made_here])
 
-    from mamtra_ray.corpus.preparation import UTTERANCES_PER_PART, prepare_corpus
+    from mamtra_ray.corpus.preparation import COSTS, UTTERANCES_PER_PART, check_output_folder, prepare_corpus
     from mamtra_ray.corpus.sources import SOURCES as LISTINGS
     from mamtra_ray.corpus.table import REPORT
 
     # Absolute: workers on other nodes and later evaluations (prompt_audio) stand in other folders.
     recordings, skipped = LISTINGS[options.source](options.path.absolute(), **_source_arguments(options))
     print(f"{options.source} {options.path}: {len(recordings):,} recordings, {len(skipped):,} left out already")
+    check_output_folder(options.output)
     if options.dry_run:
         parts = -(-len(recordings) // UTTERANCES_PER_PART)
         print(f"{parts} parts of {UTTERANCES_PER_PART} by {config.teacher.kind}'s tokenizers, into {options.output}")
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     cluster = connect(options.address)
     options.output.mkdir(parents=True, exist_ok=True)
-    screen = Screen(("corpus",), Costs(options.output / "costs.json"))
+    screen = Screen(("corpus",), Costs(options.output / COSTS))
     for line in note_session(options.output, cluster.resources):
         screen.say(line)
     with screen.phase("corpus", f"tokenize into {options.output}"):

@@ -19,13 +19,16 @@ from typing import Any
 from mamtra_ray.artifacts import check_made_by, content_hash, file_hash, read_manifest, write_manifest
 from mamtra_ray.config import TeacherConfig
 from mamtra_ray.corpus.sources import Recording, Skipped, without_repeats
-from mamtra_ray.corpus.table import PART_REPORTS, REPORT, write_corpus
+from mamtra_ray.corpus.table import PART_REPORTS, REPORT, made_by_of, write_corpus
 from mamtra_ray.corpus.tokenization_worker import TokenizationWorker, Tokenizers
 from mamtra_ray.errors import InputError
+from mamtra_ray.runtime.environment import ENVIRONMENT
 from mamtra_ray.runtime.resources import WorkerResources
 
 SCHEMA_VERSION = 1
 UTTERANCES_PER_PART = 512
+COSTS = "costs.json"
+_BEFORE_PARTS = {COSTS, ENVIRONMENT}
 
 
 def prepare_corpus(
@@ -73,6 +76,7 @@ def prepare_corpus(
     groups = [
         recordings[first : first + utterances_per_part] for first in range(0, len(recordings), utterances_per_part)
     ]
+    check_output_folder(output)
     _refuse_other_corpus(output, len(groups), identity)
     missing = [index for index in range(len(groups)) if not _part_report(output, index).exists()]
     if missing:
@@ -130,10 +134,40 @@ def _part_report(output: Path, index: int) -> Path:
     return output / f"part-{index:05d}.json"
 
 
+def check_output_folder(output: Path) -> None:
+    """Refuse a folder that is there, not empty, and that no corpus was ever prepared into; light, for a dry run.
+
+    Raises:
+        InputError: names a file of somebody else's.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output: {output} is a file, not a folder")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if names and not any(output.glob(PART_REPORTS)) and (foreign := sorted(names - _BEFORE_PARTS)):
+        first = output / foreign[0]
+        # A killed process may have left its first part without the report that is written after it.
+        if not (first.name == _part(output, 0).name and _tells_made_by(first)):
+            raise InputError(f"{output} is there and holds {first.name}, which is no corpus: give another --output")
+
+
+def _tells_made_by(path: Path) -> bool:
+    """Whether ``path`` is a corpus that was prepared from recordings."""
+    try:
+        return "recordings" in made_by_of(path)
+    except InputError:
+        return False
+
+
 def _refuse_other_corpus(output: Path, num_parts: int, identity: dict[str, Any]) -> None:
     expected = {_part(output, index) for index in range(num_parts)}
     if foreign := sorted(set(output.glob("*.parquet")) - expected):
         raise InputError(f"{output} holds {foreign[0].name}, which is not of this corpus; give another --output")
+    for index in range(num_parts):
+        part = _part(output, index)
+        if part.exists() and not _part_report(output, index).exists() and made_by_of(part) != identity:
+            raise InputError(f"{part} is of another corpus and would be overwritten; give another --output")
+    if (output / REPORT).exists():
+        read_manifest(output / REPORT, "corpus_report", SCHEMA_VERSION)
     for path in sorted(output.glob(PART_REPORTS)):
         manifest = read_manifest(path, "corpus_part", SCHEMA_VERSION)
         check_made_by(path, manifest["made_by"], identity)

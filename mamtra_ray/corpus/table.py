@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mamtra_ray.artifacts import written_atomically
+from mamtra_ray.artifacts import check_checksum, with_checksum, written_atomically
 from mamtra_ray.assets import DEMO
 from mamtra_ray.errors import InputError
 
@@ -53,7 +53,9 @@ OPTIONAL_COLUMNS = {
     "prompt_audio": pa.string(),
     "next_token": pa.int32(),
 }
+_TOKEN_COLUMNS = ("text_tokens", "speech_tokens", "prompt_text_tokens", "prompt_speech_tokens")
 _METADATA_KEY = b"mamtra_ray"
+_METADATA = {"kind", "schema_version", "tokenizer", "made_by", "content_sha256"}
 # Small enough that a reader of a few utterances touches little, large enough for Parquet's encodings to work.
 _ROWS_PER_GROUP = 2_048
 
@@ -114,6 +116,7 @@ def write_corpus(
         "made_by": dict(made_by),
         "content_sha256": digest,
     }
+    metadata = with_checksum(metadata)
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     with written_atomically(Path(path)) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=_ROWS_PER_GROUP, write_page_checksum=True)
@@ -177,6 +180,16 @@ def corpus_identity(table: pa.Table) -> CorpusIdentity:
     return CorpusIdentity(**json.loads(table.schema.metadata[_METADATA_KEY]))
 
 
+def made_by_of(file: Path) -> dict[str, Any]:
+    """What made one file of a corpus, from its metadata; its rows are read and checked, too.
+
+    Raises:
+        InputError: it is no corpus, or damaged.
+    """
+    made_by: dict[str, Any] = _read_part(file)[1]["made_by"]
+    return made_by
+
+
 def utterances(table: pa.Table) -> list[Utterance]:
     """The rows of a table as :class:`Utterance`."""
     rows = []
@@ -208,14 +221,17 @@ def check_vocabulary(table: pa.Table, text_size: int, speech_size: int) -> None:
     """Refuse a corpus whose tokens a teacher does not know.
 
     Raises:
-        InputError: names the first utterance with a text id >= ``text_size`` or a speech id >= ``speech_size``; or a
-            corpus of text alone for a teacher of speech.
+        InputError: names the first utterance with a text id >= ``text_size`` or a speech id >= ``speech_size``, prompts
+            included; or a corpus of text alone for a teacher of speech.
     """
     if text_size and is_text_only(table):
         raise InputError(
             "the corpus is text alone, for teacher.kind=causal_lm; a teacher of speech needs recordings and their text"
         )
-    for column, size in (("text_tokens", text_size), ("speech_tokens", speech_size)):
+    for column in _TOKEN_COLUMNS:
+        size = text_size if column.endswith("text_tokens") else speech_size
+        if column not in table.column_names:
+            continue
         row_offset = 0
         for chunk in table[column].chunks:
             unknown = np.flatnonzero(chunk.flatten().to_numpy() >= size)
@@ -275,6 +291,8 @@ def _read_part(file: Path) -> tuple[pa.Table, dict[str, Any]]:
         raise InputError(
             f"corpus {file} has schema version {metadata.get('schema_version')!r}, this code reads {SCHEMA_VERSION}"
         )
+    if "checksum" in metadata or set(metadata) != _METADATA:  # files of earlier versions have none
+        check_checksum(metadata, f"metadata of corpus {file}")
     table = _checked(table, str(file))
     if _content_hash(table) != metadata.get("content_sha256"):
         raise InputError(f"corpus {file} is damaged: its rows do not have the hash they were written with")
@@ -287,12 +305,25 @@ def _table_of_rows(rows: Iterable[Mapping[str, Any] | Utterance]) -> pa.Table:
     used = {name for row in dictionaries for name, value in row.items() if value is not None}
     arrays: dict[str, pa.Array] = {}
     for name in used | set(REQUIRED_COLUMNS):
+        values = [row.get(name) for row in dictionaries]
         try:
-            arrays[name] = pa.array([row.get(name) for row in dictionaries], type=columns.get(name))
-        except (pa.ArrowException, TypeError, ValueError) as error:
+            if name in _TOKEN_COLUMNS:
+                values = [_whole_numbers(value) for value in values]
+            arrays[name] = pa.array(values, type=columns.get(name))
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"corpus column {name!r} cannot be stored as {columns.get(name)}: {reason}") from None
     return pa.table(arrays)
+
+
+def _whole_numbers(tokens: Any) -> Any:
+    """Tokens of one row; pyarrow itself would cut fractions off."""
+    if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu":
+        return tokens
+    for token in () if tokens is None else tokens:
+        if token is not None and (isinstance(token, bool) or int(token) != token):
+            raise ValueError(f"a token is a whole number, not {token!r}")
+    return tokens
 
 
 def _checked(table: pa.Table, where: str) -> pa.Table:
@@ -325,13 +356,26 @@ def _checked(table: pa.Table, where: str) -> pa.Table:
         if name == "speech_tokens":
             empty = pc.and_(empty, pc.not_equal(table["split"], "test"))
         _refuse(table, empty, where, f"it has no {name}")
-        for chunk in table[name].chunks:
-            values = chunk.flatten()
-            if values.null_count or (len(values) and pc.min(values).as_py() < 0):
-                raise InputError(f"corpus {where} has a missing or negative token in {name}")
+    for name in _TOKEN_COLUMNS:
+        if name in table.column_names:
+            _refuse_tokens(table, name, lambda tokens: pc.or_kleene(pc.is_null(tokens), pc.less(tokens, 0)), where)
     if "next_token" in table.column_names:
         _refuse(table, pc.less(table["next_token"], 0), where, "its next_token is negative")
     return table
+
+
+def _refuse_tokens(table: pa.Table, name: str, is_wrong: Callable[[pa.Array], pa.Array], where: str) -> None:
+    """Refuse a table with a token that is missing or negative, naming its utterance."""
+    rows_before = 0
+    for chunk in table[name].chunks:
+        wrong = pc.index(is_wrong(chunk.flatten()), True).as_py()
+        if wrong >= 0:
+            row = rows_before + pc.list_parent_indices(chunk)[wrong].as_py()
+            utterance_id = table["utterance_id"][row].as_py()
+            token = chunk.flatten()[wrong].as_py()
+            what = "a missing token" if token is None else f"the negative token {token}"
+            raise InputError(f"corpus {where}: utterance {utterance_id!r} is invalid: {what} in {name}")
+        rows_before += len(chunk)
 
 
 def _refuse(table: pa.Table, invalid: pa.ChunkedArray, where: str, problem: str) -> None:

@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     work = options.work or options.output.with_name(options.output.name + "-work")
     settings = build.SCALES[options.scale]
+    stages.check_folders(work, options.output)
     if options.dry_run:
         print(stages.plan(work))
         return 0

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mamtra_ray.artifacts import content_hash, file_hash, read_json, write_json
+from mamtra_ray.assets import MANIFEST
 from mamtra_ray.demo_assets.build import (
     SAMPLING,
     BuildSettings,
@@ -62,12 +63,28 @@ _PLAN = (
 )
 
 
+_OF_WORK = ("voice", "cpu_seconds.json")
+_OF_OUTPUT = (MANIFEST, "corpus_all_phases.parquet")
+
+
 def plan(work: Path) -> str:
     """The stages, whether the work folder holds any output of them, and their CPU minutes at full scale."""
     lines = [f"{'stage':<24}{'CPU minutes':>12}  found in {work}"]
     for stage, pattern, minutes in _PLAN:
         lines.append(f"{stage:<24}{minutes:>12}  {len(list(work.glob(pattern))) or 'nothing'}")
     return "\n".join(lines)
+
+
+def check_folders(work: Path, output: Path) -> None:
+    """Refuse folders that are there, not empty, and that no build made.
+
+    Raises:
+        InputError: names the folder.
+    """
+    for folder, option, names in ((work, "--work", _OF_WORK), (output, "--output", _OF_OUTPUT)):
+        is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        if not is_free and not any((folder / name).exists() for name in names):
+            raise InputError(f"{folder} is there and holds no demo assets: give another {option}")
 
 
 def build_all(

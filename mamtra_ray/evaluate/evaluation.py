@@ -40,7 +40,7 @@ from mamtra_ray.teachers.shared import SharedTeacher
 SENTENCES_PER_CHUNK = 16
 """Spoken in one batch; at most these are spoken again after a kill, per actor."""
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Of what speaks and hears in this package. Raise it when the same model, sentence and settings give other tokens,
 sound or words than before: a sentence is then spoken again rather than counted beside others made differently."""
 
@@ -105,10 +105,14 @@ def evaluate_systems(
     done = total - sum(len(chunk.utterances) for chunk in chunks)
     on_progress(done, total)
     for chunk, rows, waveforms, sample_rate in evaluated(evaluation_settings(config, teacher), chunks, worker):
+        sounds = {}
         for utterance_id, waveform in waveforms.items():
-            write_wav(audio_file(folder, chunk.system, utterance_id), waveform, sample_rate)
+            path = audio_file(folder, chunk.system, utterance_id)
+            write_wav(path, waveform, sample_rate)
+            sounds[utterance_id] = {"audio_sha256": file_hash(path)}
         finished[chunk.system] |= {
-            row["utterance_id"]: {"evaluation_hash": hashes[chunk.system], **row} for row in rows
+            (name := row["utterance_id"]): {"evaluation_hash": hashes[chunk.system], **row, **sounds.get(name, {})}
+            for row in rows
         }
         write_rows(folder, chunk.system, finished[chunk.system].values())
         done += len(rows)
@@ -207,9 +211,14 @@ def _reusable_rows(folder: Path, system: str, evaluation_hash: str, examples: Se
         and (
             row["utterance_id"] not in examples
             or not row["audio_seconds"]
-            or audio_file(folder, system, row["utterance_id"]).exists()
+            or _is_sound_of(row, audio_file(folder, system, row["utterance_id"]))
         )
     }
+
+
+def _is_sound_of(row: Row, path: Path) -> bool:
+    """Whether the file is there and undamaged; else its sentence is spoken again."""
+    return path.is_file() and file_hash(path) == row.get("audio_sha256")
 
 
 def _missing_chunks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mamtra_ray.artifacts import write_manifest, write_text
+from mamtra_ray.artifacts import checked_lines, content_hash, row_of_line, write_manifest, write_text
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.evaluate.worker import Row
@@ -27,6 +27,7 @@ FOLDER = "evaluation"
 RATES = ("corpus_wer", "mean_utterance_wer", "corpus_cer", "mean_utterance_cer")
 """Words or characters; errors of all utterances over their length, or the unweighted mean of the utterances' rates."""
 _OWN_COLUMNS = {"audio_seconds"}
+_FILE_NAME, _LONGEST_NAME = re.compile(r"\w[\w .,@=+-]*"), 150
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,16 @@ def rows_file(folder: Path, system: str) -> Path:
 
 
 def audio_file(folder: Path, system: str, utterance_id: str) -> Path:
-    """``audio/<system>/<utterance_id>.wav``; an id's slashes become underscores."""
-    return folder / AUDIO / system / f"{utterance_id.replace('/', '_')}.wav"
+    """``audio/<system>/<utterance_id>.wav``; an id that is no file name, or too long for one, gets a hash."""
+    name = utterance_id
+    if not _FILE_NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
+        name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:80].lstrip('.')}-{content_hash(utterance_id)}"
+    return folder / AUDIO / system / f"{name}.wav"
 
 
 def write_rows(folder: Path, system: str, rows: Iterable[Row]) -> None:
-    """Write a system's rows as JSON lines, atomically."""
-    write_text(rows_file(folder, system), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write a system's rows as JSON lines with checksums, atomically."""
+    write_text(rows_file(folder, system), checked_lines(rows))
 
 
 def read_rows(folder: Path, system: str) -> list[Row]:
@@ -218,12 +222,16 @@ def read_rows(folder: Path, system: str) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if all(row["utterance_id"] and row["evaluation_hash"] for row in rows):
+        # Not splitlines(), which also breaks at characters that may stand in a text, such as U+2028.
+        lines = path.read_bytes().split(b"\n")
+        if lines.pop():
+            raise InputError(f"{path} is damaged: its last line is cut off")
+        rows = [row_of_line(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+        if all(row.get("utterance_id") and row.get("evaluation_hash") for row in rows):
             return rows
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{path} is damaged: move it away, and its sentences are spoken again")
+        raise InputError(f"{path} is no evaluation")
+    except (OSError, InputError) as error:
+        raise InputError(f"{error}; move the file away, and its sentences are spoken again") from None
 
 
 def write_summary(
@@ -247,16 +255,17 @@ def write_summary(
 
 def write_audio(folder: Path, evaluations: Mapping[str, Evaluation], examples: Sequence[str]) -> None:
     """Add the examples' sound files of these systems to ``audio/index.json``; other systems' clips stay."""
-    old = read_audio_index(folder)
+    old = read_audio_index(folder, check_sound=False)
     systems = [CODEC] * (CODEC in evaluations) + [TEACHER] * (TEACHER in evaluations)
     systems += [name for name in evaluations if name not in systems]
     clips, texts = [], dict(old.texts)
     for name in systems:
         for row in evaluations[name].rows:
             path = audio_file(folder, name, row["utterance_id"])
-            if row["utterance_id"] in examples and path.exists():
+            # A sound file that is there may be of an earlier evaluation, in which the system said something.
+            if row["utterance_id"] in examples and "audio_sha256" in row:
                 file = str(path.relative_to(folder / AUDIO))
-                clips.append(Clip(name, row["utterance_id"], file, row["hypothesis"]))
+                clips.append(Clip(name, row["utterance_id"], file, row["hypothesis"], row["audio_sha256"]))
                 texts[row["utterance_id"]] = row["text"]
     kept = [clip for clip in old.clips if clip.system not in evaluations]
     clips = kept + clips

@@ -8,18 +8,18 @@ import tempfile
 from pathlib import Path
 
 from mamtra_ray import __version__
-from mamtra_ray.artifacts import write_json, write_text
+from mamtra_ray.artifacts import file_hash, read_manifest, write_checked_json, write_text
 from mamtra_ray.config import TeacherConfig
+from mamtra_ray.errors import InputError
 from mamtra_ray.export.card import model_card
 from mamtra_ray.export.check import check_export
 from mamtra_ray.models.granite import write_granite
+from mamtra_ray.run.names import EXPORTED_LAYOUT
 from mamtra_ray.run.rows import FinalistRow, columns
 from mamtra_ray.speech_lm.generation_check import check_generation
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.teachers.teacher import Teacher
 from mamtra_ray.teachers.text import save_text_tokenizer
-
-LAYOUT_FILE = "layout.json"
 
 
 def export_student(
@@ -40,7 +40,9 @@ def export_student(
     Raises:
         GenerationCheckError, NonFiniteLogitsError: the student does not generate what it computes.
         ExportCheckError: plain transformers computes something else from the written files.
+        InputError: ``folder`` holds something else than an unchanged export.
     """
+    check_replaceable(folder)
     student = SpeechLM.load(student_folder).eval()
     check_generation(student, teacher.sequence, f"student {student.layout}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +51,11 @@ def export_student(
         new.chmod(0o755)
         write_granite(new, student.config, student.state_dict(), dataclasses.asdict(student.vocabulary))
         check = check_export(new, student, teacher.sequence)
+        has_tokenizer = save_text_tokenizer(source.kind, Path(source.path) if source.path else None, new)
+        write_text(new / "README.md", model_card(student, row, teacher, has_tokenizer, check))
         scores = columns(row)
-        write_json(
-            new / LAYOUT_FILE,
+        write_checked_json(
+            new / EXPORTED_LAYOUT,
             {
                 "kind": "layout",
                 "schema_version": 1,
@@ -64,12 +68,36 @@ def export_student(
                 "mamtra_ray": __version__,
                 "alarm": row.alarm,
                 "check": dataclasses.asdict(check),
+                "files": {name: file_hash(new / name) for name in _file_names(new)},
             },
         )
-        has_tokenizer = save_text_tokenizer(source.kind, Path(source.path) if source.path else None, new)
-        write_text(new / "README.md", model_card(student, row, teacher, has_tokenizer, check))
+        check_replaceable(folder)
         if folder.exists():
             shutil.rmtree(folder)
         new.replace(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder that an export would delete and that holds anything else than an export.
+
+    Raises:
+        InputError: names the file that is no part of an export, or was changed since it was written.
+    """
+    if not folder.is_symlink() and (not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))):
+        return
+    if folder.is_symlink() or not (folder / EXPORTED_LAYOUT).is_file():
+        raise InputError(f"{folder} is there and holds no export (no {EXPORTED_LAYOUT}): give another --output")
+    written = read_manifest(folder / EXPORTED_LAYOUT, "layout", 1).get("files", {})
+    for name in _file_names(folder):
+        if name != EXPORTED_LAYOUT and written.get(name) != file_hash(folder / name):
+            raise InputError(
+                f"{folder / name} would be deleted, but it is no part of the export there or was changed since: move "
+                "it away, or give another --output"
+            )
+
+
+def _file_names(folder: Path) -> list[str]:
+    """All files, relative to the folder; a link counts as a file."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file())

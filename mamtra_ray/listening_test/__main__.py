@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _make(options: argparse.Namespace) -> int:
     from mamtra_ray.listening_test.opinion_scores import KEY
-    from mamtra_ray.listening_test.page import RESPONSES, choose_stimuli, make_test
+    from mamtra_ray.listening_test.page import RESPONSES, check_test_folder, choose_stimuli, make_test
     from mamtra_ray.run.folder import read_runs
 
     for name in ("utterances", "clips_per_listener"):
@@ -53,9 +53,10 @@ def _make(options: argparse.Namespace) -> int:
     stimuli = choose_stimuli(read_runs(folders), options.system, options.utterances, options.seed)
     systems = dict.fromkeys(stimulus.system for stimulus in stimuli)
     print(f"{len(stimuli)} clips: {len(stimuli) // len(systems)} utterances by {', '.join(systems)}")
-    if options.dry_run:
-        return 0
     output = options.output or folders[0] / "listening_test"
+    if options.dry_run:
+        check_test_folder(stimuli, output)
+        return 0
     make_test(stimuli, output, clips_per_listener=options.clips_per_listener)
     print(f"page for listeners  {output / 'test.html'}  (send it; they send back the file it saves)")
     print(f"for webMUSHRA       {output / 'webmushra'}  (copy its configs folder into a webMUSHRA checkout)")

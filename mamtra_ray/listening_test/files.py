@@ -6,19 +6,23 @@ import base64
 import io
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from ruamel.yaml import YAML
 
-from mamtra_ray.artifacts import write_text
+from mamtra_ray.artifacts import write_output
 from mamtra_ray.listening_test.opinion_scores import SCALE
 
 TEMPLATE = "template.html"
 QUESTION = "How natural does this speech sound?"
 
 
-def write_test_page(path: Path, test_id: str, files: Mapping[str, Path], clips_per_listener: int) -> None:
+PAGE = "test.html"
+
+
+def write_test_page(folder: Path, test_id: str, files: Mapping[str, Path], clips_per_listener: int) -> None:
     """One HTML file with all clips in it; it knows their meaningless names only."""
     loader = PackageLoader("mamtra_ray.listening_test", "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
@@ -29,18 +33,20 @@ def write_test_page(path: Path, test_id: str, files: Mapping[str, Path], clips_p
         question=QUESTION,
         scale=SCALE,
     )
-    write_text(path, page)
+    write_output(folder, PAGE, lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def write_webmushra(folder: Path, test_id: str, files: Mapping[str, Path], clips_per_listener: int) -> None:
-    """``configs/`` to copy into a webMUSHRA checkout: a likert_single_stimulus page, which shuffles its stimuli.
+    """``webmushra/configs/`` to copy into a webMUSHRA checkout.
+
+    A likert_single_stimulus page, which shuffles its stimuli.
 
     The listener's name is asked for at the end: without it the results could not be told apart by listener.
     """
     resources = Path("configs") / "resources" / test_id
-    (folder / resources).mkdir(parents=True, exist_ok=True)
     for clip, file in files.items():
-        shutil.copyfile(file, folder / resources / f"{clip}.wav")
+        name = Path("webmushra") / resources / f"{clip}.wav"
+        write_output(folder, str(name), partial(shutil.copyfile, file))
     content = {
         "testname": "Naturalness of speech",
         "testId": test_id,
@@ -77,4 +83,6 @@ def write_webmushra(folder: Path, test_id: str, files: Mapping[str, Path], clips
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(content, text)
-    write_text(folder / "configs" / f"{test_id}.yaml", text.getvalue())
+    config = text.getvalue()
+    config_name = f"webmushra/configs/{test_id}.yaml"
+    write_output(folder, config_name, lambda path: path.write_text(config, encoding="utf-8"))

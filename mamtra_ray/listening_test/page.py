@@ -102,15 +102,28 @@ def choose_stimuli(
     ]
 
 
+def check_test_folder(stimuli: Sequence[Stimulus], output: Path) -> str:
+    """The test's id, for a folder that is empty or holds the same test.
+
+    Raises:
+        InputError: ``output`` holds another test, or something else.
+    """
+    test_id = content_hash([[s.clip, s.system, s.utterance_id, file_hash(s.file)] for s in stimuli])
+    if (output / KEY).is_file():
+        if read_key(output)["test_id"] != test_id:
+            raise InputError(f"{output} holds another listening test; choose another --output")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is there and holds no listening test (no {KEY}); choose another --output")
+    return test_id
+
+
 def make_test(stimuli: Sequence[Stimulus], output: Path, *, clips_per_listener: int | None = None) -> str:
     """Write the page, the webMUSHRA export and the key into ``output``; returns the test's id.
 
     Raises:
-        InputError: ``output`` holds another test, whose responses would no longer fit.
+        InputError: ``output`` holds another test, whose responses would no longer fit, or something else than a test.
     """
-    test_id = content_hash([[s.clip, s.system, s.utterance_id, file_hash(s.file)] for s in stimuli])
-    if (output / KEY).exists() and read_key(output)["test_id"] != test_id:
-        raise InputError(f"{output} holds another listening test; choose another --output")
+    test_id = check_test_folder(stimuli, output)
     clips = {s.clip: {"system": s.system, "utterance_id": s.utterance_id, "text": s.text} for s in stimuli}
     systems = list(dict.fromkeys(stimulus.system for stimulus in stimuli))
     made_by = {"files": sorted({str(stimulus.file) for stimulus in stimuli})}
@@ -120,8 +133,8 @@ def make_test(stimuli: Sequence[Stimulus], output: Path, *, clips_per_listener: 
     # By clip name, so that the order in the page's source tells nothing.
     files = {stimulus.clip: stimulus.file for stimulus in sorted(stimuli, key=lambda s: s.clip)}
     limit = min(clips_per_listener or len(files), len(files))
-    write_test_page(output / "test.html", test_id, files, limit)
-    write_webmushra(output / "webmushra", test_id, files, limit)
+    write_test_page(output, test_id, files, limit)
+    write_webmushra(output, test_id, files, limit)
     (output / RESPONSES).mkdir(exist_ok=True)
     return test_id
 

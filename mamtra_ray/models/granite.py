@@ -25,7 +25,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mamtra_ray.artifacts import content_hash, file_hash, read_json, write_json, write_text
+from mamtra_ray.artifacts import (
+    check_checksum,
+    content_hash,
+    file_hash,
+    read_json,
+    with_checksum,
+    write_json,
+    write_text,
+)
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_tensors
 from mamtra_ray.models.decoder_config import DecoderConfig
@@ -159,7 +167,7 @@ def write_granite(
     # Compact, because it is thousands of short lists.
     write_text(folder / GENERATION_FILE, json.dumps(generation.to_diff_dict(), allow_nan=False))
     # Last, because it names the hash of the weights.
-    write_json(folder / CONFIG_FILE, json.loads(granite.to_json_string()) | {SECTION: section})
+    write_json(folder / CONFIG_FILE, json.loads(granite.to_json_string()) | {SECTION: with_checksum(section)})
 
 
 def read_granite(
@@ -181,6 +189,7 @@ def read_granite(
         raise InputError(
             f"{folder / CONFIG_FILE} is no export of this project (no {SECTION!r} of version {SCHEMA_VERSION})"
         )
+    check_checksum(section, f"{folder / CONFIG_FILE}, {SECTION},")
     granite = read_tensors(folder / WEIGHTS_FILE, device)
     if file_hash(folder / WEIGHTS_FILE) != section.get("weights_sha256"):
         raise InputError(f"{folder / WEIGHTS_FILE} is not the file {CONFIG_FILE} was written with (its hash differs)")

@@ -26,11 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run_dirs = options.run or [Path("runs") / load_config(options.space, options.overrides).name]
 
-    from mamtra_ray.report.report import build_report, write_report
+    from mamtra_ray.listening_test.opinion_scores import read_scores
+    from mamtra_ray.report.report import build_report, check_output, write_report
     from mamtra_ray.run.folder import read_runs
 
     if options.dry_run:
-        for section in build_report(read_runs(run_dirs)).sections:
+        scores = read_scores(options.listening_test) if options.listening_test else ()
+        report = build_report(read_runs(run_dirs), scores)
+        check_output(report, options.output or run_dirs[0])
+        for section in report.sections:
             tables, figures = len(section.tables), len(section.figures)
             print(f"{section.title}: {section.missing or f'{tables} tables, {figures} figures'}")
         return 0

@@ -5,25 +5,35 @@ from __future__ import annotations
 import base64
 import csv
 import io
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mamtra_ray.artifacts import write_text, written_atomically
+from mamtra_ray.artifacts import check_outputs, write_output
 from mamtra_ray.report.content import Figure, Report, Row, Table
 from mamtra_ray.report.figures import DARK, LIGHT, rendered
 
 TEMPLATE = "template.html"
 
 
-def write_page(report: Report, path: Path) -> None:
-    """Write the report as one HTML file that needs no network: pictures, sound and script are inside."""
+def write_page(report: Report, folder: Path) -> None:
+    """Write the report as one HTML file that needs no network: pictures, sound and script are inside.
+
+    It lies beside ``folder``, which has the tables and figures of :func:`write_files`, and has its name.
+    """
     # Autoescape: texts, hypotheses and run names are whatever users and recognizers made of them.
     environment = Environment(
         loader=PackageLoader("mamtra_ray.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     template = environment.get_template(TEMPLATE)
-    write_text(path, template.render(report=report, picture=_picture, sound=_sound, sort_key=_sort_key))
+    page = template.render(report=report, picture=_picture, sound=_sound, sort_key=_sort_key)
+    write_output(folder, page_name(folder), lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def page_name(folder: Path) -> str:
+    """The page's place, relative to ``folder``."""
+    return f"../{folder.name}.html"
 
 
 def write_files(report: Report, folder: Path) -> list[Path]:
@@ -31,24 +41,39 @@ def write_files(report: Report, folder: Path) -> list[Path]:
     written = []
     for section in report.sections:
         for table in section.tables:
-            written.append(_write_csv(folder / f"{table.slug}.csv", table.rows, [c.key for c in table.columns]))
+            written.append(_write_csv(folder, f"{table.slug}.csv", table.rows, [c.key for c in table.columns]))
         for figure in section.figures:
-            path = folder / f"{figure.slug}.png"
-            with written_atomically(path) as temporary:
-                temporary.write_bytes(rendered(figure, LIGHT, "png"))
-            written += [path, _write_csv(folder / f"{figure.slug}.csv", figure.rows, [])]
+            picture = rendered(figure, LIGHT, "png")
+            written.append(write_output(folder, f"{figure.slug}.png", partial(_write_bytes, picture)))
+            written.append(_write_csv(folder, f"{figure.slug}.csv", figure.rows, []))
     return written
 
 
-def _write_csv(path: Path, rows: list[Row], first_columns: list[str]) -> Path:
+def check_files(report: Report, folder: Path) -> None:
+    """Refuse a folder in which the page or one of these files is there and not an earlier report's.
+
+    Raises:
+        InputError: names the first one.
+    """
+    tables = [f"{table.slug}.csv" for section in report.sections for table in section.tables]
+    slugs = [figure.slug for section in report.sections for figure in section.figures]
+    check_outputs(
+        folder, [page_name(folder), *tables, *(f"{slug}.{kind}" for slug in slugs for kind in ("png", "csv"))]
+    )
+
+
+def _write_csv(folder: Path, name: str, rows: list[Row], first_columns: list[str]) -> Path:
     """All keys of the rows, the shown ones first."""
     names = list(dict.fromkeys([*first_columns, *(key for row in rows for key in row)]))
     content = io.StringIO()
     writer = csv.DictWriter(content, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, content.getvalue())
-    return path
+    return write_output(folder, name, lambda path: path.write_text(content.getvalue(), encoding="utf-8"))
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _picture(figure: Figure) -> dict[str, str]:

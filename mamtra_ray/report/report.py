@@ -19,7 +19,7 @@ from mamtra_ray.report import search as report_search
 from mamtra_ray.report import sections as report_sections
 from mamtra_ray.report.comparisons import naturalness
 from mamtra_ray.report.content import Report
-from mamtra_ray.report.page import write_files, write_page
+from mamtra_ray.report.page import check_files, write_files, write_page
 from mamtra_ray.run.folder import Run, read_runs
 from mamtra_ray.run.names import REPORT
 
@@ -51,16 +51,28 @@ def write_report(run_dirs: Sequence[Path], output: Path, listening_test: Path | 
         The path of the page.
 
     Raises:
-        InputError: a folder that is no run, a damaged file in one, or an ``output`` that cannot be a folder.
+        InputError: a folder that is no run, a damaged file in one, an ``output`` that cannot be a folder, or files of
+            somebody else's where the report would be.
     """
-    page = output if output.suffix == ".html" else output / REPORT
     report = build_report(read_runs(run_dirs), read_scores(listening_test) if listening_test else ())
+    page = check_output(report, output)
     try:
         page.with_suffix("").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"no report can be written to {page}: {error.strerror} ({error.filename})") from None
     write_files(report, page.with_suffix(""))
-    write_page(report, page)
+    write_page(report, page.with_suffix(""))
+    return page
+
+
+def check_output(report: Report, output: Path) -> Path:
+    """Where the page of ``report`` will be: ``output``, or ``report.html`` in it.
+
+    Raises:
+        InputError: something else than an earlier report would be overwritten.
+    """
+    page = output if output.suffix == ".html" else output / REPORT
+    check_files(report, page.with_suffix(""))
     return page
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mamtra_ray.artifacts import read_json, read_manifest, write_json
+from mamtra_ray.artifacts import file_hash, read_manifest, write_checked_json
 from mamtra_ray.config import Config, load_config
 from mamtra_ray.efficiency.architectures import Architecture, MambaShape
 from mamtra_ray.errors import InputError
@@ -32,9 +32,11 @@ from mamtra_ray.run.names import (
     TRIALS,
 )
 from mamtra_ray.run.rows import CurvePoint, FinalistRow, ProbeRow, TrialRow, read_table
+from mamtra_ray.runtime.progress import Costs
 from mamtra_ray.speech.error_rate import ErrorRate
 
 _SCHEMA_VERSION = 3
+_MANIFEST_KEYS = ("kind", "schema_version", "made_by", "checksum")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Clip:
     file: str
     hypothesis: str | None = None
     """What the recognizer heard."""
+    sha256: str = ""
+    """Of the file; empty only before the index is written."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,9 @@ def read_run(path: Path) -> Run:
         raise InputError(f"run folder {path} does not exist")
     if not (path / CONFIG).exists():
         raise InputError(f"{path} is no run folder: it has no {CONFIG} (python -m mamtra_ray.search writes it)")
-    costs = read_json(path / COSTS) if (path / COSTS).exists() else {}
-    if not isinstance(costs, dict):
-        raise InputError(f"{path / COSTS} holds no phases")
     finalists, reference = read_table(path / FINALISTS, FinalistRow), read_reference(path)
     _check_one_evaluation(path, finalists, reference)
+    costs = Costs(path / COSTS)
     return Run(
         path=path,
         name=path.resolve().name,
@@ -134,8 +136,8 @@ def read_run(path: Path) -> Run:
         curves=read_journal(path / CURVES, CurvePoint, CURVE_KEY),
         finalists=finalists,
         reference=reference,
-        phases=costs.get("phases", {}),
-        rungs=costs.get("rungs", []),
+        phases=costs.phases,
+        rungs=costs.rungs,
         audio=read_audio_index(path),
         best_layout=exported_layout(path / BEST),
     )
@@ -201,7 +203,7 @@ def read_architecture(folder: Path) -> Architecture | None:
         return None
     content = _read(path, "architecture")
     try:
-        fields = {name: content[name] for name in content if name not in ("kind", "schema_version", "made_by", "mamba")}
+        fields = {name: content[name] for name in content if name not in (*_MANIFEST_KEYS, "mamba")}
         return Architecture(mamba=MambaShape(**content["mamba"]), **fields)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is no architecture: {error}") from None
@@ -242,14 +244,22 @@ def write_audio_index(folder: Path, index: AudioIndex) -> None:
     for clip in index.clips:
         if not (folder / AUDIO / clip.file).exists():
             raise ValueError(f"{clip.file} is in the audio index but not in {folder / AUDIO}")
-    _write(folder / AUDIO_INDEX, "audio_index", dataclasses.asdict(index))
+    clips = tuple(
+        clip if clip.sha256 else dataclasses.replace(clip, sha256=file_hash(folder / AUDIO / clip.file))
+        for clip in index.clips
+    )
+    _write(folder / AUDIO_INDEX, "audio_index", dataclasses.asdict(dataclasses.replace(index, clips=clips)))
 
 
-def read_audio_index(folder: Path) -> AudioIndex:
+def read_audio_index(folder: Path, *, check_sound: bool = True) -> AudioIndex:
     """Read ``audio/index.json``; an empty index if the run has no audio.
 
+    Args:
+        folder: of the run.
+        check_sound: whether the sound files are read, too, and compared with their hashes.
+
     Raises:
-        InputError: damaged, or it names a file outside the audio folder, or one that is missing.
+        InputError: damaged, or it names a file outside the audio folder, or one that is missing or damaged.
     """
     path = folder / AUDIO_INDEX
     if not path.exists():
@@ -266,13 +276,15 @@ def read_audio_index(folder: Path) -> AudioIndex:
         # Run folders travel between people: an index must not make the report embed other files of this machine.
         if not file.is_relative_to(audio) or not file.is_file():
             raise InputError(f"{path} names {clip.file}, which is not in {folder / AUDIO}")
+        if check_sound and file_hash(file) != clip.sha256:
+            raise InputError(f"{file} is damaged, or not the file that {path} describes: speak again with evaluate")
         if clip.utterance_id not in index.texts:
             raise InputError(f"{path} has no text for utterance {clip.utterance_id}")
     return index
 
 
 def _write(path: Path, kind: str, content: dict[str, Any]) -> None:
-    write_json(path, {"kind": kind, "schema_version": _SCHEMA_VERSION, **content})
+    write_checked_json(path, {"kind": kind, "schema_version": _SCHEMA_VERSION, **content})
 
 
 def _read(path: Path, kind: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mamtra_ray.artifacts import written_atomically
+from mamtra_ray.artifacts import content_hash, written_atomically
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.speech.end_of_speech import EndOfSpeech
@@ -28,6 +28,7 @@ FINALIST_CURVE = "finalist"
 RUNNING, FINISHED = "running", "finished"
 
 _VERSION_KEY, _VERSION = b"mamtra_ray_rows", b"3"
+_HASH_KEY = b"mamtra_ray_content"
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), Layout: pa.string()}
 
 
@@ -180,15 +181,19 @@ def read_table(path: Path, kind: type[Row]) -> list[Row]:
     if not path.exists():
         return []
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} is damaged or no Parquet file: {' '.join(str(error).split())}") from None
+        with pq.ParquetFile(path) as file:
+            table = file.read(use_threads=False)
+        contents, metadata = table.to_pylist(), table.schema.metadata or {}
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        raise InputError(f"{path} is damaged or no Parquet file: {' '.join(str(error).split())[:200]}") from None
     missing = [name for name in _schema(cast(Any, kind)).names if name not in table.column_names]
     if missing:
         raise InputError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    if (found := (table.schema.metadata or {}).get(_VERSION_KEY)) != _VERSION:
+    if (found := metadata.get(_VERSION_KEY)) != _VERSION:
         raise InputError(f"{path} has schema version {found!r}, this code reads {_VERSION.decode()}: begin another run")
-    return [row_from_columns(kind, content) for content in table.to_pylist()]
+    if metadata.get(_HASH_KEY) != _rows_hash(contents):
+        raise InputError(f"{path} is damaged: its rows do not have the hash that they were written with")
+    return [row_from_columns(kind, content) for content in contents]
 
 
 def write_table(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
@@ -196,10 +201,15 @@ def write_table(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
     contents = [columns(row) for row in rows]
     schema = _schema(cast(Any, kind))
     extra = dict.fromkeys(name for content in contents for name in content if name not in schema.names)
-    schema = pa.schema([*schema, *(pa.field(name, pa.float64()) for name in extra)], {_VERSION_KEY: _VERSION})
+    schema = pa.schema([*schema, *(pa.field(name, pa.float64()) for name in extra)])
     table = pa.table({name: [content.get(name) for content in contents] for name in schema.names}, schema)
+    table = table.replace_schema_metadata({_VERSION_KEY: _VERSION, _HASH_KEY: _rows_hash(table.to_pylist())})
     with written_atomically(path) as temporary:
         pq.write_table(table, temporary)
+
+
+def _rows_hash(contents: Sequence[Mapping[str, Any]]) -> bytes:
+    return content_hash([list(content.items()) for content in contents]).encode()
 
 
 @cache

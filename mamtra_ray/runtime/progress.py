@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mamtra_ray.artifacts import read_json, write_json
+from mamtra_ray.artifacts import read_manifest, write_checked_json
 
 
 class Costs:
@@ -18,7 +18,7 @@ class Costs:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = read_json(path) if path.exists() else {}
+        content = read_manifest(path, "costs", 1) if path.exists() else {}
         self.phases: dict[str, dict[str, Any]] = content.get("phases", {})
         self.rungs: list[dict[str, Any]] = content.get("rungs", [])
 
@@ -36,7 +36,7 @@ class Costs:
 
     def _write(self) -> None:
         content = {"kind": "costs", "schema_version": 1, "phases": self.phases, "rungs": self.rungs}
-        write_json(self.path, content)
+        write_checked_json(self.path, content)
 
 
 class Screen:

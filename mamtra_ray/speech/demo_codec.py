@@ -27,6 +27,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.speech import tokenizer as tk
 
 SCHEMA_VERSION = 1
+_FEWEST_FRAMES = tk.FFT_SIZE // 2 // tk.HOP_SIZE + 2
 
 
 class _Block(nn.Module):
@@ -156,7 +157,11 @@ class Codec:
 
     def decode(self, tokens: Sequence[int] | np.ndarray, iterations: int = 32) -> np.ndarray:
         """Float32 waveform at 16 kHz, 40 ms per token (10 ms less at the end)."""
-        return griffin_lim(self.decode_mel(tokens), iterations)
+        mel_TM = self.decode_mel(tokens)
+        frames = len(mel_TM)
+        if frames < _FEWEST_FRAMES:  # a single token: too short for one window of the transform
+            mel_TM = torch.cat([mel_TM, mel_TM[-1:].expand(_FEWEST_FRAMES - frames, -1)])
+        return griffin_lim(mel_TM, iterations)[: (frames - 1) * tk.HOP_SIZE]
 
     def decode_batch(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
         """As `decode` for several utterances; one at a time, so no result depends on its batch.

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mamtra_ray.artifacts import read_manifest, write_manifest, write_text, written_atomically
+from mamtra_ray.artifacts import OUTPUTS, check_outputs, file_hash, read_manifest, write_manifest, write_output
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.models.checkpoint import load_into
@@ -224,13 +224,21 @@ def write_folder(model: SpeechLM, original: Path, folder: Path) -> None:
     CosyVoice, ``CosyVoice2(folder)`` loads and speaks with it unchanged.
 
     Raises:
-        InputError: ``original`` is no CosyVoice 2 folder or of another shape, or ``folder`` is it or lies in it.
+        InputError: ``original`` is no CosyVoice 2 folder or of another shape, or ``folder`` is it, lies in it, or holds
+            something else than what this function wrote there before.
     """
     original, folder = Path(original), Path(folder)
     if folder.resolve().is_relative_to(original.resolve()):
         raise InputError(f"{folder} is in the original CosyVoice folder; write the student to another one")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / OUTPUTS).is_file())):
+        raise InputError(f"{folder} is there and holds no export: give another --output")
+    for name in _YAML_NAMES:
+        # A link to the original's, or its copy, where an all-attention model was written.
+        both = (folder / name).is_file() and (original / name).is_file()
+        if both and file_hash(folder / name) == file_hash(original / name):
+            (folder / name).unlink()
+    check_outputs(folder, (WEIGHTS, HYBRID_FILE, *_YAML_NAMES))
     reference = read_weights(original)
-    folder.mkdir(parents=True, exist_ok=True)
     if model.layout.mamba_layers:
         yaml_path = next((original / name for name in _YAML_NAMES if (original / name).is_file()), None)
         if yaml_path is None:
@@ -245,18 +253,16 @@ def write_folder(model: SpeechLM, original: Path, folder: Path) -> None:
         # Of a hybrid that was written there before.
         for name in (HYBRID_FILE, *_YAML_NAMES):
             (folder / name).unlink(missing_ok=True)
+    write_output(folder, WEIGHTS, lambda path: torch.save(weights, path))
     _link_others(original, folder, written)
-    with written_atomically(folder / WEIGHTS) as temporary:
-        torch.save(weights, temporary)
     if yaml is not None:
-        write_text(folder / _YAML_NAMES[0], yaml)
-        write_manifest(
-            folder / HYBRID_FILE,
-            "cosyvoice2_hybrid",
-            SCHEMA_VERSION,
-            {"fingerprint": model.fingerprint()},
-            model=model.config.to_dict(),
-            vocabulary=vars(model.vocabulary),
+        write_output(folder, _YAML_NAMES[0], lambda path: path.write_text(yaml, encoding="utf-8"))
+        made_by = {"fingerprint": model.fingerprint()}
+        content = {"model": model.config.to_dict(), "vocabulary": vars(model.vocabulary)}
+        write_output(
+            folder,
+            HYBRID_FILE,
+            lambda path: write_manifest(path, "cosyvoice2_hybrid", SCHEMA_VERSION, made_by, **content),
         )
 
 
@@ -316,7 +322,11 @@ def _link_others(original: Path, folder: Path, written: set[str]) -> None:
     """Every other file of ``original`` into ``folder``: hard links where possible (they are gigabytes), else copies."""
     for source in sorted(original.rglob("*")):
         relative = source.relative_to(original)
-        if not source.is_file() or str(relative) in written or (folder / relative).exists():
+        if not source.is_file() or str(relative) in (*written, OUTPUTS):
+            continue
+        if (there := folder / relative).exists():
+            if not there.samefile(source) and file_hash(there) != file_hash(source):
+                raise InputError(f"{there} is not the file of {original}: give another --output")
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -95,7 +95,7 @@ def speech_lm_from_checkpoint(
 def read_format(folder: Path) -> dict[str, Any]:
     """The checked content of ``speech_lm.json``, optional keys filled in."""
     path = Path(folder) / FORMAT_FILE
-    content = read_manifest(path, "speech_lm_format", SCHEMA_VERSION)
+    content = read_manifest(path, "speech_lm_format", SCHEMA_VERSION, by_hand=True)
     expected = {
         "vocabulary": {field.name for field in dataclasses.fields(Vocabulary)},
         "sequence": {"prefix", "separator"},
