@@ -1,20 +1,28 @@
 """Text models as teachers: folders and GGUF files against transformers, and a search from text files to the end."""
 
+import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from made_run import made_run
 from text_models import BYTES, END, HEADS, START, text_model, text_tokenizer, write_gguf, write_text_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mamtra_ray.config import load_config
 from mamtra_ray.errors import InputError
+from mamtra_ray.report.report import write_report
 from mamtra_ray.run.checks import check_inputs
+from mamtra_ray.run.folder import Reference, write_reference
+from mamtra_ray.run.names import FINALISTS
+from mamtra_ray.run.rows import FinalistRow, read_table, write_table
 from mamtra_ray.speech_lm.generation_check import check_generation
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import cached_teacher, load_teacher
 
@@ -204,6 +212,25 @@ def test_settings_of_speech_are_refused(setting, message):
         load_config(None, settings)
 
 
+def test_a_report_on_a_text_model_has_no_words_of_speech(tmp_path):
+    settings = ("teacher.kind=causal_lm", "teacher.path=m", "corpus.path=c", "evaluate.sentences=0")
+    run = made_run(tmp_path / "text", settings)
+    shutil.rmtree(run / "audio")
+    unheard = {"wer": None, "cer": None, "wer_difference": None, "ends": None, "metrics": {}}
+    rows = [dataclasses.replace(row, **unheard) for row in read_table(run / FINALISTS, FinalistRow)]
+    write_table(run / FINALISTS, rows, FinalistRow)
+    write_reference(run, Reference(1.0, 0))
+    write_report([run], run)
+    check_words(report_text(run))
+    assert "Mamba hybrids of demo" in report_text(run) and "Quality and efficiency" in report_text(run)
+    titles = ((run / "report" / "table_3_systems.csv").read_text()).splitlines()[0].split(",")
+    assert "ce" in titles
+    # Beside a run of a speech model all of it is there.
+    other = made_run(tmp_path / "speech")
+    write_report([other, run], other)
+    assert "WER" in report_text(other)
+
+
 @pytest.mark.slow
 def test_a_search_from_text_files_to_a_hybrid_that_plain_transformers_loads(place):
     made = corpus_text(place, "texts", "--output", "corpus", "--row-tokens", "48", *TEACHER)
@@ -221,14 +248,19 @@ def test_a_search_from_text_files_to_a_hybrid_that_plain_transformers_loads(plac
     student = run / "finalists" / best["layout"] / "student"
     assert best["layout"].count("A") == 2 and student.is_dir()
     model = AutoModelForCausalLM.from_pretrained(run / "best").eval()
-    from mamtra_ray.speech_lm.speech_lm import SpeechLM
-
     torch.testing.assert_close(logits(SpeechLM.load(student)), logits(model).logits, rtol=0, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(run / "best")
     assert tokenizer("abc line").input_ids == text_tokenizer()("abc line").input_ids
     for words in (done.stdout, (run / "best" / "README.md").read_text(), report_text(run)):
-        for word in ("speech", "WER", "spoken", "speaks", "heard", "sentences"):
-            assert not re.search(rf"\b{word}\b", words, re.IGNORECASE), (word, words[:3000])
+        check_words(words)
+    planned = subprocess.run([*command, "--dry-run", "name=plan"], cwd=place, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    check_words(planned.stdout)
+
+
+def check_words(text):
+    for word in ("speech", "WER", "CER", "spoken", "speaks", "heard", "sentence", "sentences", "audio", "listening"):
+        assert not re.search(rf"\b{word}\b", text, re.IGNORECASE), (word, text[:3000])
 
 
 def report_text(run):

@@ -11,8 +11,8 @@ HEARD = Measured("AMMAMMMAAAMA", 1.165, ErrorRate(0.008, 0.0, 0.018))
 UNHEARD = Measured("AMMAMMMAAAMA", 1.165)
 
 
-def outcome(best=HEARD, alarm=None, others=True, difference=(-0.006, -0.02, 0.01)):
-    return Outcome(best, alarm, others, None if difference is None else ErrorRate(*difference), 0.5)
+def outcome(best=HEARD, alarm=None, others=True, difference=(-0.006, -0.02, 0.01), speaks=True):
+    return Outcome(best, alarm, others, None if difference is None else ErrorRate(*difference), 0.5, speaks)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,10 @@ def outcome(best=HEARD, alarm=None, others=True, difference=(-0.006, -0.02, 0.01
             outcome(UNHEARD, difference=None),
             "AMMAMMMAAAMA: CE 1.165 (teacher 1.164), at 50 % of its cache; whether it speaks as well is not known,"
             " because no speech was generated (evaluate.sentences=0)",
+        ),
+        (
+            outcome(UNHEARD, difference=None, speaks=False),
+            "AMMAMMMAAAMA: CE 1.165 (teacher 1.164), at 50 % of its cache",
         ),
     ],
 )

@@ -47,6 +47,11 @@ class TeacherConfig(Section):
     path: LocalPath | None = None
     """Folder of the checkpoint (causal_lm: or a GGUF file); none for the packaged demo teacher."""
 
+    @property
+    def speaks(self) -> bool:
+        """Whether what it predicts is speech, and not text."""
+        return self.kind != "causal_lm"
+
 
 class CorpusConfig(Section):
     path: LocalPath | None = None
@@ -248,7 +253,7 @@ class Config(Section):
             raise ValueError(f"teacher.kind={self.teacher.kind} needs teacher.path, the folder of its checkpoint")
         if self.corpus.path is None and self.teacher.kind != "demo":
             raise ValueError(f"teacher.kind={self.teacher.kind} needs corpus.path: the packaged corpus is the demo's")
-        if self.teacher.kind == "causal_lm":
+        if not self.teacher.speaks:
             if self.evaluate.sentences:
                 raise ValueError("teacher.kind=causal_lm writes text, which is not spoken: set evaluate.sentences=0")
             if "importance_wer" in search.strategies:

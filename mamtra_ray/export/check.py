@@ -151,6 +151,6 @@ def _check_greedy(
         margin = abs(float(scores_KS[step, ours] - scores_KS[step, found]))
     if margin > 2 * tolerance(torch.float32, torch.device("cpu")) * spread:
         raise ExportCheckError(
-            f"{folder} says speech token {found} in plain transformers where our model says {ours} (token {step} of a"
+            f"{folder} says token {found} in plain transformers where our model says {ours} (token {step} of a"
             f" greedy continuation, margin {margin:.3g}), so it was not exported; found with {versions_text()}"
         )

@@ -12,6 +12,7 @@ from mamtra_ray.listening_test.opinion_scores import OpinionScore
 from mamtra_ray.report import paper_results
 from mamtra_ray.report.content import Column, Figure, Row, Section, Table, as_rows, percent, percent_with_interval
 from mamtra_ray.report.figures import convergence
+from mamtra_ray.report.sections import speaks
 from mamtra_ray.run.folder import Run
 from mamtra_ray.run.rows import FINALIST_CURVE, CurvePoint
 
@@ -93,20 +94,20 @@ def loss_ablation(runs: Sequence[Run]) -> Section:
             )
     chosen = max(comparable, key=lambda key: (len(comparable[key]), key), default=None)
     rows = list(comparable[chosen].values()) if chosen else []
+    paper = (_paper_table_4(),) if speaks(runs) else ()
     if len(rows) < 2:
         missing = (
             "Needs runs that share a finalist and differ in the loss: repeat the search with distill.ce_weight=0,"
             " distill.kl_weight=0 and distill.hidden_weight=0 and another --run each, and give them all to"
             " the report."
         )
-        return Section("loss_ablation", "Loss ablation", tables=(_paper_table_4(),), missing=missing)
-    columns = (
-        Column("components", "loss"), Column("run", "run"), Column("ce", "CE", ".3f"),
-        Column("wer", "WER %", percent_with_interval("wer")), Column("cer", "CER %", percent("cer")),
-    )  # fmt: skip
+        return Section("loss_ablation", "Loss ablation", tables=paper, missing=missing)
+    columns = [Column("components", "loss"), Column("run", "run"), Column("ce", "CE", ".3f"), Column("kl", "KL", ".3f")]
+    if speaks(runs):
+        columns += [Column("wer", "WER %", percent_with_interval("wer")), Column("cer", "CER %", percent("cer"))]
     caption = f"Table 4 of these runs: layout {rows[0]['layout']}, mixers {chosen[0] if chosen else ''}"
-    table = Table("table_4_loss_ablation", caption, columns, rows)
-    return Section("loss_ablation", "Loss ablation", tables=(table, _paper_table_4()))
+    table = Table("table_4_loss_ablation", caption, tuple(columns), rows)
+    return Section("loss_ablation", "Loss ablation", tables=(table, *paper))
 
 
 def _loss_components(run: Run) -> str:

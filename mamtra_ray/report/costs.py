@@ -10,6 +10,7 @@ from mamtra_ray.layouts import Layout, from_strategy
 from mamtra_ray.report import paper_results
 from mamtra_ray.report.content import Column, Figure, Row, Section, Table, scaled
 from mamtra_ray.report.figures import bars, cache_growth
+from mamtra_ray.report.sections import speaks
 from mamtra_ray.run.folder import Run
 
 _RATIOS_SHOWN = ("1:1", "1:2", "1:3", "1:5", "1:7", "1:11", "1:15")
@@ -68,10 +69,10 @@ def complexity(runs: Sequence[Run]) -> Section:
 
 def cache(runs: Sequence[Run]) -> Section:
     """Fig. 5: cache against context for every ratio, and the paper's points on the closed form of its shape."""
-    paper_figure = _paper_cache()
+    paper_figures = (_paper_cache(),) if speaks(runs) else ()
     architecture = _architecture(runs)
     if architecture is None:
-        return Section("cache", "Cache growth", figures=(paper_figure,), missing=_NO_ARCHITECTURE)
+        return Section("cache", "Cache growth", figures=paper_figures, missing=_NO_ARCHITECTURE)
     layouts = _layouts_by_ratio(architecture)
     rows = _cache_rows(architecture, layouts)
     break_even = break_even_length(architecture, layouts[-1][1])
@@ -84,7 +85,7 @@ def cache(runs: Sequence[Run]) -> Section:
         rows,
         size=(4.9, 3.9),
     )
-    return Section("cache", "Cache growth", figures=(figure, paper_figure))
+    return Section("cache", "Cache growth", figures=(figure, *paper_figures))
 
 
 def _cache_rows(architecture: Architecture, layouts: Sequence[tuple[str, Layout]]) -> list[Row]:
@@ -121,18 +122,10 @@ def _paper_cache() -> Figure:
 
 def memory(runs: Sequence[Run]) -> Section:
     """Fig. 3: weights and cache of teacher and hybrids, and the paper's measured memory."""
-    paper = [{"system": name, "GB": value} for name, value in paper_results.FIGURE_3_MEMORY_GB.items()]
-    paper_figure = Figure(
-        "figure_3_paper",
-        "Fig. 3 of the paper: memory on Seed-TTS-eval, NVIDIA A6000 (whole pipeline, not only the language model).",
-        "Bars: " + ", ".join(f"{row['system']} {row['GB']} GB" for row in paper) + ".",
-        bars(paper, ("GB",), "system", "GB"),
-        paper,
-        size=(4.9, 2.4),
-    )
+    paper_figures = (_paper_memory(),) if speaks(runs) else ()
     architecture = _architecture(runs)
     if architecture is None:
-        return Section("memory", "Memory", figures=(paper_figure,), missing=_NO_ARCHITECTURE)
+        return Section("memory", "Memory", figures=paper_figures, missing=_NO_ARCHITECTURE)
     length = runs[0].config.context_length
     rows: list[Row] = [
         {
@@ -155,7 +148,20 @@ def memory(runs: Sequence[Run]) -> Section:
         "A Mamba mixer has more weights than the attention it replaces and less cache, so the total falls only above"
         " the context in the last column of the efficiency table. python benchmarks/memory.py measures the peak.",
     )
-    return Section("memory", "Memory", text, figures=(figure, paper_figure))
+    return Section("memory", "Memory", text, figures=(figure, *paper_figures))
+
+
+def _paper_memory() -> Figure:
+    """The paper's Fig. 3."""
+    rows = [{"system": name, "GB": value} for name, value in paper_results.FIGURE_3_MEMORY_GB.items()]
+    return Figure(
+        "figure_3_paper",
+        "Fig. 3 of the paper: memory on Seed-TTS-eval, NVIDIA A6000 (whole pipeline, not only the language model).",
+        "Bars: " + ", ".join(f"{row['system']} {row['GB']} GB" for row in rows) + ".",
+        bars(rows, ("GB",), "system", "GB"),
+        rows,
+        size=(4.9, 2.4),
+    )
 
 
 _NO_ARCHITECTURE = "These runs do not say the teacher's shape (architecture.json, which the search writes)."

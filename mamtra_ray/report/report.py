@@ -36,6 +36,8 @@ SECTIONS = (
     report_comparisons.loss_ablation,
     report_search.costs,
 )
+OF_SPEECH = (report_sections.audio, report_sections.ce_and_wer)
+"""Left out of a report on models of text, and so is the listening test."""
 
 
 def write_report(run_dirs: Sequence[Path], output: Path, listening_test: Path | None = None) -> Path:
@@ -81,17 +83,26 @@ def build_report(runs: Sequence[Run], scores: Sequence[OpinionScore] = ()) -> Re
     if not runs:
         raise InputError("a report needs at least one run folder: --run DIR")
     first = runs[0]
-    sections = [section(runs) for section in SECTIONS]
-    sections.insert(2, naturalness(scores))
+    is_speech = report_sections.speaks(runs)
+    sections = [section(runs) for section in SECTIONS if is_speech or section not in OF_SPEECH]
+    if is_speech:
+        sections.insert(2, naturalness(scores))
     trials = sum(len({row.layout for row in run.trials}) for run in runs)
     finalists = sum(len(run.finalists) for run in runs)
     return Report(
-        title=f"{first.name}: Mamba hybrids of {first.config.teacher.kind}",
+        title=f"{first.name}: Mamba hybrids of {_teacher_name(first)}",
         subtitle=f"{_names(runs)}; {trials} layouts tried, {finalists} distilled to the end.",
         facts=_facts(first),
         alarms=tuple(alarm for run in runs for alarm in _alarms(run, several=len(runs) > 1)),
         sections=tuple(sections),
     )
+
+
+def _teacher_name(run: Run) -> str:
+    """A kind that is one model's says enough; of others the folder's name does."""
+    if run.config.teacher.kind == "causal_lm" and run.architecture is not None:
+        return run.architecture.name
+    return run.config.teacher.kind
 
 
 def _names(runs: Sequence[Run]) -> str:

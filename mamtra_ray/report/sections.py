@@ -93,27 +93,35 @@ def systems(runs: Sequence[Run]) -> Section:
         Column("prefill_flops", "TFLOP", scaled("prefill_flops", 1e12, 3)),
         Column("cache_bytes", "cache MB", scaled("cache_bytes", 1e6)), Column("tokens", "tokens", ",d"),
     ]  # fmt: skip
-    optional = ("wer_difference", "alarm", "speaker_similarity", "utmos", "dnsmos")
+    optional = ["wer_difference", "alarm", "speaker_similarity", "utmos", "dnsmos"]
+    optional += [] if speaks(runs) else ["wer", "cer"]
     columns = [c for c in columns if c.key not in optional or any(row.get(c.key) is not None for row in rows)]
     if len(runs) > 1:
         columns.insert(0, Column("run", "run"))
     heard = max((run.reference.evaluation_sentences for run in runs if run.reference), default=0)
-    text = (
+    text: tuple[str, ...] = (
         f"WER of generated speech on {heard} sentences, with its 95 % interval. What the codec costs is the floor of"
         " every system below it.",
         "TFLOP: a forward pass as the paper counts it (python -m mamtra_ray.efficiency); cache: float32; both for one"
         " sequence of the runs' context length.",
     )
+    if not speaks(runs):
+        text = text[1:]
+    elif not heard:
+        text = ("No speech was generated in these runs (evaluate.sentences=0), so there is no WER.",)
+    own = Table("table_3_systems", "Table 3: these runs", tuple(columns), rows)
     return Section(
         "systems",
         "Quality and efficiency",
-        text if heard else ("No speech was generated in these runs (evaluate.sentences=0), so there is no WER.",),
-        tables=(
-            Table("table_3_systems", "Table 3: these runs", tuple(columns), rows),
-            _paper_table_3(),
-        ),
-        missing=None if rows else "No finalist yet: python -m mamtra_ray.search distills and hears the best layouts.",
+        text,
+        tables=(own, _paper_table_3()) if speaks(runs) else (own,),
+        missing=None if rows else "No finalist yet: python -m mamtra_ray.search distills the best layouts.",
     )
+
+
+def speaks(runs: Sequence[Run]) -> bool:
+    """Whether any of the runs is of a model of speech; what the paper measured of speech stands only beside these."""
+    return any(run.config.teacher.speaks for run in runs)
 
 
 def _reference_rows(run: Run) -> list[Row]:

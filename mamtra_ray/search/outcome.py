@@ -91,18 +91,25 @@ def print_summary(
     """A table of the outcome, where everything lies, how to go on, and in plain words whether the result is good."""
     teacher = Layout.all_attention(session.num_layers)
     all_attention = session.costs(teacher)["cache_bytes"]
-    rows = [["1:0", teacher, "teacher", f"{reference.teacher_ce:.3f}", _wer(reference.teacher), "100 %"]]
+    context, folder = session.config.context_length, session.folder
+    header = ["ratio", "layout", "from", "CE", f"cache at {context:,}"]
+    rows = [["1:0", teacher, "teacher", f"{reference.teacher_ce:.3f}", "100 %"]]
+    rates = [_wer(reference.teacher)]
     for row in finalists:
         origin = row.origin + (" *" if row.layout in folders else "")
         cache = f"{row.cache_bytes / all_attention:.0%}"
-        rows.append([row.layout.ratio, row.layout, origin, f"{row.ce:.3f}", str(row.wer or ""), cache])
+        rows.append([row.layout.ratio, row.layout, origin, f"{row.ce:.3f}", cache])
+        rates.append(str(row.wer or ""))
     if reference.codec is not None:
-        rows.append(["", "", "codec round trip", "", _wer(reference.codec), ""])
-    context, folder = session.config.context_length, session.folder
+        rows.append(["", "", "codec round trip", "", ""])
+        rates.append(_wer(reference.codec))
+    if any(rates):
+        header.insert(-1, "WER [95 %]")
+        rows = [[*row[:-1], rate, row[-1]] for row, rate in zip(rows, rates, strict=True)]
     more = 2 * session.config.search.trials
     lines = [
         "",
-        table(["ratio", "layout", "from", "CE", "WER [95 %]", f"cache at {context:,}"], rows),
+        table(header, rows),
         "* exported",
         "",
         *[f"checkpoint  {path}  ({layout})" for layout, path in folders.items()],
@@ -113,7 +120,7 @@ def print_summary(
         f"another layout:  python -m mamtra_ray.export --run {folder} --layout {finalists[0].layout}",
         "",
         *([f"alarm: {len(failures)} trials failed, the first one: {failures[0]}"] if failures else []),
-        *verdict_lines(finalists, reference, best, all_attention),
+        *verdict_lines(finalists, reference, best, all_attention, session.config.teacher.speaks),
     ]
     session.screen.say("\n".join(lines))
 
@@ -123,6 +130,7 @@ def verdict_lines(
     reference: Reference,
     best: Mapping[str, FinalistRow],
     teacher_cache_bytes: float,
+    speaks: bool = True,
 ) -> list[str]:
     """Alarms of all systems, then for every ratio whether its result is good."""
     score = reference.teacher
@@ -136,6 +144,7 @@ def verdict_lines(
             is_any_without_alarm=any(not one.alarm for one in finalists if one.layout.ratio == row.layout.ratio),
             difference=row.wer_difference,
             cache_share=row.cache_bytes / teacher_cache_bytes,
+            speaks=speaks,
         )
         lines.append(verdict(outcome, teacher, reference.teacher_alarm, reference.evaluation_sentences))
     return lines

@@ -71,7 +71,7 @@ def search(run: OpenRun, address: str | None) -> int:
     write_table(folder / FINALISTS, finalists, FinalistRow)
     write_reference(folder, reference)
     exported, refusals = export(session, best)
-    with screen.phase("report", "tables, figures, audio"):
+    with screen.phase("report", "tables, figures, audio" if config.evaluate.sentences else "tables and figures"):
         report = write_report([folder], folder)
     print_summary(session, finalists, reference, best, exported, report, failures)
     if refusals:

@@ -49,8 +49,10 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
         [name, what, f"{tokens:,}", f"{tokens * body * factor / 1e12:.2f}", duration(tokens * body * factor / rate)]
         for name, what, tokens, factor in phases
     ]
-    # What generation and recognition take depends on lengths, codec and recognizer.
-    rows.append(["speech", f"{finalists + 1} systems x {config.evaluate.sentences} sentences", "", "", "not estimated"])
+    if config.evaluate.sentences:
+        # What generation and recognition take depends on lengths, codec and recognizer.
+        spoken = f"{finalists + 1} systems x {config.evaluate.sentences} sentences"
+        rows.append(["speech", spoken, "", "", "not estimated"])
     total = sum(tokens * body * factor for _, _, tokens, factor in phases)
     name = inputs.teacher.name
     print(f"plan for {folder}: teacher {name}, {layers} layers, {body / 1e6:.1f} M parameters without the table")

@@ -32,6 +32,8 @@ class Outcome:
     """Its WER minus the teacher's, paired; None if nothing was heard."""
     cache_share: float
     """Its cache's size over the teacher's, at the run's context length."""
+    speaks: bool = True
+    """Whether it is a model of speech, about which CE says too little."""
 
 
 def verdict(outcome: Outcome, teacher: Measured, teacher_alarm: str | None, sentences: int) -> str:
@@ -52,9 +54,11 @@ def verdict(outcome: Outcome, teacher: Measured, teacher_alarm: str | None, sent
         no_other = "" if outcome.is_any_without_alarm else "; every finalist of its ratio has an alarm"
         return f"{best.system}: do not use: it {outcome.alarm}{no_other}"
     if best.wer is None or teacher.wer is None:
+        scores = f"{best.system}: CE {_ce(best)} (teacher {_ce(teacher)}), {cache}"
+        if not outcome.speaks:
+            return scores
         return (
-            f"{best.system}: CE {_ce(best)} (teacher {_ce(teacher)}), {cache}; whether it speaks as well is not known,"
-            " because no speech was generated (evaluate.sentences=0)"
+            f"{scores}; whether it speaks as well is not known, because no speech was generated (evaluate.sentences=0)"
         )
     return f"{best.system}: WER {best.wer}, {_compared(outcome, teacher, sentences)}, {cache}"
 

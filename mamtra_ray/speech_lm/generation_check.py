@@ -112,7 +112,7 @@ def check_generation(model: SpeechLM, sequence: SequenceFormat, name: str) -> Di
         raise GenerationCheckError(
             f"{name} ({_described(model)}) does not generate what it computes: {first.where}, logits differ from a "
             f"full forward pass by up to {first.largest:.3g}, {first.relative:.1%} of their spread (at the worst place "
-            f"{worst.relative:.1%}; rounding explains {bound:.2%}), so its speech would be wrong; found with "
+            f"{worst.relative:.1%}; rounding explains {bound:.2%}), so its output would be wrong; found with "
             f"{versions_text()}; install the versions this project was tested with (README: make search), or report it"
         )
     return worst
