@@ -107,7 +107,8 @@ def teacher_rows(model: SpeechLM, teacher: Teacher, rows: Sequence[Any]) -> Tens
 def quantizer(teacher: Teacher, train: Split, bits: float) -> bytes:
     vocabulary = teacher.sequence.vocabulary
     inputs_N, labels_N = (torch.from_numpy(ids) for ids in token_context(train.speech_tokens, vocabulary.speech_size))
-    edges = torch.tensor([*range(vocabulary.speech_offset, vocabulary.control_offset), teacher.sequence.separator[-1]])
+    before_speech = (*teacher.sequence.prefix, *teacher.sequence.separator)[-1]
+    edges = torch.tensor([*range(vocabulary.speech_offset, vocabulary.control_offset), before_speech])
     head_rows = [*range(vocabulary.speech_size), vocabulary.eos_id]
     model = teacher.model
     with torch.no_grad():
@@ -116,10 +117,10 @@ def quantizer(teacher: Teacher, train: Split, bits: float) -> bytes:
 
 
 def write_cache(
-    folder: Path, cache: CacheConfig, teacher: Teacher, splits: Sequence[Split]
+    folder: Path, cache: CacheConfig, teacher: Teacher, splits: Sequence[Split], corpus: Path | str | None = None
 ) -> tuple[CacheManifest, RowFormat]:
-    """A real cache folder of rows that are there already."""
-    identity = corpus_identity(read_corpus())
+    """A real cache folder of rows that are there already, of the demo's corpus or another one."""
+    identity = corpus_identity(read_corpus(corpus))
     settings = format_settings(cache)
     made_by = {
         "teacher": teacher.fingerprint,

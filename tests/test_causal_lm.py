@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import cached_teacher, load_teacher
 
+GUIDE = Path(__file__).parent.parent / "docs" / "causal_lm.md"
 IDS = torch.randint(len(BYTES), (2, 40), generator=torch.Generator().manual_seed(1))
 KINDS = [("llama", {}), ("llama", {"tied": False, "head_dim": 32}), ("qwen2", {}), ("qwen2", {"tied": False})]
 
@@ -231,31 +235,46 @@ def test_a_report_on_a_text_model_has_no_words_of_speech(tmp_path):
     assert "WER" in report_text(other)
 
 
+BUDGETS = (
+    "corpus.train_tokens=3000 corpus.validation_tokens=500 align.tokens=1500 align.tokens_per_batch=500 "
+    "probe.num_layouts=5 probe.validation_tokens=300 search.trials=3 search.rung_tokens=500,1000 distill.tokens=1000 "
+    "distill.tokens_per_batch=500 distill.checkpoint_every_tokens=500"
+)
+STDLIB = """"$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')\""""
+
+
 @pytest.mark.slow
-def test_a_search_from_text_files_to_a_hybrid_that_plain_transformers_loads(place):
-    made = corpus_text(place, "texts", "--output", "corpus", "--row-tokens", "48", *TEACHER)
-    assert made.returncode == 0, made.stderr
-    settings = [
-        *TEACHER, "corpus.path=corpus", "corpus.train_tokens=3000", "align.tokens=1500", "align.tokens_per_batch=500",
-        "probe.num_layouts=5", "probe.validation_tokens=300", "search.trials=3", "search.rung_tokens=500,1000",
-        "distill.tokens=1000", "distill.tokens_per_batch=500", "distill.workers=1", "name=text",
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "mamtra_ray.search", *settings]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = place / "runs" / "text"
+def test_the_guide_from_text_files_to_a_hybrid_in_plain_transformers(place):
+    """Its commands word for word, but for another model of that name, another folder of sources and small budgets."""
+    pytest.importorskip("gguf")
+    _, corpus, plan, search, use = re.findall(r" *```bash\n(.*?)```", GUIDE.read_text(), re.DOTALL)[:5]
+    write_gguf(place / "SmolLM2-135M-Instruct.Q4_1.gguf", text_model())
+    for file in (place / "texts").iterdir():
+        file.rename(file.with_suffix(".py"))
+    assert STDLIB in corpus
+    shell(place, corpus.replace(STDLIB, "texts").strip() + " --row-tokens 48")
+    check_words(shell(place, f"{plan.strip()} {BUDGETS}"))
+    said = shell(place, f"{search.strip()} {BUDGETS}")
+    run = place / "runs" / "smollm2"
     best = json.loads((run / "best" / "layout.json").read_text())
-    student = run / "finalists" / best["layout"] / "student"
-    assert best["layout"].count("A") == 2 and student.is_dir()
+    assert best["layout"].count("A") == 2
+    student = SpeechLM.load(run / "finalists" / best["layout"] / "student")
     model = AutoModelForCausalLM.from_pretrained(run / "best").eval()
-    torch.testing.assert_close(logits(SpeechLM.load(student)), logits(model).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(student), logits(model).logits, rtol=0, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(run / "best")
     assert tokenizer("abc line").input_ids == text_tokenizer()("abc line").input_ids
-    for words in (done.stdout, (run / "best" / "README.md").read_text(), report_text(run)):
+    assert shell(place, textwrap.dedent(use)).startswith("<|im_start|>def fibonacci(n):")
+    for words in (said, (run / "best" / "README.md").read_text(), report_text(run)):
         check_words(words)
-    planned = subprocess.run([*command, "--dry-run", "name=plan"], cwd=place, capture_output=True, text=True)
-    assert planned.returncode == 0, planned.stderr
-    check_words(planned.stdout)
+
+
+def shell(place, command):
+    """What a command prints, run as a reader of the guide runs it."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "RAY_worker_niceness": "0"}
+    done = subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def check_words(text):
