@@ -11,6 +11,7 @@ own files only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,47 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import DiskFullError, InputError
+
+# A file system with less than this left is full. Some writers, such as torch.save, do not say that this was the reason.
+_FULL_BYTES = 1 << 16
+
+
+@contextlib.contextmanager
+def disk_full_is_said(path: Path | str, action: str = "write") -> Iterator[None]:
+    """An error inside the block that a full disk or a quota has caused becomes one sentence.
+
+    Args:
+        path: the file that is written.
+        action: what is done with it.
+
+    Raises:
+        DiskFullError: there is no space left. Other errors pass through.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, InputError) and is_disk_full(error, Path(path).parent):
+            raise DiskFullError(
+                f"no space left to {action} {path}: what was finished before is intact; free some space and run the "
+                "same command again"
+            ) from None
+        raise
+
+
+def is_disk_full(error: BaseException, folder: Path | None = None) -> bool:
+    """Whether ``error`` says that there is no space left, or ``folder`` does, for errors that give no reason."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    if os.strerror(errno.ENOSPC) in str(error):
+        return True
+    if folder is None or isinstance(error, OSError):
+        return False
+    try:
+        space = os.statvfs(folder)
+    except OSError:
+        return False
+    return space.f_bavail * space.f_frsize < _FULL_BYTES
 
 
 @contextlib.contextmanager
@@ -28,21 +69,27 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
     The file is flushed to disk before the rename, so a reader (or a process that comes after a crash)
     sees either the old content or the whole new one.
+
+    Raises:
+        DiskFullError: there is no space left; ``path`` is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
+    with disk_full_is_said(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a result is as readable as any other file of this user.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
+        # Judged while the temporary file still takes its space.
+        with disk_full_is_said(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes files private; a result is as readable as any other file of this user.
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -105,7 +105,7 @@ def test_a_finished_finalist_is_read_back_and_only_that_one(tmp_path, monkeypatc
     point = {"step": 1, "tokens": 10, "total": 1.0, "ce": math.nan, "kl": 0.5, "hidden": 0.5}
     trained, calls = Report("AM", 10, 1, 1.0, 10.0, 0.0, 1.5, 0.2, 2.0, [point]), []
     monkeypatch.setattr(finalists, "distill_on_workers", lambda *_, **__: calls.append(1) or trained)
-    monkeypatch.setattr(finalists, "ray", SimpleNamespace(get=lambda value: value, train=finalists.ray.train))
+    monkeypatch.setattr(finalists, "result_of", lambda value: value)
 
     def distilled(**changes):
         settings = settings_with(DistillConfig(tokens=10, **changes), calls)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from tiny_search import write_search_space
 
-from mamtra_ray.config import ResourcesConfig, load_config
+from mamtra_ray.config import ResourcesConfig, load_config, save_config
 from mamtra_ray.errors import InputError
+from mamtra_ray.run.names import CONFIG
 from mamtra_ray.runtime.cluster import connect
 from mamtra_ray.runtime.resources import WorkerResources, check_resources, worker_resources
 from mamtra_ray.search import __main__ as search
@@ -200,6 +202,54 @@ def test_who_decides_about_gpus(asked, cluster, gpus, slots):
     worker = worker_resources(ResourcesConfig(**asked), cluster)
     assert worker.gpus == gpus and worker.slots(cluster) == slots
     assert worker.options() == {"num_cpus": worker.cpus, "num_gpus": gpus}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "The current node timed out during startup. This could happen because some of the raylet failed to startup or"
+        " the GCS has become overloaded.",
+        "Failed to start the dashboard, return code 1\n\n  The last 20 lines of dashboard.log:\n  ...",
+    ],
+)
+def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch, said):
+    """Ray raises a plain Exception for both."""
+
+    def refuses(**_: object) -> None:
+        raise Exception(said)
+
+    monkeypatch.setattr("ray.init", refuses)
+    with pytest.raises(InputError, match="Ray does not start on this machine") as caught:
+        connect("local")
+    assert " ".join(said.split()) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fail", ["all", "one"])
+def test_trials_that_fail_are_counted_and_said_at_the_end(tmp_path, ray_cluster, capsys, fail):
+    """A file stands where a trial keeps its training state: that layout fails, or all of them."""
+    space, run = write_search_space(tmp_path, distill__workers=1), tmp_path / "runs" / "failing"
+    save_config(load_config(space), run / CONFIG)
+    blocked = run / "trial_states" if fail == "all" else run / "trial_states" / "MMAA"
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.touch()
+    code = search.main(["--run", str(run)])
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert "MMAA" not in {row["layout"] for row in rows_of(run)}
+    traceback = run / "trial_failures" / "MMAA.txt"
+    assert traceback.read_text().startswith("Traceback")
+    if fail == "all":
+        assert code == 2 and rows_of(run) == []
+        last = printed.err.strip().splitlines()[-1]
+        assert re.match(r"error: all 3 trials failed; the first one: [AM]{4}: NotADirectoryError: ", last)
+        assert "finalists:" not in printed.out
+    else:
+        assert code == 0 and len({row["layout"] for row in rows_of(run)}) == 2
+        alarm, _verdict = printed.out.strip().splitlines()[-2:]
+        assert alarm.startswith("alarm: 1 trial failed: MMAA: ") and str(traceback) in alarm
+    for name in ray.util.list_named_actors():  # they would have ended with the search's process
+        ray.kill(ray.get_actor(name))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999"])

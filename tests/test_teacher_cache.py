@@ -68,8 +68,9 @@ def cache(made: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path]:
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """What must be decided without computing anything fails if it computes."""
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("a shard would be computed")
+    def refuse(job: CacheJob, missing: Any, *_: object) -> Iterator[Any]:
+        assert not missing, "a shard would be computed"
+        return iter(())
 
     monkeypatch.setattr(teacher_cache, "_run", refuse)
     monkeypatch.setattr(f"{__name__}.share_teacher", LocalTeacher)
@@ -360,8 +361,48 @@ def test_a_finished_cache_is_reused_on_a_full_disk(cache: tuple[Config, Path], n
     config, folder = cache
     with largest_file(0):
         assert build_cache(config, folder).complete
-        with Storage.of(folder).locked(), pytest.raises(InputError, match="being written by another process"):
-            build_cache(config, folder)
+    stopped_before_the_end(folder)
+    other = pytest.raises(InputError, match="being written by another process")
+    with largest_file(0), Storage.of(folder).locked(), other:
+        build_cache(config, folder)
+
+
+def stopped_before_the_end(folder: Path) -> None:
+    """As a job leaves a cache that is killed before its last write: the next one has a manifest to write."""
+    storage = Storage.of(folder)
+    write_manifest(storage, dataclasses.replace(complete_manifest(storage), complete=False))
+
+
+def test_a_finished_cache_needs_no_lock_and_no_right_to_write(cache: tuple[Config, Path], no_ray: None) -> None:
+    """Two searches may open it at once, and it may lie on a disk that is mounted read-only."""
+    config, folder = cache
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+    before = {path.name: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())}
+    assert build_cache(config, folder).complete
+    assert {path.name: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())} == before
+    with Storage.of(folder).locked():
+        assert build_cache(config, folder).complete
+        shard = next(folder.glob("*.parquet"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(InputError, match="being written by process"):
+            build_cache(config, folder, repair=True)
+
+
+@pytest.mark.slow
+def test_a_cache_on_a_read_only_disk_is_used(made: tuple[Config, Path], tmp_path: Path) -> None:
+    config, finished = made
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "--bind", str(finished), str(folder)], check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            (folder / "a").touch()
+        output, _ = (process := driver(config, folder)).communicate(timeout=240)
+        assert process.returncode == 0 and "verified" in output, output
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 KILLED_WHILE_WRITING = """
@@ -378,6 +419,7 @@ def test_killed_in_the_middle_of_a_write(cache: tuple[Config, Path], no_ray: Non
     process = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(folder)], check=False)
     assert process.returncode == -signal.SIGKILL
     assert list(folder.glob(".*.partial")) and shard_bytes(folder) == before
+    stopped_before_the_end(folder)
     assert build_cache(config, folder).complete
     assert not list(folder.glob(".*.partial"))
 
@@ -484,6 +526,7 @@ def test_a_full_disk_ends_the_verb_with_one_sentence(made: tuple[Config, Path], 
 
 def test_a_second_job_on_the_folder_stops_with_the_name_of_the_first(cache: tuple[Config, Path], no_ray: None) -> None:
     config, folder = cache
+    stopped_before_the_end(folder)
     with Storage.of(folder).locked(), pytest.raises(InputError, match=rf"being written by process {os.getpid()} on"):
         build_cache(config, folder)
     assert build_cache(config, folder).complete

@@ -26,10 +26,10 @@ from mamtra_ray.align.mixer_training import Batch, MixerTraining
 from mamtra_ray.artifacts import content_hash
 from mamtra_ray.config import AlignConfig
 from mamtra_ray.models.mamba import StateSharing
-from mamtra_ray.runtime.progress import every_second
+from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.runtime.stopping import run_interruptibly
-from mamtra_ray.runtime.training import STATE, STATE_MANIFEST, has_state
+from mamtra_ray.runtime.training import has_state, remove_state
 from mamtra_ray.teacher_cache.batches import batches
 from mamtra_ray.teacher_cache.shared import SharedCache
 from mamtra_ray.teachers.shared import SharedTeacher
@@ -181,8 +181,7 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
             transferred, start, errors, training.position.tokens, training.position.step, round(spent, 2), world_size
         )
         save_library(folder, training.library(), job.made_by, manifest)
-        for name in (STATE_MANIFEST, STATE):
-            (folder / name).unlink(missing_ok=True)
+        remove_state(folder)
     yield training.position.tokens
 
 
@@ -220,7 +219,7 @@ def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Progress
         ),
     )
     total = job.config.tokens
-    with every_second(lambda: report(min(ray.get(counter.get.remote()), total), total)):
+    with repeatedly(lambda: report(min(ray.get(counter.get.remote()), total), total)):
         run_interruptibly(trainer.fit)
 
 

@@ -138,6 +138,8 @@ class Distillation:
         self.position = Position()
         self.seconds = 0.0
         """Of training, over all sessions; kept by whoever holds the stopwatch."""
+        self.report: dict[str, Any] | None = None
+        """The scores at this position, kept beside the weights until somebody has noted them; None between reports."""
 
     def learning_rate(self) -> float:
         """Learning rate of the next step: linear warm-up, then cosine to a tenth, or constant."""
@@ -161,7 +163,7 @@ class Distillation:
             raise FloatingPointError(f"the gradient norm is {norm.item()} at step {self.position.step}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.position = self.position.after(tokens)
+        self.position, self.report = self.position.after(tokens), None
         return {"total": float(total.detach()), "ce": float(ce), "kl": float(kl), "hidden": float(hidden)}
 
     def next_epoch(self) -> None:
@@ -171,7 +173,8 @@ class Distillation:
     def save(self, folder: Path) -> None:
         """Write student, optimizer and position; :meth:`load` goes on with the next step bit for bit."""
         self.student.save(folder / "student")
-        save_state(folder, self.optimizer.state_dict(), self.position, self.made_by, seconds=self.seconds)
+        state = {"optimizer": self.optimizer.state_dict(), "report": self.report}
+        save_state(folder, state, self.position, self.made_by, seconds=self.seconds)
 
     def load(self, folder: Path) -> None:
         """Take student weights, optimizer and position from :meth:`save`'s folder.
@@ -181,8 +184,9 @@ class Distillation:
         """
         state, position, content = read_state(folder, self.made_by, self.device)
         self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
-        self.optimizer.load_state_dict(state)
-        self.position, self.seconds = position, float(content["seconds"])
+        # The first 0.2 kept the optimizer alone.
+        self.optimizer.load_state_dict(state.get("optimizer", state))
+        self.position, self.seconds, self.report = position, float(content["seconds"]), state.get("report")
 
 
 @torch.no_grad()

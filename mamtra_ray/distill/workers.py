@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 import tempfile
@@ -62,7 +63,8 @@ def distill(
         job: what to train.
         device: where.
         rank, world_size: this process among those that train together.
-        start: folder of a saved :class:`Distillation` of the same job to go on from.
+        start: folder of a saved :class:`Distillation` of the same job to go on from. The report that was saved with it
+            comes first, since a kill may have come between the saving and the noting of it.
 
     Yields:
         every process yields at the same steps; the held-out scores are computed by each process itself.
@@ -78,6 +80,8 @@ def distill(
     ce_start = validate(training.student, held_out(device=device)).ce
     if start is not None:
         training.load(start)
+        if training.report is not None:
+            yield Report(**training.report), training
     stopwatch, seconds_before = Stopwatch(), training.seconds
     first_tokens = training.position.tokens
     curve: list[dict[str, float]] = []
@@ -120,7 +124,7 @@ def distill(
             ce_start=ce_start,
             curve=curve[:: max(1, len(curve) // 100)],
         )
-        curve = []
+        curve, training.report = [], dataclasses.asdict(report)
         yield report, training
 
 

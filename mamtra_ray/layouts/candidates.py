@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -49,6 +50,16 @@ class SearchSpace:
     def num_attention(self, ratio: str) -> int:
         """Attention layers of a layout of ``ratio``."""
         return num_attention_layers(self.num_layers, ratio)
+
+    def num_layouts_of(self, num_attention: int) -> int:
+        """How many layouts of so many attention layers meet the constraints."""
+        free = self.num_layers - len(self.keep_attention) - len(self.always_mamba)
+        return math.comb(free, num_attention - len(self.keep_attention))
+
+    @property
+    def num_layouts(self) -> int:
+        """How many layouts there are to try."""
+        return sum(self.num_layouts_of(kept) for kept in {self.num_attention(ratio) for ratio in self.ratios})
 
     def meets_constraints(self, layout: Layout) -> bool:
         """Whether ``layout`` respects ``keep_attention`` and ``always_mamba``."""

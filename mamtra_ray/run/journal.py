@@ -6,12 +6,14 @@ returns; a line cut off by a crash was never acknowledged and is dropped.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Generic
 
+from mamtra_ray.artifacts import disk_full_is_said
 from mamtra_ray.errors import InputError
 from mamtra_ray.run.rows import Row, columns, read_table, row_from_columns, write_table
 
@@ -35,13 +37,24 @@ class Journal(Generic[Row]):
         self.compact()
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Add rows, durably."""
+        """Add rows, durably: all of them or none.
+
+        Raises:
+            DiskFullError: there is no space left.
+        """
         rows = list(rows)
-        lines = "".join(json.dumps(columns(row)) + "\n" for row in rows)
-        with _journal_of(self.path).open("a", encoding="utf-8") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        lines = "".join(json.dumps(columns(row)) + "\n" for row in rows).encode()
+        path = _journal_of(self.path)
+        with disk_full_is_said(path), path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(lines) < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                # What comes next must not follow half a line.
+                file.truncate(before)
+                raise
         self.rows = _merged(self.rows, rows, self.key)
 
     def compact(self) -> None:

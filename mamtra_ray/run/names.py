@@ -10,6 +10,7 @@ runs/<name>/
   finalists.parquet   one row per layout that was distilled long         rows.FinalistRow
   reference.json      the teacher's scores, and what the codec costs     Reference
   environment.json    versions and machine of every session              environment
+  trial_failures/     the traceback of every trial that failed, by layout
   costs.json          seconds of every phase; layouts, tokens, FLOPs, bytes of every rung
   audio/index.json    which audio/<system>/<utterance_id>.wav says what  AudioIndex
   best/               the checkpoint; its layout.json says which finalist it is
@@ -25,6 +26,7 @@ CONFIG = "config.yaml"
 IDENTITY = "identity.json"
 ARCHITECTURE = "architecture.json"
 TRIALS = "trials.parquet"
+TRIAL_FAILURES = "trial_failures"
 PROBE = "probe.parquet"
 CURVES = "curves.parquet"
 FINALISTS = "finalists.parquet"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,7 @@ def connect(address: str | None = None) -> Cluster:
             ``ray job submit`` sets), and where that is not set a new local cluster of this machine.
 
     Raises:
-        InputError: no cluster answers at ``address``.
+        InputError: no cluster answers at ``address``, or a local one does not start.
     """
     # Ray sends no usage statistics unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -54,10 +56,30 @@ def connect(address: str | None = None) -> Cluster:
             ignore_reinit_error=True,
             **_QUIET,
         )
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # Ray has no class for what keeps its processes or its dashboard from starting
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        if address == "local":
+            raise InputError(f"Ray does not start on this machine; try again when it is less busy: {reason}") from None
         raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
     return Cluster(ray.cluster_resources(), context.dashboard_url or "off")
+
+
+@contextlib.contextmanager
+def cluster_failures_are_said() -> Iterator[None]:
+    """Processes and nodes are replaced where they die; what remains an error after that is one sentence.
+
+    Raises:
+        InputError: Ray lost something that the block cannot do without.
+    """
+    try:
+        yield
+    except ray.exceptions.RayTaskError:  # an error of our own, wherever it happened
+        raise
+    except ray.exceptions.RayError as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise InputError(
+            f"Ray lost a process or a node that this run needs ({reason}); the same command goes on where it stopped"
+        ) from None
 
 
 def _check_reachable(address: str) -> None:

@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mamtra_ray.artifacts import read_manifest, write_checked_json
+
+SECONDS_BETWEEN_NOTES = 5.0
 
 
 class Costs:
@@ -21,18 +23,37 @@ class Costs:
         content = read_manifest(path, "costs", 1) if path.exists() else {}
         self.phases: dict[str, dict[str, Any]] = content.get("phases", {})
         self.rungs: list[dict[str, Any]] = content.get("rungs", [])
+        self._writing = threading.Lock()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds of the block to ``phase``; they are on disk every few seconds, so that a kill loses few."""
+        began, before = time.monotonic(), self.phases.get(phase, {}).get("seconds", 0.0)
+
+        def note() -> None:
+            with self._writing:
+                self.phases.setdefault(phase, {})["seconds"] = round(before + time.monotonic() - began, 2)
+                self._write()
+
+        try:
+            with repeatedly(note, SECONDS_BETWEEN_NOTES):
+                yield
+        finally:
+            note()
 
     def add(self, phase: str, **amounts: float | str) -> None:
         """Add numbers to a phase's totals (texts replace) and write the file."""
-        totals = self.phases.setdefault(phase, {})
-        for name, amount in amounts.items():
-            totals[name] = totals.get(name, 0) + amount if not isinstance(amount, str) else amount
-        self._write()
+        with self._writing:
+            totals = self.phases.setdefault(phase, {})
+            for name, amount in amounts.items():
+                totals[name] = totals.get(name, 0) + amount if not isinstance(amount, str) else amount
+            self._write()
 
     def set_rungs(self, rows: list[dict[str, Any]]) -> None:
         """Replace the cost of the rungs, see :mod:`mamtra_ray.search.costs`."""
-        self.rungs = rows
-        self._write()
+        with self._writing:
+            self.rungs = rows
+            self._write()
 
     def _write(self) -> None:
         content = {"kind": "costs", "schema_version": 1, "phases": self.phases, "rungs": self.rungs}
@@ -50,17 +71,16 @@ class Screen:
 
     @contextmanager
     def phase(self, name: str, what: str) -> Iterator[None]:
-        """A numbered heading, then the phase's seconds into the costs, also when it is interrupted."""
+        """A numbered heading; the phase's seconds go into the costs, also when it is stopped or killed."""
         number = f"[{self.phases.index(name) + 1}/{len(self.phases)}]"
         self.say(f"{number} {name}: {what}")
         self.began = self.last_line = time.monotonic()
         self.complete = False
         try:
-            yield
+            with self.costs.timed(name):
+                yield
         finally:
-            seconds = time.monotonic() - self.began
-            self.costs.add(name, seconds=round(seconds, 2))
-            self.say(f"{number} {name}: {duration(seconds)}")
+            self.say(f"{number} {name}: {duration(time.monotonic() - self.began)}")
 
     def count(self, done: float, total: float, unit: str, note: str = "") -> None:
         """``done`` of ``total`` with the time left at the present pace; ``note`` follows."""
@@ -83,13 +103,18 @@ class Screen:
 
 
 @contextmanager
-def every_second(function: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, call ``function`` about once a second from a thread of its own."""
+def repeatedly(function: Callable[[], None], seconds: float = 1.0) -> Iterator[None]:
+    """While the block runs, call ``function`` every so many seconds from a thread of its own.
+
+    It only shows or notes how far the block is: where that fails, the next call may succeed, and an error that matters
+    is the block's own too.
+    """
     ended = threading.Event()
 
     def repeat() -> None:
-        while not ended.wait(1.0):
-            function()
+        while not ended.wait(seconds):
+            with suppress(Exception):
+                function()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

@@ -32,14 +32,12 @@ def _raise(signum: int, _frame: FrameType | None) -> None:
     raise Stopped(signum)
 
 
-def run_interruptibly(function: Callable[[], Result]) -> Result:
+def run_interruptibly(function: Callable[[], Result], look: Callable[[], None] = lambda: None) -> Result:
     """Run ``fit`` of Ray Tune or Ray Train in a thread and wait for it here, so that it does not take the signals.
 
     Both set their own handlers, but in the main thread only. A signal leaves the thread behind, which ends with the
-    process.
+    process; so does an error that ``look`` raises, which is called all the while.
     """
-    if not _is_main_thread():
-        return function()
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -51,7 +49,9 @@ def run_interruptibly(function: Callable[[], Result]) -> Result:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():
+        look()
         thread.join(_SECONDS_BETWEEN_LOOKS)
+    look()
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]

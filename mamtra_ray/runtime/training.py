@@ -17,7 +17,8 @@ import torch
 from mamtra_ray.artifacts import check_made_by, file_hash, read_manifest, write_manifest, written_atomically
 from mamtra_ray.errors import InputError
 
-STATE, STATE_MANIFEST = "training.pt", "training.json"
+STATE_MANIFEST = "training.json"
+_STATE = "training.pt"
 _KIND, _SCHEMA_VERSION = "training state", 3
 
 
@@ -81,7 +82,9 @@ def sum_over_workers(tokens: int, world_size: int, device: torch.device) -> int:
 def save_state(
     folder: Path, state: Mapping[str, Any], position: Position, made_by: Mapping[str, Any], **content: Any
 ) -> None:
-    """Write tensors (``training.pt``) and then what they are (``training.json``), each atomically.
+    """Write tensors (``training-<step>.pt``) and then what they are (``training.json``), each atomically.
+
+    The manifest names the file of its tensors, so a kill between the two leaves the state before this one.
 
     Args:
         folder: is made if need be.
@@ -91,7 +94,8 @@ def save_state(
         content: further JSON-ready values.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with written_atomically(folder / STATE) as path:
+    name = f"training-{position.step}.pt"
+    with written_atomically(folder / name) as path:
         torch.save(dict(state), path)
     write_manifest(
         folder / STATE_MANIFEST,
@@ -99,14 +103,33 @@ def save_state(
         _SCHEMA_VERSION,
         made_by,
         position=asdict(position),
-        sha256=file_hash(folder / STATE),
+        file=name,
+        sha256=file_hash(folder / name),
         **content,
     )
+    for path in _state_files(folder):
+        if path.name != name:
+            path.unlink()
 
 
 def has_state(folder: Path) -> bool:
     """Whether there is a saved state to go on from."""
     return (folder / STATE_MANIFEST).exists()
+
+
+def is_state_of(folder: Path, made_by: Mapping[str, Any]) -> bool:
+    """Whether there is one of this very training."""
+    return has_state(folder) and read_manifest(folder / STATE_MANIFEST, _KIND, _SCHEMA_VERSION)["made_by"] == made_by
+
+
+def remove_state(folder: Path) -> None:
+    """Remove it: the training has ended."""
+    for path in (folder / STATE_MANIFEST, *_state_files(folder)):
+        path.unlink(missing_ok=True)
+
+
+def _state_files(folder: Path) -> list[Path]:
+    return list(folder.glob("training*.pt"))
 
 
 def read_state(
@@ -119,9 +142,10 @@ def read_state(
     """
     manifest = read_manifest(folder / STATE_MANIFEST, _KIND, _SCHEMA_VERSION)
     check_made_by(folder / STATE_MANIFEST, manifest["made_by"], made_by)
-    if file_hash(folder / STATE) != manifest["sha256"]:
-        raise InputError(f"{folder / STATE} is damaged, or not the file that {STATE_MANIFEST} describes")
-    state = torch.load(folder / STATE, weights_only=True, map_location=device)
+    file = folder / manifest.get("file", _STATE)  # the first 0.2 had one name for all
+    if file_hash(file) != manifest["sha256"]:
+        raise InputError(f"{file} is damaged, or not the file that {STATE_MANIFEST} describes")
+    state = torch.load(file, weights_only=True, map_location=device)
     try:
         return state, Position(**manifest["position"]), manifest
     except (KeyError, TypeError) as error:

@@ -37,10 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         print_plan(run.config, run.folder, inputs)
         return 0
 
+    from mamtra_ray.runtime.cluster import cluster_failures_are_said
     from mamtra_ray.search.pipeline import search
 
     try:
-        return search(run, options.address)
+        with cluster_failures_are_said():
+            return search(run, options.address)
     except (Stopped, SystemError) as error:
         stop = stop_behind(error)
         go_on = f"python -m mamtra_ray.search --resume --run {run.folder}"

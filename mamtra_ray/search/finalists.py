@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 from tensorboardX import SummaryWriter
 
@@ -21,7 +20,8 @@ from mamtra_ray.layouts.candidates import Candidate, SearchSpace, without_repeat
 from mamtra_ray.run.names import student_folder
 from mamtra_ray.run.rows import FINALIST_CURVE, CurvePoint, FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
-from mamtra_ray.runtime.progress import every_second
+from mamtra_ray.runtime.actor_pool import result_of
+from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.search.trial import TrialSettings
 
 _RESULT_VERSION = 2
@@ -67,8 +67,8 @@ def distill_finalist(
         raise InputError(
             f"{folder} was distilled with another {other.replace('_', ' ')}; move it away, or begin another run"
         )
-    ray.get(settings.table.note_tokens.remote(str(layout), 0))
-    with every_second(lambda: on_progress(ray.get(settings.table.tokens_of.remote(str(layout))))):
+    result_of(settings.table.note_tokens.remote(str(layout), 0))
+    with repeatedly(lambda: on_progress(result_of(settings.table.tokens_of.remote(str(layout))))):
         report = distill_on_workers(
             job,
             folder,
@@ -89,7 +89,7 @@ class _CurveToTable(ray.train.UserCallback):
         self.table, self.layout, self.rung = table, layout, rung
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        ray.get(self.table.add_curve.remote(FINALIST_CURVE, self.layout, self.rung, metrics[0]["curve"]))
+        result_of(self.table.add_curve.remote(FINALIST_CURVE, self.layout, self.rung, metrics[0]["curve"]))
 
 
 def distill_the_finalists(
@@ -110,11 +110,11 @@ def distill_the_finalists(
                 session.screen.count(index * tokens + min(done, tokens), tokens * len(finalists), "tokens", note)
 
             report = distill_finalist(settings, layout, student_folder(session.folder, layout).parent, on_progress)
-            curve = ray.get(settings.table.curve_of.remote(FINALIST_CURVE, layout))
+            curve = result_of(settings.table.curve_of.remote(FINALIST_CURVE, layout))
             log_to_tensorboard(session.folder / "tensorboard" / str(layout), curve)
             session.screen.say(f"    {candidate.origin} {layout}: CE {report.ce:.3f} (from {report.ce_start:.3f})")
             results.append(finalist_row(candidate, report, session.costs(layout)))
-        ray.get(settings.table.compact.remote())
+        result_of(settings.table.compact.remote())
     return results
 
 

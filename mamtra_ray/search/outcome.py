@@ -119,10 +119,18 @@ def print_summary(
         f"more trials:     python -m mamtra_ray.search --resume --run {folder} search.trials={more}",
         f"another layout:  python -m mamtra_ray.export --run {folder} --layout {finalists[0].layout}",
         "",
-        *([f"alarm: {len(failures)} trials failed, the first one: {failures[0]}"] if failures else []),
+        *failure_lines(failures),
         *verdict_lines(finalists, reference, best, all_attention, session.config.teacher.speaks),
     ]
     session.screen.say("\n".join(lines))
+
+
+def failure_lines(failures: Sequence[str]) -> list[str]:
+    """How many trials failed, and why the first one did; none if none did."""
+    if not failures:
+        return []
+    many = f"{len(failures)} trials failed, the first one" if len(failures) > 1 else "1 trial failed"
+    return [f"alarm: {many}: {failures[0]}"]
 
 
 def verdict_lines(

@@ -32,6 +32,7 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     ranked = importance_criteria(search.strategies)
     placements = len(paper_placements) + len(ranked) * len(search.ratios)
     trials = placements if search.sampler == "grid" else max(search.trials, placements)
+    trials = min(trials, inputs.space.num_layouts)
     halving = _halving_tokens(trials, search.rung_tokens, search.reduction_factor)
     finalists = placements + search.finalists * len(search.ratios)
     # Every Mamba layer is trained beside the teacher's forward pass, which the alignment repeats.

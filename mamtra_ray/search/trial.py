@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import shutil
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayTaskError
 
 from mamtra_ray.config import DistillConfig, SearchConfig, StudentConfig
 from mamtra_ray.distill.job import DistillData, DistillJob, Report
+from mamtra_ray.distill.training import Distillation
 from mamtra_ray.distill.workers import distill, trainer_for
+from mamtra_ray.errors import DiskFullError, InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.run.rows import RUNNING, TrialRow
+from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.resources import WorkerResources
-from mamtra_ray.runtime.training import has_state
-from mamtra_ray.search.parameter_space import layout_from_params
+from mamtra_ray.runtime.training import is_state_of
+from mamtra_ray.search.trial_table import TrialFailure
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class TrialSettings:
     """Where a trial leaves its training state after a rung; on a cluster, a folder that all nodes share."""
     table: Any
     """Handle of the :class:`mamtra_ray.search.trial_table.TrialTable` actor."""
+    origins: Mapping[Layout, str] = field(default_factory=dict)
+    """Where layouts come from; all others are Optuna's."""
 
     def job(self, layout: Layout, report_at: tuple[int, ...], progress: Any = None) -> DistillJob:
         """The distillation of ``layout`` up to ``report_at[-1]`` tokens."""
@@ -46,18 +55,33 @@ class TrialSettings:
 
 
 def run_trial(params: dict[str, Any], settings: TrialSettings) -> None:
-    """The function trainable: one report per rung, each with a checkpoint to go on from.
+    """The function trainable: one report per rung.
 
     Reports carry ``first_rung_ce``, the CE at the first rung. Optuna is told that figure and never a later one,
     so its history compares layouts at the same number of tokens however far successive halving let them go.
+
+    What goes wrong is noted in the table, and the trial ends: the same layout would fail again. Only a trial whose
+    process dies is tried again, by Tune.
     """
+    layout = Layout.from_string(params["layout"])
+    try:
+        _run_rungs(_RungReporter(layout, settings))
+    except Exception as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        failure = TrialFailure(one_line(cause), isinstance(cause, DiskFullError))
+        ray.get(settings.table.note_failure.remote(layout, failure, traceback.format_exc()))
+
+
+def one_line(error: BaseException) -> str:
+    """An error's sentence; of one that is no sentence for users, its kind too."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def _run_rungs(reporter: _RungReporter) -> None:
+    settings, layout = reporter.settings, reporter.layout
     search = settings.search
-    layout = layout_from_params(params, settings.space)
-    reporter = _RungReporter(layout, settings)
-    known, finished, origin = ray.get(
-        [getattr(settings.table, name).remote(layout) for name in ("rows_of", "is_finished", "origin_of")]
-    )
-    reporter.origin = origin
+    known, finished = ray.get([getattr(settings.table, name).remote(layout) for name in ("rows_of", "is_finished")])
     for row in known:
         reporter.tell_tune(row)
     if finished or len(known) == len(search.rung_tokens):
@@ -67,10 +91,32 @@ def run_trial(params: dict[str, Any], settings: TrialSettings) -> None:
         _run_on_train_workers(job, reporter)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    start = reporter.state if known and has_state(reporter.state) else None
+    start = latest_state(reporter.state, job)
     for report, training in distill(job, device, start=start):
-        training.save(reporter.state)
+        save_rung(training, reporter.state)
         reporter.report(report)
+
+
+def save_rung(training: Distillation, states: Path) -> None:
+    """Keep a training after a rung: a folder of its own, which appears whole; then older ones go."""
+    folder = states / str(training.position.step)
+    if is_state_of(folder, training.made_by):  # what it went on from
+        return
+    new = folder.with_suffix(".partial")
+    for path in (new, folder):
+        shutil.rmtree(path, ignore_errors=True)
+    training.save(new)
+    new.rename(folder)
+    for other in states.iterdir():
+        if other != folder:
+            shutil.rmtree(other)
+
+
+def latest_state(states: Path, job: DistillJob) -> Path | None:
+    """The folder that :func:`save_rung` wrote last, if it is of this very training."""
+    folders = [path for path in states.glob("*") if path.name.isdigit()]
+    latest = max(folders, key=lambda path: int(path.name), default=None)
+    return latest if latest is not None and is_state_of(latest, job.made_by) else None
 
 
 def _run_on_train_workers(job: DistillJob, reporter: _RungReporter) -> None:
@@ -95,7 +141,6 @@ class _RungReporter:
 
     def __init__(self, layout: Layout, settings: TrialSettings) -> None:
         self.layout, self.settings = layout, settings
-        self.origin = "optuna"
         self.rungs_reported = 0
         self.first_rung_ce = math.nan
         self.state = settings.states / str(layout)
@@ -103,12 +148,11 @@ class _RungReporter:
     def report(self, report: Report) -> None:
         """Record and report a freshly trained rung."""
         if not math.isfinite(report.ce):
-            # A NaN would leave the Optuna trial running forever; a failed trial is clean.
             raise FloatingPointError(f"held-out CE of {self.layout} is {report.ce} after {report.tokens} tokens")
         row = TrialRow(
             trial_id=tune.get_context().get_trial_id() or "",
             layout=self.layout,
-            origin=self.origin,
+            origin=self.settings.origins.get(self.layout, "optuna"),
             rung=self._rung_of(report.tokens),
             tokens=report.tokens,
             seconds=report.seconds,
@@ -122,7 +166,7 @@ class _RungReporter:
             **self.settings.costs[self.layout.num_attention],
         )
         if row.rung >= self.rungs_reported:
-            ray.get(self.settings.table.add.remote(row, report.curve))
+            result_of(self.settings.table.add.remote(row, report.curve))
             self.tell_tune(row)
 
     def _rung_of(self, tokens: int) -> int:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mamtra_ray.artifacts import content_hash
 from mamtra_ray.distill.job import DistillData, student_made_by
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import DiskFullError, InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, without_repeats
 from mamtra_ray.run.names import trial_states
 from mamtra_ray.run.rows import TrialRow
 from mamtra_ray.run.session import Session
-from mamtra_ray.runtime.actor_pool import result_of
+from mamtra_ray.runtime.actor_pool import RESTARTS, result_of
 from mamtra_ray.search.metrics import SearchMetrics
 from mamtra_ray.search.trial import TrialSettings
-from mamtra_ray.search.trial_table import TrialTable
-from mamtra_ray.search.tuning import run_trials
+from mamtra_ray.search.trial_table import TrialFailure, TrialTable
+from mamtra_ray.search.tuning import TrialPlan, run_trials
 
 
 def start_trial_table(session: Session, data: DistillData) -> Any:
-    """The one actor that keeps the trials table."""
-    actor: Any = ray.remote(num_cpus=0)(TrialTable)
+    """The one actor that keeps the trials table, on the driver's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS, "scheduling_strategy": here}
+    actor: Any = ray.remote(num_cpus=0, **options)(TrialTable)
     return actor.remote(session.folder, settings_hash(session, data))
 
 
@@ -72,14 +76,17 @@ def run_the_trials(
     search, table = session.config.search, settings.table
     known = known_layouts(session, result_of(table.all_rows.remote()))
     candidates = without_repeats([*known, *paper_placements, *proposals])
-    ray.get(table.set_origins.remote({candidate.layout: candidate.origin for candidate in candidates}))
-    total = len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates))
-    progress = _TrialsProgress(session, metrics, table, total)
+    settings = replace(settings, origins={candidate.layout: candidate.origin for candidate in candidates})
+    asked = len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates))
+    plan = TrialPlan(candidates, len(known), min(asked, session.space.num_layouts))
+    progress = _TrialsProgress(session, metrics, table, plan.total)
     goes_on = f", {len(known)} known" if known else ""
-    with session.screen.phase("trials", f"{total} layouts by Tune + Optuna ({search.sampler}){goes_on}"):
-        run_trials(settings, candidates, session.folder, progress)
-        ray.get(table.compact.remote())
-    rows, failures = ray.get(table.all_rows.remote()), progress.failures
+    every_one = f", all there are (search.trials={asked})" if plan.total < asked else ""
+    heading = f"{plan.total} layouts by Tune + Optuna ({search.sampler}){every_one}{goes_on}"
+    with session.screen.phase("trials", heading):
+        run_trials(settings, plan, session.folder, progress)
+        result_of(table.compact.remote())
+    rows, failures = result_of(table.all_rows.remote()), progress.failures
     if failures and not any(session.space.allows(row.layout) for row in rows):
         raise InputError(f"all {len(failures)} trials failed; the first one: {failures[0]}")
     return rows, failures
@@ -90,38 +97,43 @@ class _TrialsProgress:
 
     def __init__(self, session: Session, metrics: SearchMetrics, table: Any, total: int) -> None:
         self.session, self.metrics, self.table, self.total = session, metrics, table, total
-        self.finished = 0
+        self.ended = 0
         self.failures: list[str] = []
-        self.best: dict[str, Any] | None = None
+        self.best: Mapping[str, Any] | None = None
 
-    def __call__(self, result: dict[str, Any], finished: bool) -> None:
-        if finished:
-            self.finished += 1
+    def __call__(self, layout: Layout, result: Mapping[str, Any], ended: bool, death: str | None) -> None:
+        """See :data:`~mamtra_ray.search.tuning.OnResult`.
+
+        Raises:
+            DiskFullError: the reason why this trial failed.
+        """
+        if "ce" in result:
+            self._note_score(layout, result)
+        if ended:
+            self.ended += 1
             self.metrics.trials_finished.inc()
-        if "error" in result:
-            reason = failure_reason(result["error"])
-            self.failures.append(f"{reason} (traceback: {result['error']})")
-            self.session.screen.say(f"    a trial failed and is left out: {self.failures[-1]}")
-        elif "ce" in result:
-            layout = Layout.from_string(result["layout"])
-            if finished:
-                ray.get(self.table.finish.remote(layout))
-                # Only an unfinished trial needs its training state again.
-                shutil.rmtree(trial_states(self.session.folder) / str(layout), ignore_errors=True)
-            if self.best is None or (result["rung"], -result["ce"]) > (self.best["rung"], -self.best["ce"]):
-                self.best = result
-                self.metrics.best_ce.set(result["ce"])
-                self.metrics.cache_bytes.set(self.session.costs(layout)["cache_bytes"])
-            self.metrics.tokens_per_second.set(result["tokens_per_second"])
+            self._end(layout, death)
         note = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
-        self.session.screen.count(self.finished, self.total, "trials", note)
+        self.session.screen.count(self.ended, self.total, "trials", note)
 
+    def _note_score(self, layout: Layout, result: Mapping[str, Any]) -> None:
+        if self.best is None or (result["rung"], -result["ce"]) > (self.best["rung"], -self.best["ce"]):
+            self.best = result
+            self.metrics.best_ce.set(result["ce"])
+            self.metrics.cache_bytes.set(self.session.costs(layout)["cache_bytes"])
+        self.metrics.tokens_per_second.set(result["tokens_per_second"])
 
-def failure_reason(error_file: str | None) -> str:
-    """The last line of a trial's traceback, which says what happened."""
-    path = Path(error_file) if error_file else None
-    lines = path.read_text(errors="replace").strip().splitlines() if path and path.is_file() else []
-    return " ".join(lines[-1].split())[:300] if lines else "no reason known: its process or node ended"
+    def _end(self, layout: Layout, death: str | None) -> None:
+        failure = TrialFailure(death) if death else result_of(self.table.failure_of.remote(layout))
+        if failure is None:
+            result_of(self.table.finish.remote(layout))
+            # Only an unfinished trial needs its training state again.
+            shutil.rmtree(trial_states(self.session.folder) / str(layout), ignore_errors=True)
+            return
+        if failure.is_disk_full:
+            raise DiskFullError(failure.reason)
+        self.failures.append(f"{layout}: {failure}")
+        self.session.screen.say(f"    a trial failed and is left out: {self.failures[-1]}")
 
 
 def known_layouts(session: Session, rows: list[TrialRow]) -> list[Candidate]:

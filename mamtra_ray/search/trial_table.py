@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mamtra_ray.artifacts import write_text
+from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.journal import CURVE_KEY, TRIAL_KEY, Journal
-from mamtra_ray.run.names import CURVES, TRIALS
+from mamtra_ray.run.names import CURVES, TRIAL_FAILURES, TRIALS
 from mamtra_ray.run.rows import FINISHED, CurvePoint, TrialRow
+
+
+@dataclass(frozen=True)
+class TrialFailure:
+    """Why a trial ended without all of its scores."""
+
+    reason: str
+    """One line."""
+    is_disk_full: bool = False
+    """Then no other trial can succeed either."""
+    traceback: Path | None = None
+    """Where it can be read."""
+
+    def __str__(self) -> str:
+        return self.reason + (f" (traceback: {self.traceback})" if self.traceback else "")
 
 
 class TrialTable:
     """Keeps rows in memory and on disk; every added row is on disk before ``add`` returns.
 
     Runs as a Ray actor beside the driver, so that trials on other nodes need no shared disk for their results. There is
-    one in a search, and everybody who writes is given its handle.
+    one in a search, and everybody who writes is given its handle. Where its process dies Ray starts it again, from what
+    is on disk, and repeats the call.
 
     Args:
         folder: run folder; holds ``trials.parquet`` and ``curves.parquet``.
@@ -28,16 +47,21 @@ class TrialTable:
         self.settings_hash = settings_hash
         self.trials = Journal(folder / TRIALS, TrialRow, TRIAL_KEY)
         self.curves = Journal(folder / CURVES, CurvePoint, CURVE_KEY)
-        self.origins: dict[Layout, str] = {}
+        self.failures_folder = folder / TRIAL_FAILURES
+        self.failures: dict[Layout, TrialFailure] = {}
         self.tokens: dict[str, int] = {}
 
-    def set_origins(self, origins: Mapping[Layout, str]) -> None:
-        """Where layouts come from; all others are Optuna's."""
-        self.origins = dict(origins)
+    def note_failure(self, layout: Layout, failure: TrialFailure, traceback: str) -> None:
+        """A trial says why it has no further score; its traceback is kept in a file, if there is space for one."""
+        with contextlib.suppress(InputError):
+            path = self.failures_folder / f"{layout}.txt"
+            write_text(path, traceback)
+            failure = replace(failure, traceback=path)
+        self.failures[layout] = failure
 
-    def origin_of(self, layout: Layout) -> str:
-        """Where ``layout`` comes from."""
-        return self.origins.get(layout, "optuna")
+    def failure_of(self, layout: Layout) -> TrialFailure | None:
+        """Why the trial of ``layout`` failed in this session."""
+        return self.failures.get(layout)
 
     def note_tokens(self, layout: str, tokens: int) -> None:
         """A training tells how far it is."""

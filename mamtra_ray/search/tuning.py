@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +16,71 @@ from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
-from ray.tune.search.optuna import OptunaSearch
 
+from mamtra_ray.artifacts import disk_full_is_said
 from mamtra_ray.config import SearchConfig
-from mamtra_ray.layouts.candidates import Candidate
+from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import Candidate, SearchSpace
+from mamtra_ray.runtime.actor_pool import RESTARTS
 from mamtra_ray.runtime.stopping import run_interruptibly
-from mamtra_ray.search.parameter_space import param_space, params_from_layout, sampler
+from mamtra_ray.search.parameter_space import sampler
+from mamtra_ray.search.proposals import LayoutProposals
 from mamtra_ray.search.trial import TrialSettings, run_trial
 
 STUDY_NAME = "layouts"
 
 
-class _OnResult(tune.Callback):
-    """Calls a function on the driver with every result and with the last one of every finished trial."""
+@dataclass(frozen=True)
+class TrialPlan:
+    """Which layouts are tried."""
 
-    def __init__(self, function: Callable[[dict[str, Any], bool], None]) -> None:
-        self.function = function
+    candidates: Sequence[Candidate]
+    """First, in this order: those of earlier sessions, then the starting points."""
+    num_known: int
+    """How many of them are of earlier sessions."""
+    total: int
+    """Distinct layouts in all; what the candidates leave is proposed."""
+
+
+OnResult = Callable[[Layout, Mapping[str, Any], bool, str | None], None]
+"""Called on the driver with a layout, its last result, whether its trial has ended, and what ended its process."""
+
+
+class _Watch(tune.Callback):
+    """Hands every result to a function on the driver, and keeps the first error of it."""
+
+    def __init__(self, on_result: OnResult) -> None:
+        self.on_result = on_result
+        self.error: Exception | None = None
 
     def __reduce__(self) -> Any:
         # Tune pickles a run's callbacks for its own restore, which is not used here; the screen cannot be pickled.
-        return _OnResult, (print,)
+        return _Watch, (print,)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        self.function(result, False)
+        self._tell(trial, result, False)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.function(trial.last_result, True)
+        self._tell(trial, trial.last_result, True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.function({"error": trial.error_file, "params": trial.config}, True)
+        self._tell(trial, trial.last_result, True, death_reason(trial.error_file))
+
+    def _tell(self, trial: Any, result: dict[str, Any], ended: bool, death: str | None = None) -> None:
+        # Tune's own way with an error of a callback is a traceback of its inside.
+        if self.error is None:
+            try:
+                self.on_result(Layout.from_string(trial.config["layout"]), result or {}, ended, death)
+            except Exception as error:
+                self.error = error
+
+    def raise_error(self) -> None:
+        """Raise what the function raised, if it did."""
+        if self.error is not None:
+            raise self.error
 
 
-def run_trials(
-    settings: TrialSettings,
-    candidates: list[Candidate],
-    folder: Path,
-    on_result: Callable[[dict[str, Any], bool], None],
-) -> None:
+def run_trials(settings: TrialSettings, plan: TrialPlan, folder: Path, on_result: OnResult) -> None:
     """Run the search's trials; their scores end in the table actor.
 
     Going on after a stop needs no state of Tune or Optuna: the table knows every rung of every layout, so the
@@ -59,13 +89,18 @@ def run_trials(
 
     Args:
         settings: what the trials share.
-        candidates: layouts tried first, in this order: the known ones, then the starting points.
+        plan: which layouts.
         folder: run folder; ``tune/`` holds Tune's experiment, ``optuna.journal`` the study.
-        on_result: called on the driver with ``(result, trial_is_finished)``.
+        on_result: see :data:`OnResult`; what it raises ends the trials and is raised here.
+
+    Raises:
+        DiskFullError: Tune or Optuna have no space left.
     """
     folder = folder.resolve()
     search = settings.search
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Failures are said by `on_result`, in one line each.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     shutil.rmtree(folder / "tune", ignore_errors=True)
     for stale in folder.glob("optuna.journal*"):
         stale.unlink()
@@ -74,24 +109,36 @@ def run_trials(
         # With workers of its own, a trial's driver only waits for them.
         {"CPU": 0} if search.workers_per_trial > 1 else settings.worker.bundle(),
     )
+    watch = _Watch(on_result)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_optuna_search(settings, candidates, folder),
-            scheduler=HalvingInsideRatios(search),
-            num_samples=len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates)),
+            search_alg=_proposals(settings, plan, folder),
+            scheduler=HalvingInsideRatios(search, settings.space),
+            num_samples=plan.total,
             max_concurrent_trials=max_concurrent_trials(settings),
             reuse_actors=search.workers_per_trial == 1,
         ),
         run_config=tune.RunConfig(
             name=STUDY_NAME,
             storage_path=str(folder / "tune"),
-            callbacks=[_OnResult(on_result)],
-            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[watch],
+            # Tune counts the death of a trial's process twice: the call and the actor both fail.
+            failure_config=tune.FailureConfig(max_failures=2 * RESTARTS),
             verbose=0,
         ),
     )
-    run_interruptibly(tuner.fit)
+    with disk_full_is_said(folder / "tune"):
+        run_interruptibly(tuner.fit, watch.raise_error)
+
+
+def death_reason(error_file: str | None) -> str:
+    """Why Tune gave up a trial: what its traceback ends with, unless that is Ray's report of a dead process."""
+    path = Path(error_file) if error_file else None
+    text = path.read_text(errors="replace").strip() if path and path.is_file() else ""
+    if not text or "ActorDiedError" in text or "The actor died" in text or "The actor is dead" in text:
+        return f"its process or node ended {RESTARTS + 1} times"
+    return " ".join(text.splitlines()[-1].split())[:300]
 
 
 def max_concurrent_trials(settings: TrialSettings) -> int:
@@ -99,18 +146,19 @@ def max_concurrent_trials(settings: TrialSettings) -> int:
     return max(1, settings.worker.slots(ray.cluster_resources()) // settings.search.workers_per_trial)
 
 
-def _optuna_search(settings: TrialSettings, candidates: list[Candidate], folder: Path) -> OptunaSearch:
+def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> LayoutProposals:
     search = settings.search
-    several = len(search.ratios) > 1
-    return OptunaSearch(
-        param_space(settings.space),
-        metric=["first_rung_ce", "cost"] if several else "first_rung_ce",
-        mode=["min", "min"] if several else "min",
-        points_to_evaluate=[params_from_layout(candidate.layout, settings.space) for candidate in candidates],
-        sampler=sampler(search.sampler, settings.seed),
-        study_name=STUDY_NAME,
+    metrics = ["first_rung_ce", "cost"] if len(search.ratios) > 1 else ["first_rung_ce"]
+    study = optuna.create_study(
         # A journal that optuna-dashboard opens.
         storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
+        # Not the seed of an earlier session, whose proposals would all come again.
+        sampler=sampler(search.sampler, settings.seed + plan.num_known),
+        study_name=STUDY_NAME,
+        directions=["minimize"] * len(metrics),
+    )
+    return LayoutProposals(
+        settings.space, plan.candidates, study, metrics, settings.seed, asks_study=search.sampler in ("tpe", "nsga2")
     )
 
 
@@ -121,13 +169,12 @@ class HalvingInsideRatios(FIFOScheduler):
     would never pass a rung.
     """
 
-    def __init__(self, search: SearchConfig) -> None:
+    def __init__(self, search: SearchConfig, space: SearchSpace) -> None:
         super().__init__()
-        self._of_ratio = {ratio: _successive_halving(search) for ratio in search.ratios}
-        self._only = search.ratios[0]
+        self._of_ratio = {space.num_attention(ratio): _successive_halving(search) for ratio in space.ratios}
 
     def _halving(self, trial: Trial) -> AsyncHyperBandScheduler:
-        return self._of_ratio[trial.config.get("ratio", self._only)]
+        return self._of_ratio[Layout.from_string(trial.config["layout"]).num_attention]
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         self._halving(trial).on_trial_add(tune_controller, trial)

@@ -33,7 +33,7 @@ from mamtra_ray.corpus.table import (
 from mamtra_ray.errors import InputError
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.teacher_cache.formats import format_settings
-from mamtra_ray.teacher_cache.inventory import check_unowned_folder, opened
+from mamtra_ray.teacher_cache.inventory import check_unowned_folder, opened, take_inventory
 from mamtra_ray.teacher_cache.manifest import (
     CacheManifest,
     DamagedManifestError,
@@ -74,7 +74,7 @@ def build_cache(
     """Make the teacher cache of the train and validation splits in ``folder``, or complete or reuse it.
 
     Everything that is already there is verified. A cache of more utterances than asked for is reused as it
-    is; one of fewer is extended. Ray must be initialized.
+    is; one of fewer is extended, by one job at a time. Ray must be initialized.
 
     Args:
         config: form of the rows; shards and actors.
@@ -99,6 +99,11 @@ def build_cache(
         check_tokenizer(table, teacher.tokenizer)
         check_vocabulary(table, teacher.sequence.vocabulary.text_size, teacher.sequence.vocabulary.speech_size)
     made_by = cache_made_by(config, teacher.fingerprint, identity)
+    if (finished := _finished(storage, made_by, lambda manifest: _wanted(corpus, manifest, corpora))) is not None:
+        if on_progress is not None:
+            done = sum(shard.speech_tokens for shard in finished.shards.values())
+            on_progress(done, done)
+        return finished
     with storage.locked():
         storage.remove_unfinished()
         manifest = _opened_manifest(storage, made_by, teacher, config, repair)
@@ -127,6 +132,23 @@ def build_cache(
         manifest = dataclasses.replace(manifest, shards=dict(sorted(shards.items())), complete=True)
         write_manifest(storage, manifest)
     return manifest
+
+
+def _finished(
+    storage: Storage, made_by: Mapping[str, Any], wanted: Callable[[CacheManifest], Mapping[str, PlannedShard]]
+) -> CacheManifest | None:
+    """The manifest of a cache that has all that is wanted, verified without a lock; None if anything is to be done.
+
+    So a finished cache may lie where nobody can write, and any number of jobs may open it at once.
+    """
+    try:
+        manifest = read_cache_manifest(storage)
+    except DamagedManifestError:
+        return None
+    if manifest is None or not manifest.complete or dict(manifest.made_by) != dict(made_by):
+        return None
+    inventory = take_inventory(storage, manifest, wanted(manifest))
+    return None if inventory.missing or inventory.problems or inventory.obsolete else manifest
 
 
 def _opened_manifest(

@@ -8,7 +8,6 @@ its checksum.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -23,8 +22,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs
 
-from mamtra_ray.artifacts import written_atomically
-from mamtra_ray.errors import InputError
+from mamtra_ray.artifacts import is_disk_full, written_atomically
+from mamtra_ray.errors import DiskFullError, InputError
 
 LOCK_FILE = "writer.lock"
 # A remote file system has no lock that dies with its holder, so the holder renews it every few seconds.
@@ -216,8 +215,8 @@ class Storage:
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise InputError(
+            if is_disk_full(error):
+                raise DiskFullError(
                     f"no space left to {action} {where}: what was finished before is intact; free some space and run "
                     "the same command again"
                 ) from None
