@@ -37,7 +37,15 @@ def quality(layout: Layout) -> float:
 
 def finalist_row(layout: str | Layout, **changes: Any) -> FinalistRow:
     """A finalist that was not heard, but for ``changes``."""
-    numbers = {"ce": 1.0, "kl": 0.1, "ce_start": 3.1, "cache_bytes": 5.0, "decode_flops": 1.0, "parameters": 1.0}
+    numbers = {
+        "ce": 1.0,
+        "kl": 0.1,
+        "ce_start": 3.1,
+        "kl_start": 2.0,
+        "cache_bytes": 5.0,
+        "decode_flops": 1.0,
+        "parameters": 1.0,
+    }
     row = {"origin": "block_beginning", "tokens": 1, "steps": 1, "seconds": 10.0, **numbers, **changes}
     return FinalistRow(Layout(str(layout)), **row)
 
@@ -75,6 +83,7 @@ def made_run(folder: Path, overrides: tuple[str, ...] = (), penalty: float = 0.0
                 ce=ce,
                 kl=ce - 0.9,
                 ce_start=3.1,
+                kl_start=2.0,
                 **costs,
                 status=FINISHED,
                 settings_hash="made",

@@ -22,6 +22,7 @@ NEUTRAL = [
     *(f"cache.{key}" for key in ("location", "top_k", "layers", "utterances_per_shard", "actors")),
     *("student.state_sharing", "align.precision", "probe.importance_sentences"),
     *(f"search.{key}" for key in ("sampler", "keep_attention", "always_mamba", "cost", "workers_per_trial")),
+    "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),
     *("distill.hidden_weight", "distill.hidden_layers", "distill.kl_skew"),
     *("evaluate.metrics", "evaluate.audio_examples"),
@@ -30,7 +31,7 @@ NEUTRAL = [
 ]
 INHERITED = {
     "demo": [
-        *(key for key in NEUTRAL if key != "evaluate.temperature"),
+        *(key for key in NEUTRAL if key not in ("evaluate.temperature", "distill.pretrained_learning_rate_factor")),
         *("teacher.path", "corpus.path", "cache.format", "cache.bits", "student.initialization", "align.workers"),
         *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
     ],

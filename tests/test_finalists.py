@@ -22,12 +22,12 @@ COSTS = {"cache_bytes": 1.0, "decode_flops": 1.0, "parameters": 1.0}
 
 def row(layout: str, rung: int, ce: float, origin: str = "optuna") -> TrialRow:
     measured = {"tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0, "data_wait_fraction": 0.0, "kl": 0.1}
-    known = {"ce_start": 2.0, "status": "finished", "settings_hash": "s", "trial_id": "t", **COSTS}
+    known = {"ce_start": 2.0, "kl_start": 1.0, "status": "finished", "settings_hash": "s", "trial_id": "t", **COSTS}
     return TrialRow(layout=Layout(layout), rung=rung, ce=ce, origin=origin, **measured, **known)
 
 
 def finalist(layout: str, ce: float, wer: ErrorRate | None = None, alarm: str | None = None) -> FinalistRow:
-    trained = {"origin": "optuna", "tokens": 1, "steps": 1, "seconds": 1.0, "kl": 0.1, "ce_start": 2.0}
+    trained = {"origin": "optuna", "tokens": 1, "steps": 1, "seconds": 1.0, "kl": 0.1, "ce_start": 2.0, "kl_start": 0.5}
     return FinalistRow(layout=Layout(layout), ce=ce, wer=wer, alarm=alarm, **trained, **COSTS)
 
 
@@ -103,7 +103,7 @@ def settings_with(distill: DistillConfig, calls: list) -> SimpleNamespace:
 def test_a_finished_finalist_is_read_back_and_only_that_one(tmp_path, monkeypatch):
     """A loss term that is switched off is NaN, which a JSON file cannot hold: it must still be read back."""
     point = {"step": 1, "tokens": 10, "total": 1.0, "ce": math.nan, "kl": 0.5, "hidden": 0.5}
-    trained, calls = Report("AM", 10, 1, 1.0, 10.0, 0.0, 1.5, 0.2, 2.0, [point]), []
+    trained, calls = Report("AM", 10, 1, 1.0, 10.0, 0.0, 1.5, 0.2, 2.0, 0.5, [point]), []
     monkeypatch.setattr(finalists, "distill_on_workers", lambda *_, **__: calls.append(1) or trained)
     monkeypatch.setattr(finalists, "result_of", lambda value: value)
 

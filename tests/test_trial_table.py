@@ -27,6 +27,7 @@ def score(layout: str, rung: int, ce: float = 1.0, origin: str = "optuna") -> Tr
         ce=ce,
         kl=0.1,
         ce_start=2.0,
+        kl_start=1.0,
         cache_bytes=10.0 * kept,
         decode_flops=1.0 * kept,
         parameters=100.0 + kept,

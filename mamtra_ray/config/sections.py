@@ -121,8 +121,12 @@ class DistillConfig(Section):
     """Training tokens of a finalist (and of `python -m mamtra_ray.distill`)."""
     tokens_per_batch: Count = 40_000
     """Padded tokens of a batch, over all workers together (paper: 40,000)."""
-    learning_rate: LearningRate = 1e-5
-    """Peak learning rate (paper: 1e-5, constant, for CosyVoice 2)."""
+    learning_rate: LearningRate | Literal["auto"] = "auto"
+    """Peak learning rate (paper: 1e-5, constant, for CosyVoice 2); auto tries a handful on one layout, each up to the
+    first of `search.rung_tokens`, and keeps the best."""
+    pretrained_learning_rate_factor: NotNegative = 1.0
+    """Learning rate of what comes from the teacher unchanged (embeddings, attention, MLPs, norms), as a factor of that
+    of the mixers; 1 in the paper, 0 keeps it as it is."""
     schedule: Literal["cosine", "constant"] = "constant"
     """After the warm-up: constant (paper), or down to a tenth by the last token."""
     warmup_fraction: Share = 0.05

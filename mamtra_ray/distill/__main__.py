@@ -30,18 +30,21 @@ def main(arguments: list[str] | None = None) -> int:
 
     from mamtra_ray.align.phase import make_library
     from mamtra_ray.distill.job import DistillJob, distill_data
+    from mamtra_ray.distill.learning_rate import with_learning_rate
     from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
     from mamtra_ray.run.session import start_session
     from mamtra_ray.teacher_cache.phase import make_cache
 
-    session = start_session(run, ("cache", "align", "distill"), options.address)
+    phases = ("cache", "align", *(["learning rate"] if config.distill.learning_rate == "auto" else []), "distill")
+    session = start_session(run, phases, options.address)
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
+    data = distill_data(config, session.shared_teacher, train, validation, str(library) if library else None)
     job = DistillJob(
         layout=layout,
-        settings=config.distill,
+        settings=with_learning_rate(session, data, layout).config.distill,
         student=config.student,
-        data=distill_data(config, session.shared_teacher, train, validation, str(library) if library else None),
+        data=data,
         report_at=checkpoints_at(config.distill.tokens, config.distill.checkpoint_every_tokens),
         seed=config.seed,
     )
@@ -49,8 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     with session.screen.phase("distill", f"{layout} on {workers} Ray Train workers"):
         report = distill_on_workers(job, folder, workers=workers, worker=session.worker)
     print(
-        f"held-out CE {report.ce:.4f} (from {report.ce_start:.4f}), KL {report.kl:.4f}; student in {folder / 'student'}"
+        f"held-out CE {report.ce:.4f} (from {report.ce_start:.4f}), KL {report.kl:.4f} (from {report.kl_start:.4f}); "
+        f"student in {folder / 'student'}"
     )
+    if report.ce > report.ce_start or report.kl > report.kl_start:
+        print("warning: the student is worse than before its training; a lower distill.learning_rate should train it")
     return 0
 
 

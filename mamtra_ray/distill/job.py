@@ -66,6 +66,8 @@ class Report:
     """Held-out KL(teacher || student), nats per token."""
     ce_start: float
     """Held-out cross-entropy before the first step."""
+    kl_start: float
+    """Held-out KL before the first step."""
     curve: list[dict[str, float]]
     """Training loss terms since the last report, about 100 steps of them: step, tokens, total, ce, kl, hidden."""
 

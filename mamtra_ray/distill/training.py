@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mamtra_ray.config import DistillConfig
 from mamtra_ray.losses import IGNORE, LossWeights, distillation_loss
+from mamtra_ray.models.mamba import MambaMixer
 from mamtra_ray.runtime.training import (
     Position,
     autocast,
@@ -124,13 +125,12 @@ class Distillation:
             self.objective = nn.parallel.DistributedDataParallel(
                 objective, device_ids=[device] if device.type == "cuda" else None
             )
-        trained = [p for p in self.student.parameters() if p.requires_grad]
+        if isinstance(config.learning_rate, str):
+            raise ValueError("distill.learning_rate=auto must be a number before a training begins")
+        self.peak_learning_rate = config.learning_rate
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
+            parameter_groups(self.student, config),
+            lr=self.peak_learning_rate,
             betas=(0.9, 0.98),
             fused=True,  # on the CPU too: benchmarks/train_step.py
         )
@@ -142,15 +142,15 @@ class Distillation:
         """The scores at this position, kept beside the weights until somebody has noted them; None between reports."""
 
     def learning_rate(self) -> float:
-        """Learning rate of the next step: linear warm-up, then cosine to a tenth, or constant."""
+        """Of the mixers in the next step: linear warm-up, then cosine to a tenth, or constant."""
         done, step = self.position.tokens / self.total_tokens, self.config.tokens_per_batch / self.total_tokens
         factor = learning_rate_factor(done, step, self.config.warmup_fraction, self.config.schedule)
-        return self.config.learning_rate * factor
+        return self.peak_learning_rate * factor
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.learning_rate() * group["learning_rate_factor"]
         tokens = sum_over_workers(batch.num_tokens, self.world_size, self.device)
         with autocast(self.device, self.config.precision):
             # DDP averages gradients over the processes, so each divides by its share of all tokens.
@@ -187,6 +187,22 @@ class Distillation:
         # The first 0.2 kept the optimizer alone.
         self.optimizer.load_state_dict(state.get("optimizer", state))
         self.position, self.seconds, self.report = position, float(content["seconds"]), state.get("report")
+
+
+def parameter_groups(student: SpeechLM, config: DistillConfig) -> list[dict[str, Any]]:
+    """The trained parameters for an optimizer: mixers and what comes from the teacher, each matrices and others.
+
+    ``learning_rate_factor`` is relative to the mixers' rate; only matrices decay.
+    """
+    mixers = {id(p) for m in student.modules() if isinstance(m, MambaMixer) for p in m.parameters()}
+    trained = [p for p in student.parameters() if p.requires_grad]
+    groups = []
+    for is_mixer, factor in ((True, 1.0), (False, config.pretrained_learning_rate_factor)):
+        for is_matrix, weight_decay in ((True, config.weight_decay), (False, 0.0)):
+            chosen = [p for p in trained if (id(p) in mixers) == is_mixer and (p.ndim >= 2) == is_matrix]
+            groups.append({"params": chosen, "weight_decay": weight_decay, "learning_rate_factor": factor})
+    # A student without Mamba layers has no mixers to train.
+    return [group for group in groups if group["params"]]
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def distill(
         batches, job.data.validation, sequence, tokens_per_batch=VALIDATION_BATCHES * size, seed=0, epoch=0
     )
     # The initial student is cheap to score and shows that training trains.
-    ce_start = validate(training.student, held_out(device=device)).ce
+    before = validate(training.student, held_out(device=device))
     if start is not None:
         training.load(start)
         if training.report is not None:
@@ -121,7 +121,8 @@ def distill(
             data_wait_fraction=stopwatch.waited / seconds,
             ce=scores.ce,
             kl=scores.kl,
-            ce_start=ce_start,
+            ce_start=before.ce,
+            kl_start=before.kl,
             curve=curve[:: max(1, len(curve) // 100)],
         )
         curve, training.report = [], dataclasses.asdict(report)

@@ -10,6 +10,7 @@ from mamtra_ray.report.content import Column, Figure, Row, Section, Table, as_ro
 from mamtra_ray.report.figures import by_rung, cost_front
 from mamtra_ray.report.sections import LAYOUT, correlation_columns
 from mamtra_ray.run.folder import Run
+from mamtra_ray.run.rows import is_worse_than_start
 from mamtra_ray.surrogate.correlations import spearman
 
 LOW_RANK_CORRELATION = 0.5
@@ -18,7 +19,11 @@ LOW_RANK_CORRELATION = 0.5
 
 def search(runs: Sequence[Run]) -> Section:
     """How the search went: all trials, the front of CE against cost, and whether cheap scores ranked well."""
-    trials = [{"run": run.name, **row} for run in runs for row in as_rows(run.trials)]
+    trials = [
+        {"run": run.name, **row, "remark": "worse than at its start" if is_worse_than_start(trial) else ""}
+        for run in runs
+        for trial, row in zip(run.trials, as_rows(run.trials), strict=True)
+    ]
     if not trials:
         return Section("search", "Search", missing="No trial yet: python -m mamtra_ray.search runs them.")
     figures = [_progress(trials)]
@@ -35,7 +40,8 @@ def search(runs: Sequence[Run]) -> Section:
     columns = (
         *run_column, LAYOUT, Column("origin", "from"), Column("ratio", "ratio"), Column("rung", "rung", "d"),
         Column("tokens", "tokens", ",d"), Column("ce_start", "CE at start", ".3f"), Column("ce", "CE", ".3f"),
-        Column("kl", "KL", ".3f"), Column("seconds", "seconds", ".0f"),
+        Column("kl_start", "KL at start", ".3f"), Column("kl", "KL", ".3f"), Column("remark", "remark"),
+        Column("seconds", "seconds", ".0f"),
     )  # fmt: skip
     rank_columns = (
         *run_column, Column("scores", "scores"), Column("ratio", "ratio"), Column("n", "layouts", "d"),

@@ -31,6 +31,7 @@ _OF_STUDENTS = (
     *(f"student.{key}" for key in ("initialization", "state_sharing")),
     *(f"align.{key}" for key in ("tokens", "tokens_per_batch", "learning_rate", "precision")),
     *(f"distill.{key}" for key in ("tokens_per_batch", "learning_rate", "schedule", "warmup_fraction")),
+    "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("weight_decay", "max_grad_norm", "ce_weight", "kl_weight", "hidden_weight")),
     *(f"distill.{key}" for key in ("hidden_layers", "kl_skew", "precision")),
 )

@@ -76,6 +76,8 @@ class TrialRow(TableRow):
     """KL(teacher || student), held out."""
     ce_start: float
     """Before the first training step."""
+    kl_start: float
+    """Before the first training step."""
     cache_bytes: float
     decode_flops: float
     parameters: float
@@ -110,6 +112,7 @@ class FinalistRow(TableRow):
     ce: float
     kl: float
     ce_start: float
+    kl_start: float
     cache_bytes: float
     decode_flops: float
     parameters: float
@@ -125,6 +128,11 @@ class FinalistRow(TableRow):
     """What contradicts itself, see :mod:`mamtra_ray.evaluate.alarms`."""
     evaluation: str = ""
     """Identifies the evaluation that heard it; empty where no speech was generated."""
+
+
+def is_worse_than_start(row: TrialRow | FinalistRow) -> bool:
+    """Whether its training has left a layout with a higher held-out CE or KL than it began with."""
+    return row.ce > row.ce_start or row.kl > row.kl_start
 
 
 Row = TypeVar("Row", bound=TableRow)

@@ -24,7 +24,7 @@ from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.search.trial import TrialSettings
 
-_RESULT_VERSION = 2
+_RESULT_VERSION = 3
 
 
 def choose_finalists(
@@ -112,7 +112,10 @@ def distill_the_finalists(
             report = distill_finalist(settings, layout, student_folder(session.folder, layout).parent, on_progress)
             curve = result_of(settings.table.curve_of.remote(FINALIST_CURVE, layout))
             log_to_tensorboard(session.folder / "tensorboard" / str(layout), curve)
-            session.screen.say(f"    {candidate.origin} {layout}: CE {report.ce:.3f} (from {report.ce_start:.3f})")
+            session.screen.say(
+                f"    {candidate.origin} {layout}: CE {report.ce:.3f} (from {report.ce_start:.3f}), "
+                f"KL {report.kl:.3f} (from {report.kl_start:.3f})"
+            )
             results.append(finalist_row(candidate, report, session.costs(layout)))
         result_of(settings.table.compact.remote())
     return results
@@ -129,6 +132,7 @@ def finalist_row(candidate: Candidate, report: Report, costs: Mapping[str, Any])
         ce=report.ce,
         kl=report.kl,
         ce_start=report.ce_start,
+        kl_start=report.kl_start,
         **costs,
     )
 

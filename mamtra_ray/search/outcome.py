@@ -19,11 +19,11 @@ from mamtra_ray.export.checkpoint import export_student
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.folder import Reference, Score
 from mamtra_ray.run.names import TEACHER, TRIALS, best_folder, student_folder
-from mamtra_ray.run.rows import FinalistRow
+from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.progress import table
 from mamtra_ray.search.metrics import SearchMetrics
-from mamtra_ray.search.verdict import Outcome, verdict
+from mamtra_ray.search.verdict import Outcome, training_warnings, verdict
 from mamtra_ray.teacher_cache.batches import batches
 from mamtra_ray.teacher_cache.shared import SharedCache
 
@@ -86,6 +86,7 @@ def print_summary(
     best: Mapping[str, FinalistRow],
     folders: Mapping[Layout, Path],
     report: Path,
+    trials: Sequence[TrialRow],
     failures: Sequence[str] = (),
 ) -> None:
     """A table of the outcome, where everything lies, how to go on, and in plain words whether the result is good."""
@@ -119,6 +120,7 @@ def print_summary(
         f"more trials:     python -m mamtra_ray.search --resume --run {folder} search.trials={more}",
         f"another layout:  python -m mamtra_ray.export --run {folder} --layout {finalists[0].layout}",
         "",
+        *(f"warning: {text}" for text in training_warnings(trials, finalists)),
         *failure_lines(failures),
         *verdict_lines(finalists, reference, best, all_attention, session.config.teacher.speaks),
     ]

@@ -15,6 +15,7 @@ import ray
 from mamtra_ray.align.phase import make_library
 from mamtra_ray.config import Config
 from mamtra_ray.distill.job import distill_data
+from mamtra_ray.distill.learning_rate import with_learning_rate
 from mamtra_ray.evaluate.evaluation import check_evaluation
 from mamtra_ray.evaluate.run_scores import choose
 from mamtra_ray.layouts.candidates import Candidate, importance_criteria, paper_candidates
@@ -61,6 +62,8 @@ def search(run: OpenRun, address: str | None) -> int:
     measured = importance(session, library, validation)
     paper_placements = paper_candidates(session.space, config.search.strategies, measured)
     data = distill_data(config, session.shared_teacher, train, validation, str(library) if library else None)
+    if config.distill.learning_rate == "auto":
+        session = with_learning_rate(session, data, [*proposals, *paper_placements, *fallback(session)][0].layout)
     settings = trial_settings(session, data, start_trial_table(session, data))
     rows, failures = run_the_trials(session, settings, paper_placements, proposals, metrics)
     note_costs(session, train, library, rows, [])
@@ -73,7 +76,7 @@ def search(run: OpenRun, address: str | None) -> int:
     exported, refusals = export(session, best)
     with screen.phase("report", "tables, figures, audio" if config.evaluate.sentences else "tables and figures"):
         report = write_report([folder], folder)
-    print_summary(session, finalists, reference, best, exported, report, failures)
+    print_summary(session, finalists, reference, best, exported, report, rows, failures)
     if refusals:
         raise refusals[0]
     unusable = is_unusable({row.layout: row.alarm for row in finalists}, reference.teacher_alarm)
@@ -88,6 +91,7 @@ def phases(config: Config) -> tuple[str, ...]:
         "align": aligned,
         "probe": aligned and config.probe.num_layouts > 0,
         "importance": bool(importance_criteria(config.search.strategies)),
+        "learning rate": config.distill.learning_rate == "auto",
         "trials": True,
         "finalists": True,
         "speech": config.evaluate.sentences > 0,
@@ -123,6 +127,11 @@ def probe(session: Session, library: Path | None, validation: SharedCache) -> li
         for ratio in session.config.search.ratios
         for layout in propose(session.space, rows, ratio, 3)
     ]
+
+
+def fallback(session: Session) -> list[Candidate]:
+    """A layout to try learning rates on where there is neither a probe nor a placement."""
+    return paper_candidates(session.space, ("block_beginning",))
 
 
 def importance(session: Session, library: Path | None, validation: SharedCache) -> dict[str, list[float]]:

@@ -38,10 +38,12 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     # Every Mamba layer is trained beside the teacher's forward pass, which the alignment repeats.
     aligned = config.align.tokens if config.student.initialization == "aligned" else 0
     probed = config.probe.num_layouts * config.probe.validation_tokens if aligned else 0
+    is_auto = distill.learning_rate == "auto"
     phases = [
         ("cache", "teacher forward", train + validation, 2),
         ("align", f"{layers} mixers at once", aligned, 8),
         ("probe", f"{config.probe.num_layouts if aligned else 0} layouts, forward", probed, 2),
+        *([("learning rate", "3 to 9 rates, one layout", 5 * search.rung_tokens[0], 6)] if is_auto else []),
         ("trials", f"{trials} layouts, rungs {'/'.join(map(str, search.rung_tokens))}", halving, 6),
         ("finalists", f"{finalists} layouts x {distill.tokens:,} tokens", finalists * distill.tokens, 6),
     ]

@@ -161,6 +161,7 @@ class _RungReporter:
             ce=report.ce,
             kl=report.kl,
             ce_start=report.ce_start,
+            kl_start=report.kl_start,
             status=RUNNING,
             settings_hash="",
             **self.settings.costs[self.layout.num_attention],
@@ -191,6 +192,7 @@ class _RungReporter:
                 "ce": row.ce,
                 "kl": row.kl,
                 "ce_start": row.ce_start,
+                "kl_start": row.kl_start,
                 "first_rung_ce": self.first_rung_ce,
                 "cost": self.settings.costs[row.layout.num_attention][search.cost],
                 # ASHA's milestones are powers of the reduction factor; the rungs are wherever the user put them.

@@ -5,11 +5,12 @@ Plain Python; the sentences stand here so that screen, report and checkpoint car
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.layouts import Layout
+from mamtra_ray.run.rows import FinalistRow, TrialRow, is_worse_than_start
 from mamtra_ray.speech.error_rate import ErrorRate
 
 EXIT_UNUSABLE = 3
@@ -61,6 +62,25 @@ def verdict(outcome: Outcome, teacher: Measured, teacher_alarm: str | None, sent
             f"{scores}; whether it speaks as well is not known, because no speech was generated (evaluate.sentences=0)"
         )
     return f"{best.system}: WER {best.wer}, {_compared(outcome, teacher, sentences)}, {cache}"
+
+
+def training_warnings(trials: Sequence[TrialRow], finalists: Sequence[FinalistRow]) -> list[str]:
+    """Trainings that did harm: successive halving then ranks the damage, and a finalist is better left undistilled."""
+    last = {row.layout: row for row in sorted(trials, key=lambda row: row.rung)}
+    worse = [layout for layout, row in last.items() if is_worse_than_start(row)]
+    warnings = []
+    if worse:
+        warnings.append(
+            f"{len(worse)} of {len(last)} trials ended worse than they began (held-out CE or KL), such as {worse[0]}: "
+            "a lower distill.learning_rate, or distill.learning_rate=auto in a new run, should train them"
+        )
+    for row in finalists:
+        if is_worse_than_start(row):
+            warnings.append(
+                f"{row.layout} ended worse than it began: CE {row.ce_start:.3f} -> {row.ce:.3f}, "
+                f"KL {row.kl_start:.3f} -> {row.kl:.3f}"
+            )
+    return warnings
 
 
 def is_unusable(alarm_of_layout: Mapping[Layout, str | None], teacher_alarm: str | None) -> bool:

@@ -1,0 +1,126 @@
+"""``distill.learning_rate: auto``, and the separate rates of mixers and pretrained weights."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_training import CONFIG, CPU, make_batch, student_of, teacher  # noqa: F401 (a fixture)
+from tiny_search import write_search_space
+
+from mamtra_ray.config import DistillConfig
+from mamtra_ray.distill import __main__ as distill_verb
+from mamtra_ray.distill.learning_rate import (
+    FIRST_RATES,
+    HIGHEST,
+    LOWEST,
+    RateScore,
+    chosen,
+    next_rates,
+    objective,
+    rate_of,
+    report_lines,
+)
+from mamtra_ray.distill.training import Distillation, parameter_groups
+from mamtra_ray.errors import InputError
+from mamtra_ray.models.mamba import MambaMixer
+
+ALL_RATES = range(LOWEST, HIGHEST + 1)
+
+
+def walk(function):
+    """All rates that are tried where a training at a rate ends in ``function(rate)``."""
+    values = {}
+    while rates := next_rates(values):
+        assert not set(rates) & set(values), "a rate was tried twice"
+        values |= {rate: function(rate) for rate in rates}
+    return values
+
+
+@pytest.mark.parametrize("minimum", ALL_RATES)
+@pytest.mark.parametrize("diverges_above", [0, 2, 99])
+def test_the_walk_finds_the_best_of_all_rates(minimum, diverges_above):
+    """Brute force over all rates of a loss with one minimum, which diverges somewhat above it."""
+
+    def function(rate):
+        return math.inf if rate > minimum + diverges_above else 1 + 0.1 * (rate - minimum) ** 2
+
+    values = walk(function)
+    assert min(values, key=values.__getitem__) == min(ALL_RATES, key=function)
+    assert len(values) <= len(FIRST_RATES) + max(FIRST_RATES[0] - LOWEST, HIGHEST - FIRST_RATES[-1])
+
+
+def test_rates_stand_half_a_decade_apart():
+    assert [rate_of(step) for step in (-12, -9, -8, -7, -4)] == [1e-6, 3.2e-5, 1e-4, 3.2e-4, 1e-2]
+
+
+def score(half_decades, ce, kl=0.1):
+    return RateScore(half_decades, ce, None if ce is None else kl, 2.0, 0.5, 1.0)
+
+
+def test_where_every_rate_diverges_the_run_ends_with_all_of_them():
+    values = walk(lambda _: math.inf)
+    assert set(values) == set(range(LOWEST, FIRST_RATES[-1] + 1)), "only lower ones could help"
+    with pytest.raises(InputError, match=r"diverged at every rate tried \(1e-06, .*0.00032\)"):
+        chosen(DistillConfig(), [score(rate, None) for rate in values])
+
+
+def test_the_weights_of_the_loss_decide_what_is_best():
+    scores = [RateScore(-9, 1.0, 0.5, 2.0, 0.5, 1.0), RateScore(-8, 1.2, 0.1, 2.0, 0.5, 1.0), score(-7, None)]
+    for weights, best in (((1, 1), -8), ((1, 0), -9), ((0, 1), -8), ((0, 0), -9), ((3, 1), -9)):
+        settings = DistillConfig(ce_weight=weights[0], kl_weight=weights[1])
+        assert chosen(settings, scores).half_decades == best
+    assert objective(DistillConfig(), math.nan, 0.1) == math.inf
+    lines = "\n".join(report_lines(DistillConfig(), scores, scores[1]))
+    assert "diverged" in lines and "distill.learning_rate=0.0001" in lines and "warning" not in lines
+    assert "worse than before its training" in "\n".join(
+        report_lines(DistillConfig(), [score(-9, 3.0)], score(-9, 3.0))
+    )
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25])
+def test_pretrained_weights_have_a_rate_of_their_own(teacher, factor):  # noqa: F811
+    """AdamW's first step without weight decay moves each weight by its rate (but for its epsilon)."""
+    config = CONFIG.model_copy(update={"pretrained_learning_rate_factor": factor, "weight_decay": 0.0})
+    training = Distillation(student_of(teacher), config, 100, CPU)
+    before = {name: p.clone() for name, p in training.student.named_parameters()}
+    rate = training.learning_rate()
+    training.step(make_batch(teacher, (9, 4), 0))
+    mixers = {id(p) for m in training.student.modules() if isinstance(m, MambaMixer) for p in m.parameters()}
+    moved = {True: 0.0, False: 0.0}
+    for name, p in training.student.named_parameters():
+        change = float((p - before[name]).detach().abs().max())
+        moved[id(p) in mixers] = max(moved[id(p) in mixers], change)
+    assert moved[True] == pytest.approx(rate, rel=1e-3)
+    assert moved[False] == pytest.approx(factor * rate, rel=1e-3)
+
+
+def test_every_trained_parameter_is_in_one_group(teacher):  # noqa: F811
+    student = student_of(teacher)
+    grouped = [id(p) for group in parameter_groups(student, CONFIG) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in student.parameters() if p.requires_grad)
+    assert all(p.ndim < 2 for g in parameter_groups(student, CONFIG) if not g["weight_decay"] for p in g["params"])
+
+
+def test_a_training_without_a_number_is_a_fault_of_ours(teacher):  # noqa: F811
+    with pytest.raises(ValueError, match="must be a number"):
+        Distillation(student_of(teacher), CONFIG.model_copy(update={"learning_rate": "auto"}), 100, CPU)
+
+
+@pytest.mark.slow
+def test_a_distillation_tries_rates_once_and_trains_with_the_best(tmp_path, ray_cluster, capsys, monkeypatch):
+    space = write_search_space(tmp_path, distill__learning_rate="auto", distill__workers=1, search__rung_tokens=[300])
+    run = tmp_path / "runs" / "auto"
+    arguments = ["--space", str(space), "--run", str(run), "--layout", "AMAM"]
+    assert distill_verb.main(arguments) == 0
+    printed = capsys.readouterr().out
+    tried = json.loads((run / "learning_rate.json").read_text())["scores"]
+    best = min(tried, key=lambda row: row["ce"] + row["kl"])
+    assert f"distill.learning_rate={rate_of(best['half_decades']):g}" in printed
+    assert len(tried) >= 3 and next_rates({row["half_decades"]: row["ce"] + row["kl"] for row in tried}) == []
+    state = torch.load(next(run.glob("train/checkpoint*/training.pt")), weights_only=True)
+    # Cosine ends at a tenth of the peak, and the last step stands before the end.
+    assert 0.1 < state["param_groups"][0]["lr"] / rate_of(best["half_decades"]) < 1
+    # Again, as after a stop: nothing is tried anew.
+    monkeypatch.setattr("mamtra_ray.distill.learning_rate._score_of_rate", None)
+    assert distill_verb.main(["--run", str(run), "--layout", "AMAM"]) == 0
