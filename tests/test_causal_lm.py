@@ -13,25 +13,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_run import made_run
+from made_run import finalist_row, made_run
 from text_models import BYTES, END, HEADS, START, text_model, text_tokenizer, write_gguf, write_text_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from mamtra_ray.config import load_config
+from mamtra_ray.config import TeacherConfig, load_config
+from mamtra_ray.efficiency import parameters
+from mamtra_ray.efficiency.architectures import from_hf_config
 from mamtra_ray.errors import InputError
+from mamtra_ray.export.checkpoint import export_student, form_of
+from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.report.report import write_report
 from mamtra_ray.run.checks import check_inputs
 from mamtra_ray.run.folder import Reference, write_reference
 from mamtra_ray.run.names import FINALISTS
 from mamtra_ray.run.rows import FinalistRow, read_table, write_table
+from mamtra_ray.speech_lm.generate import generate
 from mamtra_ray.speech_lm.generation_check import check_generation
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import cached_teacher, load_teacher
+from mamtra_ray.teachers.outline import architecture_of
 
 GUIDE = Path(__file__).parent.parent / "docs" / "causal_lm.md"
 IDS = torch.randint(len(BYTES), (2, 40), generator=torch.Generator().manual_seed(1))
-KINDS = [("llama", {}), ("llama", {"tied": False, "head_dim": 32}), ("qwen2", {}), ("qwen2", {"tied": False})]
+QWEN3 = {"head_dim": 32, "attention_bias": False}
+KINDS = [
+    ("llama", {}),
+    ("llama", {"tied": False, "head_dim": 32}),
+    ("llama", {"attention_bias": True}),
+    ("qwen2", {}),
+    ("qwen2", {"tied": False}),
+    ("qwen3", QWEN3),
+    ("qwen3", {"tied": False, "head_dim": 16, "attention_bias": True}),
+]
 
 
 def logits(model):
@@ -159,8 +174,9 @@ def test_sequences_end_with_the_token_that_follows(tmp_path):
     assert [part.tolist() for part in sequence.training_example([], [5, 6])] == [[START, 5, 6], [5, 6, END]]
 
 
-def test_generation_is_checked_for_teacher_and_hybrid(tmp_path):
-    teacher = load_teacher("causal_lm", write_text_folder(tmp_path / "model", text_model()))
+@pytest.mark.parametrize(("kind", "settings"), [("llama", {}), ("qwen3", QWEN3)])
+def test_generation_is_checked_for_teacher_and_hybrid(tmp_path, kind, settings):
+    teacher = load_teacher("causal_lm", write_text_folder(tmp_path / "model", text_model(kind, **settings)))
     for model in (teacher.model, make_student(teacher.model, "MAAM")):
         assert check_generation(model, teacher.sequence, "model").relative < 1e-4
 
@@ -214,6 +230,70 @@ def test_settings_of_speech_are_refused(setting, message):
     settings = ["teacher.kind=causal_lm", "teacher.path=m", "corpus.path=c", "evaluate.sentences=0", setting]
     with pytest.raises(InputError, match=message):
         load_config(None, settings)
+
+
+@pytest.fixture
+def qwen3(tmp_path):
+    """A Qwen3 as teacher, and a distilled hybrid of it."""
+    write_text_folder(tmp_path / "model", text_model("qwen3", **QWEN3))
+    teacher = load_teacher("causal_lm", tmp_path / "model")
+    make_student(teacher.model, "AMMA").save(tmp_path / "student")
+    return tmp_path, teacher, TeacherConfig(kind="causal_lm", path=str(tmp_path / "model"))
+
+
+def test_a_hybrid_of_qwen3_is_exported_in_our_own_form(qwen3):
+    place, teacher, source = qwen3
+    row = finalist_row("AMMA", ce=1.5, tokens=1000)
+    with pytest.raises(InputError, match=r"GraniteMoeHybrid has no norms of queries and keys.*--format native"):
+        export_student(place / "student", place / "best", row, teacher, source)
+    assert not (place / "best").exists()
+    assert form_of(teacher.model.config) == "native"
+    export_student(place / "student", place / "best", row, teacher, source, "native")
+    loaded, student = SpeechLM.load(place / "best"), SpeechLM.load(place / "student")
+    assert torch.equal(logits(loaded), logits(student))
+    assert loaded.config.qk_norm and "layers.0.self_attn.q_norm.weight" in loaded.body.state_dict()
+    content = json.loads((place / "best" / "layout.json").read_text())
+    assert (content["form"], content["check"], content["layout"]) == ("native", None, "AMMA")
+    card = (place / "best" / "README.md").read_text()
+    assert "library_name: mamtra_ray" in card and "checked in plain transformers" not in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = code.replace("PATH", str(place / "best")).replace("token_ids", "[5, 6]")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    (expected,) = generate(student, [torch.tensor([START, 5, 6])], [(0, 40)])
+    assert said.stdout.strip() == str(expected.tokens), said.stderr
+
+
+def test_a_dry_run_says_what_is_exported(qwen3):
+    place, _, _ = qwen3
+    (place / "texts").mkdir()
+    for index in range(3):
+        (place / "texts" / f"{index}.txt").write_text("abc " * (30 + index))
+    assert corpus_text(place, "texts", "--output", "corpus", *TEACHER).returncode == 0
+    command = [sys.executable, "-m", "mamtra_ray.search", "--dry-run", *TEACHER, "corpus.path=corpus"]
+    planned = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert "export: this project's own form, which plain transformers does not load" in planned.stdout
+
+
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_parameters_in_closed_form(tmp_path, kind, settings):
+    teacher = load_teacher("causal_lm", write_text_folder(tmp_path / "model", text_model(kind, **settings)))
+    counted = sum(
+        tensor.numel() for name, tensor in teacher.model.body.named_parameters() if not name.startswith("embed")
+    )
+    architecture = architecture_of(teacher, "per_query_head")
+    assert parameters(architecture, teacher.model.layout) == counted
+    from_file = from_hf_config(json.loads((tmp_path / "model" / "config.json").read_text()))
+    assert parameters(from_file, teacher.model.layout) == counted
+
+
+def test_the_norms_of_qwen3_are_no_part_of_other_models_identities(tmp_path):
+    for kind, settings in (("qwen2", {}), ("qwen3", QWEN3)):
+        config = load_teacher(
+            "causal_lm", write_text_folder(tmp_path / kind, text_model(kind, **settings))
+        ).model.config
+        assert ("qk_norm" in config.to_dict()) == (kind == "qwen3")
+        assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_a_report_on_a_text_model_has_no_words_of_speech(tmp_path):

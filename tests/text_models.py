@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 MERGES = [("a", "b"), ("ab", "c")]
 BYTES = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in MERGES)]
@@ -15,7 +23,11 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NUM_LAYERS, WIDTH, HEADS, GROUPS, INNER = 4, 64, 4, 2, 96
 """Heads of 16 make a multiple of 32, the block that llama.cpp's quantizations have."""
 START, END = len(BYTES) + 1, len(BYTES) + 2
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 
 
 def text_tokenizer() -> Any:

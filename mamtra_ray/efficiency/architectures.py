@@ -14,7 +14,7 @@ from mamtra_ray.errors import InputError, nearest_name
 
 StateSharing = Literal["per_query_head", "per_kv_head"]
 
-QKV_BIAS_BY_MODEL_TYPE = {"qwen2": True, "llama": False, "mistral": False}
+QKV_BIAS_BY_MODEL_TYPE = {"qwen2": True, "qwen3": False, "llama": False, "mistral": False}
 """Decoders that convert; Qwen2 always has q/k/v biases, the others say so with ``attention_bias``."""
 
 
@@ -56,6 +56,8 @@ class Architecture:
     qkv_bias: bool = False
     o_bias: bool = False
     """Of attention's output projection, and of the mixer's that replaces it."""
+    qk_norm: bool = False
+    """Whether attention normalizes its queries and keys (Qwen3)."""
     norm_has_bias: bool = False
     """True for LayerNorm, False for RMSNorm."""
     table_parameters: int = 0
@@ -90,8 +92,9 @@ def attention_layer(architecture: Architecture) -> LayerCost:
     linear = architecture.hidden_size * (2 * query_size + 2 * kv_size) + _mlp_macs(architecture)
     biases = query_size + 2 * kv_size if architecture.qkv_bias else 0
     biases += architecture.hidden_size if architecture.o_bias else 0
+    head_norms = 2 * architecture.head_dim if architecture.qk_norm else 0
     return LayerCost(
-        parameters=linear + biases + 2 * _norm_parameters(architecture),
+        parameters=linear + biases + head_norms + 2 * _norm_parameters(architecture),
         linear_macs_per_token=linear,
         conv_macs_per_token=0,
         attention_width=query_size,
@@ -159,9 +162,10 @@ def decoder_architecture(
     table_parameters: int,
     head_outputs: int,
     o_bias: bool = False,
+    qk_norm: bool = False,
     state_sharing: StateSharing = "per_query_head",
 ) -> Architecture:
-    """A Qwen2- or Llama-shaped decoder whose attention converts to the grouped-query Mamba mixer."""
+    """A Qwen- or Llama-shaped decoder whose attention converts to the grouped-query Mamba mixer."""
     return Architecture(
         name=name,
         num_layers=num_layers,
@@ -173,6 +177,7 @@ def decoder_architecture(
         mamba=grouped_query_mamba(num_heads, num_kv_heads, head_dim, state_sharing),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
+        qk_norm=qk_norm,
         table_parameters=table_parameters,
         head_outputs=head_outputs,
     )
@@ -184,7 +189,7 @@ def from_hf_config(
     """The architecture of a Hugging Face decoder, from its ``config.json`` (or ``PretrainedConfig.to_dict()``).
 
     Raises:
-        InputError: another ``model_type`` than Qwen2, Llama or Mistral, or a size that is missing.
+        InputError: another ``model_type`` than Qwen2, Qwen3, Llama or Mistral, or a size that is missing.
     """
     model_type = config.get("model_type", "")
     if model_type not in QKV_BIAS_BY_MODEL_TYPE:
@@ -206,7 +211,8 @@ def from_hf_config(
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=config.get("head_dim") or hidden_size // num_heads,
         qkv_bias=QKV_BIAS_BY_MODEL_TYPE[model_type] or bool(config.get("attention_bias", False)),
-        o_bias=model_type == "llama" and bool(config.get("attention_bias", False)),
+        o_bias=model_type in ("llama", "qwen3") and bool(config.get("attention_bias", False)),
+        qk_norm=model_type == "qwen3",
         table_parameters=vocabulary_size * hidden_size * (1 if tied else 2),
         head_outputs=vocabulary_size,
         state_sharing=state_sharing,

@@ -23,9 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/LAYOUT")
     parser.add_argument(
         "--format",
-        choices=("transformers", "cosyvoice2"),
+        choices=("transformers", "native", "cosyvoice2"),
         default="transformers",
-        help="cosyvoice2: a folder for CosyVoice's own code, with the teacher's other files linked into it",
+        help="native: for this project's SpeechLM.load alone; cosyvoice2: a folder for CosyVoice's own code, with the "
+        "teacher's other files linked into it",
     )
     options = parser.parse_args(arguments)
     layout = Layout.from_string(options.layout)
@@ -42,18 +43,21 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output or options.run / "export" / str(layout)
 
     from mamtra_ray.export.checkpoint import export_student
+    from mamtra_ray.models.granite import check_representable
     from mamtra_ray.speech_lm.generation_check import check_generation
     from mamtra_ray.speech_lm.speech_lm import SpeechLM
     from mamtra_ray.teachers import load_teacher
     from mamtra_ray.teachers.cosyvoice2 import write_folder
 
     teacher, trained = load_teacher(source.kind, source.path), student_folder(options.run, layout)
+    if options.format == "transformers":
+        check_representable(teacher.model.config)
     if options.format == "cosyvoice2":
         student = SpeechLM.load(trained).eval()
         check_generation(student, teacher.sequence, f"student {layout}")
         write_folder(student, Path(source.path or ""), output)
     else:
-        export_student(trained, output, rows[layout], teacher, source)
+        export_student(trained, output, rows[layout], teacher, source, options.format)
     print(output)
     if alarm := rows[layout].alarm:
         print(f"alarm: {layout} {alarm}", file=sys.stderr)

@@ -11,8 +11,18 @@ from mamtra_ray.teachers.teacher import Teacher
 _INPUT = 'AutoTokenizer.from_pretrained("PATH")("YOUR TEXT", add_special_tokens=False).input_ids'
 
 
-def model_card(student: SpeechLM, row: FinalistRow, teacher: Teacher, has_tokenizer: bool, check: ExportCheck) -> str:
-    """The card, with the front matter that model hubs read."""
+def model_card(
+    student: SpeechLM, row: FinalistRow, teacher: Teacher, has_tokenizer: bool, check: ExportCheck | None
+) -> str:
+    """The card, with the front matter that model hubs read.
+
+    Args:
+        student: what was exported.
+        row: its scores.
+        teacher: what it was distilled from.
+        has_tokenizer: whether the teacher's tokenizer lies beside it.
+        check: of the comparison with plain transformers; None for a checkpoint in this project's own form.
+    """
     is_text = teacher.tokens_per_second is None
     layout, fingerprint = student.layout, teacher.fingerprint[:16]
     scores = [f"held-out cross-entropy {row.ce:.4f} nats per token"]
@@ -23,15 +33,19 @@ def model_card(student: SpeechLM, row: FinalistRow, teacher: Teacher, has_tokeni
         scores.append(f"**do not use**: it {row.alarm}")
     if not is_text:
         scores.append(f"{teacher.tokens_per_second:g} speech tokens are one second of sound")
-    versions = ", ".join(f"{name} {version}" for name, version in check.versions.items())
-    scores.append(
-        f"checked in plain transformers when it was written: the same greedy {'text' if is_text else 'speech'}, "
-        f"logits differ by at most\n  {check.largest_difference:.1e} ({versions})"
-    )
+    if check is not None:
+        versions = ", ".join(f"{name} {version}" for name, version in check.versions.items())
+        scores.append(
+            f"checked in plain transformers when it was written: the same greedy {'text' if is_text else 'speech'}, "
+            f"logits differ by at most\n  {check.largest_difference:.1e} ({versions})"
+        )
     listed = "\n".join(f"- {score}" for score in scores)
-    use = _text_use(teacher, has_tokenizer) if is_text else _speech_use(student, teacher, has_tokenizer)
+    if check is None:
+        use = _native_use(teacher)
+    else:
+        use = _text_use(teacher, has_tokenizer) if is_text else _speech_use(student, teacher, has_tokenizer)
     return f"""---
-library_name: transformers
+library_name: {"mamtra_ray" if check is None else "transformers"}
 pipeline_tag: {"text-generation" if is_text else "text-to-speech"}
 tags: [mamba, hybrid, distillation{"" if is_text else ", speech"}]
 ---
@@ -65,6 +79,24 @@ speech = model.generate(ids, max_new_tokens=20 * len(text), do_sample=False)[0, 
 Ids {vocabulary.speech_offset} to {vocabulary.control_offset - 1} are speech tokens (subtract {vocabulary.text_size});
 {vocabulary.eos_id} ends an utterance. `generation_config.json` keeps `generate` to speech ids; calling the model's
 forward gives logits of the whole vocabulary, 0 for ids that are not speech.
+"""
+
+
+def _native_use(teacher: Teacher) -> str:
+    """Sampling and sound are the evaluation's; this is the model alone."""
+    prefix, separator = list(teacher.sequence.prefix), list(teacher.sequence.separator)
+    ids = f"{prefix} + token_ids" if teacher.tokens_per_second is None else f"{prefix} + text_ids + {separator}"
+    return f"""Plain transformers has no class for this model. With mamtra_ray installed:
+
+```python
+import torch
+from mamtra_ray.speech_lm.generate import generate
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+
+model = SpeechLM.load("PATH").eval()
+(result,) = generate(model, [torch.tensor({ids})], [(0, 40)])  # at most 40 tokens, greedy
+print(result.tokens)
+```
 """
 
 

@@ -1,4 +1,4 @@
-"""A distilled student as a Hugging Face checkpoint with a model card."""
+"""A distilled student as a checkpoint with a model card: for plain transformers, or in this project's own form."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from mamtra_ray import __version__
 from mamtra_ray.artifacts import file_hash, read_manifest, write_checked_json, write_text
@@ -13,7 +14,8 @@ from mamtra_ray.config import TeacherConfig
 from mamtra_ray.errors import InputError
 from mamtra_ray.export.card import model_card
 from mamtra_ray.export.check import check_export
-from mamtra_ray.models.granite import write_granite
+from mamtra_ray.models.decoder_config import DecoderConfig
+from mamtra_ray.models.granite import obstacle, write_granite
 from mamtra_ray.run.names import EXPORTED_LAYOUT
 from mamtra_ray.run.rows import FinalistRow, columns
 from mamtra_ray.speech_lm.generation_check import check_generation
@@ -21,14 +23,33 @@ from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.teachers.teacher import Teacher
 from mamtra_ray.teachers.text import save_text_tokenizer
 
+Form = Literal["transformers", "native"]
+
+
+def form_of(config: DecoderConfig) -> Form:
+    """What a search exports hybrids of this shape as: for plain transformers, wherever that can represent them."""
+    return "transformers" if obstacle(config) is None else "native"
+
+
+def export_note(config: DecoderConfig) -> str:
+    """A line that says, before a search, that its checkpoints are for this project only; empty if they are not."""
+    problem = obstacle(config)
+    return f"export: this project's own form, which plain transformers does not load: {problem}\n" if problem else ""
+
 
 def export_student(
-    student_folder: Path, folder: Path, row: FinalistRow, teacher: Teacher, source: TeacherConfig
+    student_folder: Path,
+    folder: Path,
+    row: FinalistRow,
+    teacher: Teacher,
+    source: TeacherConfig,
+    form: Form = "transformers",
 ) -> None:
-    """Write the student as a GraniteMoeHybrid checkpoint that plain transformers loads, with tokenizer, layout, card.
+    """Write the student as a checkpoint with tokenizer, layout and card.
 
-    What was written is loaded by plain transformers and compared with the student first. The folder is replaced as a
-    whole after that, so it never mixes two students, and keeps the old one where a check fails.
+    The form ``transformers`` is a GraniteMoeHybrid that plain transformers loads; what was written is loaded so, and
+    compared with the student, first. ``native`` is what ``SpeechLM.load`` reads. The folder is replaced as a whole
+    after that, so it never mixes two students, and keeps the old one where a check fails.
 
     Args:
         student_folder: what ``SpeechLM.save`` wrote.
@@ -36,11 +57,12 @@ def export_student(
         row: the student's row of the finalists table.
         teacher: what it was distilled from.
         source: where the teacher came from, and with it the text tokenizer.
+        form: of the weights.
 
     Raises:
         GenerationCheckError, NonFiniteLogitsError: the student does not generate what it computes.
         ExportCheckError: plain transformers computes something else from the written files.
-        InputError: ``folder`` holds something else than an unchanged export.
+        InputError: ``folder`` holds something else than an unchanged export; or transformers cannot represent it.
     """
     check_replaceable(folder)
     student = SpeechLM.load(student_folder).eval()
@@ -49,8 +71,12 @@ def export_student(
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         new.chmod(0o755)
-        write_granite(new, student.config, student.state_dict(), dataclasses.asdict(student.vocabulary))
-        check = check_export(new, student, teacher.sequence)
+        check = None
+        if form == "native":
+            student.save(new)
+        else:
+            write_granite(new, student.config, student.state_dict(), dataclasses.asdict(student.vocabulary))
+            check = check_export(new, student, teacher.sequence)
         has_tokenizer = save_text_tokenizer(source.kind, Path(source.path) if source.path else None, new)
         write_text(new / "README.md", model_card(student, row, teacher, has_tokenizer, check))
         scores = columns(row)
@@ -67,7 +93,8 @@ def export_student(
                 "scores": {name: scores[name] for name in ("ce", "kl", "wer", "wer_low", "wer_high", "cer", "tokens")},
                 "mamtra_ray": __version__,
                 "alarm": row.alarm,
-                "check": dataclasses.asdict(check),
+                "form": form,
+                "check": None if check is None else dataclasses.asdict(check),
                 "files": {name: file_hash(new / name) for name in _file_names(new)},
             },
         )

@@ -1,6 +1,6 @@
 """Grouped-query attention with rotary positions: the layers that a hybrid keeps.
 
-Parameters have the names of Hugging Face's Qwen2 and Llama. Letters: see :mod:`mamtra_ray.models`.
+Parameters have the names of Hugging Face's Qwen2, Qwen3 and Llama. Letters: see :mod:`mamtra_ray.models`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.linear import Linear
+from mamtra_ray.models.norm import RMSNorm
 from mamtra_ray.models.pass_inputs import PassInputs
 from mamtra_ray.models.rope import rotate
 
@@ -27,6 +28,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden_BLD: Tensor, inputs: PassInputs) -> Tensor:
         """Mix the positions of a sequence, or of its continuation: [B, L, D] -> [B, L, D]."""
@@ -34,6 +37,8 @@ class Attention(nn.Module):
             projection(hidden_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHLP, k_BGLP = self.q_norm(q_BHLP), self.k_norm(k_BGLP)
         q_BHLP = rotate(q_BHLP, inputs.cos_BLP, inputs.sin_BLP)
         k_BGLP = rotate(k_BGLP, inputs.cos_BLP, inputs.sin_BLP)
         k_BGTP, v_BGTP = k_BGLP, v_BGLP

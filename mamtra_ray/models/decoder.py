@@ -1,11 +1,11 @@
-"""The hybrid decoder: a Qwen2 or Llama decoder in which any attention may be a Mamba mixer.
+"""The hybrid decoder: a Qwen2, Qwen3 or Llama decoder in which any attention may be a Mamba mixer.
 
     hidden  = embed_tokens(ids)
     hidden += mixer(RMSNorm(hidden))      mixer: attention where the layout says A, Mamba-2 where it says M
     hidden += mlp(RMSNorm(hidden))        for every layer
     output  = RMSNorm(hidden)
 
-Tensor names are those of Hugging Face's Qwen2 and Llama below ``model.``, so their checkpoints load as they are; a
+Tensor names are those of Hugging Face's classes below ``model.``, so their checkpoints load as they are; a
 Mamba layer has ``mamba.*`` (names of mamba-ssm) in place of ``self_attn.*``. With attention everywhere it computes what
 transformers' classes compute, bit for bit on one CPU; the tests compare. Letters: see :mod:`mamtra_ray.models`.
 """
@@ -23,21 +23,8 @@ from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.linear import Embedding, Linear
 from mamtra_ray.models.mamba import MambaMixer
+from mamtra_ray.models.norm import RMSNorm
 from mamtra_ray.models.pass_inputs import PassInputs, pass_inputs
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), in float32 and rounded before the weight, as Qwen2 and Llama do."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        x_BLD = hidden_BLD.float()
-        x_BLD = x_BLD * torch.rsqrt(x_BLD.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x_BLD.to(hidden_BLD.dtype)
 
 
 class MLP(nn.Module):

@@ -38,6 +38,7 @@ class DecoderConfig:
         max_position_embeddings: longest sequence of the pretraining, in positions.
         qkv_bias: q, k and v projections have biases (Qwen2).
         o_bias: so has the attention's output projection.
+        qk_norm: every query and key head is normalized before it is rotated (Qwen3).
         state_sharing: whether query heads share a Mamba state, see :class:`~mamtra_ray.models.mamba.MixerConfig`.
 
     Raises:
@@ -59,6 +60,7 @@ class DecoderConfig:
     state_sharing: StateSharing = "per_query_head"
     conv_kernel: int = 4
     chunk_size: int = 32
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -68,7 +70,7 @@ class DecoderConfig:
         eps = self.rms_norm_eps
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
             raise InputError(f"the model config is not valid: rms_norm_eps = {eps!r} is no positive number")
-        for name in ("qkv_bias", "o_bias"):
+        for name in ("qkv_bias", "o_bias", "qk_norm"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InputError(f"the model config is not valid: {name} = {value!r} is neither true nor false")
@@ -104,10 +106,14 @@ class DecoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the layout becomes its letters."""
-        return dataclasses.asdict(self) | {
+        content = dataclasses.asdict(self) | {
             "layout": str(self.layout),
             "rope_parameters": dict(self.rope_parameters),
         }
+        if not self.qk_norm:
+            # Younger than files and fingerprints of models without it, which stay as they are.
+            del content["qk_norm"]
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DecoderConfig:

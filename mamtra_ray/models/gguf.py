@@ -1,4 +1,4 @@
-"""GGUF files of Llama and Qwen2 models (llama.cpp's format): read, dequantized to float32, under Hugging Face's names.
+"""GGUF files (llama.cpp's format) of Llama, Qwen2 and Qwen3: dequantized to float32, under Hugging Face's names.
 
 What the file holds is taken as it is: a model quantized to four bits is, as a teacher, the model that its dequantized
 weights are. Reading, names and dequantization are the public functions of the package ``gguf``.
@@ -21,7 +21,7 @@ from mamtra_ray.models.decoder import Decoder
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.pretrained import decoder_config
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """``general.architecture`` of the files that can be read; for these it is transformers' model type too."""
 
 _TOKENIZER = "tokenizer.ggml."
@@ -158,7 +158,7 @@ def _config(path: Path, kind: str, fields: Mapping[str, Any], stored: Mapping[st
             rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
             rope_parameters=_rope(path, kind, fields),
             max_position_embeddings=value("context_length"),
-            attention_bias=kind == "llama" and "blk.0.attn_q.bias" in stored,
+            attention_bias="blk.0.attn_q.bias" in stored,
         )
     )
 

@@ -53,17 +53,26 @@ NEVER = -1e9
 LAYER_TYPES = {"A": "full_attention", "M": "linear_attention"}
 
 
+def obstacle(config: DecoderConfig) -> str | None:
+    """Why GraniteMoeHybrid cannot take hybrids of this shape, as a clause; None if it can."""
+    if config.qk_norm:
+        return "transformers' GraniteMoeHybrid has no norms of queries and keys, which this model's attention has"
+    if (config.num_heads * config.head_dim) % config.hidden_size:
+        return (
+            f"{config.num_heads} heads of width {config.head_dim} do not make a multiple of the model width"
+            f" {config.hidden_size}, and transformers' GraniteMoeHybrid has no such Mamba layers"
+        )
+    return None
+
+
 def check_representable(config: DecoderConfig) -> None:
-    """Whether GraniteMoeHybrid can take hybrids of this shape.
+    """Refuse what GraniteMoeHybrid cannot take.
 
     Raises:
-        InputError: its Mamba layers are a whole multiple of the model width, these heads are not.
+        InputError: says what, and what else can be written.
     """
-    if (config.num_heads * config.head_dim) % config.hidden_size:
-        raise InputError(
-            f"{config.num_heads} heads of width {config.head_dim} do not make a multiple of the model width"
-            f" {config.hidden_size}: transformers' GraniteMoeHybrid, the form of the export, has no such Mamba layers"
-        )
+    if problem := obstacle(config):
+        raise InputError(f"{problem}: only this project's own form can be written (export --format native)")
 
 
 def granite_config(

@@ -1,4 +1,4 @@
-"""Checkpoints of Qwen2 and Llama models: their configuration, and a place for every one of their tensors."""
+"""Checkpoints of Qwen2, Qwen3 and Llama models: their configuration, and a place for every one of their tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FREQUENCIES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 def read_decoder_config(folder: Path) -> tuple[DecoderConfig, bool]:
-    """The shape in a Qwen2 or Llama folder's ``config.json``, and whether its head is the embedding table.
+    """The shape in a Qwen2, Qwen3 or Llama folder's ``config.json``, and whether its head is the embedding table.
 
     Raises:
         InputError: the file is missing or damaged, or describes a model that our decoder does not compute.
@@ -47,14 +47,14 @@ def read_decoder_config(folder: Path) -> tuple[DecoderConfig, bool]:
 
 
 def decoder_config(config: PretrainedConfig | SimpleNamespace) -> DecoderConfig:
-    """The all-attention shape of transformers' configuration of a Qwen2 or Llama model, or of a complete config.json.
+    """The all-attention shape of transformers' configuration of such a model, or of a complete config.json.
 
     Raises:
         InputError: another architecture, or an option that our decoder has not.
     """
     kind = config.model_type
-    if kind not in ("qwen2", "llama"):
-        raise InputError(f"model type {kind!r} cannot be a teacher body: expected qwen2 or llama")
+    if kind not in ("qwen2", "qwen3", "llama"):
+        raise InputError(f"model type {kind!r} cannot be a teacher body: expected qwen2, qwen3 or llama")
     quantization = getattr(config, "quantization_config", None)
     unsupported = {
         "sliding-window attention": getattr(config, "use_sliding_window", False)
@@ -68,7 +68,7 @@ def decoder_config(config: PretrainedConfig | SimpleNamespace) -> DecoderConfig:
             raise InputError(f"this {kind} model uses {feature}, which the decoder lacks")
     if isinstance(config.num_hidden_layers, bool) or not isinstance(config.num_hidden_layers, int):
         raise InputError(f"num_hidden_layers = {config.num_hidden_layers!r} is no whole number")
-    llama_bias = bool(getattr(config, "attention_bias", False))
+    bias = bool(getattr(config, "attention_bias", False))
     return DecoderConfig(
         layout=Layout.all_attention(config.num_hidden_layers),
         vocab_size=config.vocab_size,
@@ -80,8 +80,10 @@ def decoder_config(config: PretrainedConfig | SimpleNamespace) -> DecoderConfig:
         rms_norm_eps=config.rms_norm_eps,
         rope_parameters=config.rope_parameters,
         max_position_embeddings=config.max_position_embeddings,
-        qkv_bias=kind == "qwen2" or llama_bias,
-        o_bias=kind == "llama" and llama_bias,
+        # Qwen2 has them whatever its configuration says, and never at the output.
+        qkv_bias=kind == "qwen2" or bias,
+        o_bias=kind != "qwen2" and bias,
+        qk_norm=kind == "qwen3",
     )
 
 

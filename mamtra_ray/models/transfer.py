@@ -3,7 +3,7 @@
 Eqs. 2 to 4: without softmax, attention's K V^T update is the SSM's B x^T update and its query reads the state
 as C does. So the projections carry over, C <- Q, B <- K, x <- V, out_proj <- o_proj, and what attention has
 no counterpart for starts as in Mamba-2: the gate z, the time step dt, A, D and the gated norm. RoPE and the
-1/sqrt(d) scale are dropped (the gated norm is scale-free).
+1/sqrt(d) scale are dropped (the gated norm is scale-free), and so are Qwen3's norms of queries and keys.
 """
 
 from __future__ import annotations

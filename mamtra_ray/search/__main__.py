@@ -30,11 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         from mamtra_ray.search.plan import print_plan
 
         inputs = check_inputs(run.config, speech=True)
-        if inputs.teacher.decoder is not None:
-            from mamtra_ray.models.granite import check_representable
-
-            check_representable(inputs.teacher.decoder)
         print_plan(run.config, run.folder, inputs)
+        if inputs.teacher.decoder is not None:
+            from mamtra_ray.export.checkpoint import export_note
+
+            print(export_note(inputs.teacher.decoder), end="")
         return 0
 
     from mamtra_ray.runtime.cluster import cluster_failures_are_said

@@ -15,7 +15,7 @@ from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.evaluate.evaluation import evaluate_systems
 from mamtra_ray.evaluate.results import Evaluation
 from mamtra_ray.evaluate.run_scores import measured_of, with_scores
-from mamtra_ray.export.checkpoint import export_student
+from mamtra_ray.export.checkpoint import export_student, form_of
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.folder import Reference, Score
 from mamtra_ray.run.names import TEACHER, TRIALS, best_folder, student_folder
@@ -61,18 +61,20 @@ def _evaluate(session: Session, finalists: Sequence[FinalistRow]) -> dict[str, E
 
 
 def export(session: Session, best: Mapping[str, FinalistRow]) -> tuple[dict[Layout, Path], list[InputError]]:
-    """The best finalist of every ratio as a checkpoint for plain transformers; ``best/`` is the first ratio's.
+    """The best finalist of every ratio as a checkpoint; ``best/`` is the first ratio's.
 
     Returns:
         Folders by layout, and why others could not be written: what a search found is worth a report all the same.
     """
     folders, refusals = {}, []
-    with session.screen.phase("export", "a checkpoint that plain transformers loads"):
+    form = form_of(session.teacher.model.config)
+    what = "a checkpoint that plain transformers loads" if form == "transformers" else "a checkpoint in our own form"
+    with session.screen.phase("export", what):
         for ratio, row in best.items():
             folder = best_folder(session.folder, ratio, list(best))
             student = student_folder(session.folder, row.layout)
             try:
-                export_student(student, folder, row, session.teacher, session.config.teacher)
+                export_student(student, folder, row, session.teacher, session.config.teacher, form)
                 folders[row.layout] = folder
             except InputError as error:
                 refusals.append(error)

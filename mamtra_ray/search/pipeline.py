@@ -18,8 +18,8 @@ from mamtra_ray.distill.job import distill_data
 from mamtra_ray.distill.learning_rate import with_learning_rate
 from mamtra_ray.evaluate.evaluation import check_evaluation
 from mamtra_ray.evaluate.run_scores import choose
+from mamtra_ray.export.checkpoint import export_note
 from mamtra_ray.layouts.candidates import Candidate, importance_criteria, paper_candidates
-from mamtra_ray.models.granite import check_representable
 from mamtra_ray.probe.phase import probe_data, run_probe
 from mamtra_ray.probe.probing import propose
 from mamtra_ray.report.report import write_report
@@ -49,12 +49,13 @@ def search(run: OpenRun, address: str | None) -> int:
     """
     session = start_session(run, phases(run.config), address)
     config, folder, screen = session.config, session.folder, session.screen
-    check_representable(session.teacher.model.config)
     check_decoding(session)
     if config.evaluate.sentences:
         check_evaluation(config, session.shared_teacher, session.worker)
     ratios = ", ".join(config.search.ratios)
     screen.say(f"run {folder}: {session.num_layers} layers, ratios {ratios}; dashboard {session.dashboard}")
+    if note := export_note(session.teacher.model.config):
+        screen.say(note.rstrip())
     metrics = SearchMetrics(folder.name)
     train, validation = make_cache(session)
     library = make_library(session, train, validation)

@@ -74,6 +74,7 @@ def architecture_of(teacher: Teacher, state_sharing: StateSharing) -> Architectu
         head_dim=shape.head_dim,
         qkv_bias=shape.qkv_bias,
         o_bias=shape.o_bias,
+        qk_norm=shape.qk_norm,
         table_parameters=tables + (0 if teacher.model.head.bias is None else vocabulary.speech_size),
         head_outputs=vocabulary.speech_size,
         state_sharing=state_sharing,
