@@ -17,6 +17,7 @@ import argparse
 import numpy as np
 from measurement import print_table, write_result
 
+from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import read_corpus, token_counts
 from mamtra_ray.speech_lm.sequences import SequenceFormat, Vocabulary
 from mamtra_ray.teacher_cache.batches import plan_epoch
@@ -75,7 +76,7 @@ def shuffled(lengths: np.ndarray, tokens_per_batch: int, seed: int) -> list[np.n
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sequence = SequenceFormat(prefix=(20,), separator=(21,), vocabulary=Vocabulary(10, 10, 2, eos_id=9, stop_ids=(9,)))
-    demo = read_corpus(None, "train", max_speech_tokens=160_000)
+    demo = drawn(read_corpus(None, "train"), 0, 160_000)
     corpora = {
         "demo": (
             shared_of(token_counts(demo, "text_tokens"), token_counts(demo, "speech_tokens"), 256),

@@ -57,6 +57,7 @@ from measurement import paired, print_table, write_result
 from torch import Tensor, nn
 
 from mamtra_ray.config import CacheConfig
+from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import corpus_identity, read_corpus, utterances
 from mamtra_ray.losses import HiddenTargets, LossWeights, TopKTargets, distillation_loss
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
@@ -202,7 +203,7 @@ def main() -> None:
 
     splits = []
     for name, limit in (("train", options.cache_tokens), ("validation", options.cache_tokens // 5)):
-        rows = utterances(read_corpus(None, name, max_speech_tokens=limit))
+        rows = utterances(drawn(read_corpus(None, name), 0, limit))
         splits.append(Split(name, rows, teacher_rows(teacher.model, teacher, rows)))
     held_out = splits[1]
     num_rows = len(held_out.hidden_ND)

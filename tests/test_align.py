@@ -85,6 +85,72 @@ def test_one_step_of_all_layers_is_one_step_of_each(teacher):
             torch.testing.assert_close(parameter, wanted, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def part_of(batch, rank):
+    """One of three processes' part; that of the last batch is empty for two of them."""
+    rows = slice(rank, None, 3)
+    ids_BL, mask_BL = batch.input_ids_BL[rows], batch.attention_mask_BL[rows]
+    if not len(ids_BL):
+        return SimpleNamespace(
+            input_ids_BL=batch.input_ids_BL[:1], attention_mask_BL=batch.attention_mask_BL[:1] & False
+        )
+    length = int(mask_BL.sum(1).max())
+    return SimpleNamespace(input_ids_BL=ids_BL[:, :length], attention_mask_BL=mask_BL[:, :length])
+
+
+STEPS = [
+    batch_of(lengths, seed) for seed, lengths in enumerate([(30, 4, 9, 17), (12, 25, 7), (3, 40, 8, 8, 21), (16,)])
+]
+TOGETHER = AlignConfig(tokens=400, tokens_per_batch=100, learning_rate=6e-3)
+
+
+def trained_together(teacher, rank=0, world_size=1):
+    training = MixerTraining(teacher.model, TOGETHER, "per_query_head", CPU, world_size, seed=5)
+    parts = STEPS if world_size == 1 else [part_of(batch, rank) for batch in STEPS]
+    training.fit_output_projections(parts)
+    errors = [training.step(part) for part in parts]
+    return training, errors
+
+
+def _one_of_three(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    training, errors = trained_together(load_teacher("huggingface", f"{folder}/teacher"), rank, 3)
+    if rank == 2:
+        torch.save((training.library(), errors, training.position.tokens), f"{folder}/together.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_several_workers_are_one_worker(tmp_path):
+    """Same seed, same batches: the same mixers up to rounding, however unequal the parts are."""
+    write_folder(tmp_path / "teacher", transformers_model())
+    torch.multiprocessing.spawn(_one_of_three, args=(str(tmp_path),), nprocs=3)
+    library, errors, tokens = torch.load(tmp_path / "together.pt", weights_only=True)
+    alone, alone_errors = trained_together(load_teacher("huggingface", tmp_path / "teacher"))
+    assert tokens == alone.position.tokens
+    for layer, expected in alone.library().items():
+        for name, tensor in expected.items():
+            torch.testing.assert_close(library[layer][name], tensor, rtol=0, atol=3e-4, msg=f"{layer}.{name}")
+        # By the sums of all parts, not by the mean of their ratios.
+        assert [step[layer] for step in errors] == pytest.approx([step[layer] for step in alone_errors], rel=1e-3)
+    start = MixerTraining(load_teacher("huggingface", tmp_path / "teacher").model, TOGETHER, "per_query_head", CPU)
+    moved = [(library[0][name] - tensor).abs().max() for name, tensor in start.library()[0].items()]
+    assert max(moved) > 1e-2
+
+
+def test_an_alignment_that_diverges_is_named_before_it_spoils_the_mixers(teacher):
+    training = MixerTraining(teacher.model, TOGETHER, "per_query_head", CPU)
+    before = training.library()
+    with torch.no_grad():
+        norm = training.mixers[2].norm.weight
+        norm[0] = torch.inf
+        before[2]["norm.weight"] = norm.clone()
+    with pytest.raises(InputError, match=r"the alignment of layer 2 has diverged at step 0: .*align\.learning_rate"):
+        training.step(STEPS[0])
+    for layer, tensors in training.library().items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, before[layer][name], rtol=0, atol=0)
+
+
 def test_output_projections_are_the_least_squares_solution(teacher):
     sample = [batch_of([30, 25, 28], seed) for seed in range(4)]
     training = MixerTraining(teacher.model, AlignConfig(), "per_query_head", CPU)

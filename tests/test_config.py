@@ -18,7 +18,7 @@ SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
 # What a shipped space leaves to the defaults. A key that appears here is one that somebody has thought about for that
 # model: decide about a new one in the file, or add it here.
 NEUTRAL = [
-    *("seed", "context_length", "resources.cpus_per_worker", "resources.gpus_per_worker"),
+    *("seed", "context_length", "corpus.seed", "resources.cpus_per_worker", "resources.gpus_per_worker"),
     *(f"cache.{key}" for key in ("location", "top_k", "layers", "utterances_per_shard", "actors")),
     *("student.state_sharing", "align.precision", "probe.importance_sentences"),
     *(f"search.{key}" for key in ("sampler", "keep_attention", "always_mamba", "cost", "workers_per_trial")),

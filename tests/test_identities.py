@@ -11,14 +11,18 @@ from mamtra_ray.distill.job import DistillData, student_made_by
 from mamtra_ray.teacher_cache.build import cache_made_by
 
 
-def shared(format_=None, speech_tokens=100):
+def shared(format_=None, speech_tokens=100, selection=0):
     """What identities read of a shared cache."""
-    manifest = SimpleNamespace(made_by={"corpus": "c", "format": format_ or {"kind": "hidden"}})
+    manifest = SimpleNamespace(made_by={"corpus": "c", "format": format_ or {"kind": "hidden"}, "selection": selection})
     return SimpleNamespace(manifest=manifest, speech_tokens=speech_tokens)
 
 
+def made_by(config, teacher, corpus, seed=0, longest=None):
+    return cache_made_by(config, teacher, corpus, seed=seed, longest=longest)
+
+
 def cache(**settings):
-    return cache_made_by(CacheConfig(**settings), "teacher", CorpusIdentity("corpus", "tokenizer"))
+    return made_by(CacheConfig(**settings), "teacher", CorpusIdentity("corpus", "tokenizer"))
 
 
 @pytest.mark.parametrize(
@@ -38,8 +42,10 @@ def test_a_cache_is_the_same(settings):
 )
 def test_a_cache_is_another_one(settings, more):
     assert cache(**settings) != cache(**settings, **more) != cache()
-    assert cache() != cache_made_by(CacheConfig(), "another teacher", CorpusIdentity("corpus", "tokenizer"))
-    assert cache() != cache_made_by(CacheConfig(), "teacher", CorpusIdentity("another corpus", "tokenizer"))
+    assert cache() != made_by(CacheConfig(), "another teacher", CorpusIdentity("corpus", "tokenizer"))
+    assert cache() != made_by(CacheConfig(), "teacher", CorpusIdentity("another corpus", "tokenizer"))
+    assert cache() != made_by(CacheConfig(), "teacher", CorpusIdentity("corpus", "tokenizer"), seed=1)
+    assert cache() != made_by(CacheConfig(), "teacher", CorpusIdentity("corpus", "tokenizer"), longest=64)
 
 
 def library(config=None, sharing="per_query_head", data=None, seed=0):
@@ -56,6 +62,7 @@ def test_a_mixer_library_depends_on_what_its_weights_depend_on():
         library(AlignConfig(learning_rate=0.5)),
         library(sharing="per_kv_head"),
         library(data=shared(speech_tokens=7)),
+        library(data=shared(selection=1)),
         library(seed=1),
     ]
     assert all(other != library() for other in others)

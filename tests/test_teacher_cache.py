@@ -23,6 +23,7 @@ from tiny_cache import LocalTeacher, cache_without_ray, random_rows, tiny_config
 from tiny_models import SEQUENCE, SPEECH, transformers_model
 
 from mamtra_ray.config import Config
+from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import read_corpus
 from mamtra_ray.errors import InputError
 from mamtra_ray.runtime.resources import WorkerResources
@@ -43,6 +44,7 @@ from mamtra_ray.teacher_cache.shared import share_cache
 from mamtra_ray.teacher_cache.storage import LOCK_FILE, Storage
 from mamtra_ray.teacher_cache.worker import CacheJob, ShardWriter
 from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.huggingface import write_format
 from mamtra_ray.teachers.shared import share_teacher
 
 TESTS = Path(__file__).parent
@@ -114,9 +116,11 @@ def test_ray_builds_the_rows_of_transformers_own_model(ray_cluster: None, tmp_pa
         stored = [
             r for name, _ in manifest.split_shards(split) for r in pq.read_table(tmp_path / "cache" / name).to_pylist()
         ]
-        expected = [row for row in rows if row["split"] == split]
-        assert [r["utterance_id"] for r in stored] == [row["utterance_id"] for row in expected]
-        for found, row in zip(stored, expected, strict=True):
+        expected = {row["utterance_id"]: row for row in rows if row["split"] == split}
+        order = drawn(read_corpus(config.corpus.path, split), config.corpus.seed)["utterance_id"].to_pylist()
+        assert [r["utterance_id"] for r in stored] == order and set(order) == set(expected)
+        for found in stored:
+            row = expected[found["utterance_id"]]
             speech = [token + SPEECH.start for token in row["speech_tokens"]]
             ids = torch.tensor([[71, *row["text_tokens"], 72, 73, *speech]])
             with torch.no_grad():
@@ -634,3 +638,35 @@ def test_dry_run_and_wrong_input(made: tuple[Config, Path], tmp_path: Path, caps
     assert not (tmp_path / "run").exists()
     assert main(["--dry-run", "--run", str(tmp_path / "run"), *overrides, "corpus.path=/nowhere"]) == 2
     assert "error: corpus /nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("longest", [64, 30])
+def test_nothing_longer_than_the_teacher_reaches_cache_or_training(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], longest: int
+) -> None:
+    """A teacher that was trained on windows of ``longest`` tokens, and one utterance of 600 in either split."""
+    rows = random_rows()
+    for row in (rows[0], rows[-1]):
+        row["speech_tokens"] = [0] * 600
+    config = tiny_config(tmp_path, rows=rows)
+    write_format(tmp_path / "teacher", SEQUENCE, 25.0, (2.0, 20.0), made_by={}, max_length=longest)
+    teacher = load_teacher("huggingface", config.teacher.path)
+    overhead = len(SEQUENCE.prefix) + len(SEQUENCE.separator)
+    lengths = {row["utterance_id"]: overhead + len(row["text_tokens"]) + len(row["speech_tokens"]) for row in rows}
+    fitting = {name for name, length in lengths.items() if length <= longest}
+    assert 0 < len(fitting) < len(rows)
+    notes: list[str] = []
+    manifest = build_cache(config, tmp_path / "cache", on_note=notes.append)
+    assert sum(shard.utterances for shard in manifest.shards.values()) == len(fitting)
+    assert len(notes) == 2 and all(f"longer than the teacher's {longest} tokens" in note for note in notes)
+    made_by = {"teacher_fingerprint": teacher.fingerprint, "corpus_hash": manifest.made_by["corpus"]}
+    seen = 0
+    for split in ("train", "validation"):
+        shared = share_cache(tmp_path / "cache", split=split, **made_by)
+        for batch in batches(shared, SEQUENCE, tokens_per_batch=200, seed=0, epoch=0):
+            assert int(batch.attention_mask_BL.sum(1).max()) <= longest
+            seen += len(batch.input_ids_BL)
+    assert seen == len(fitting)
+    space = [f"teacher.{name}={value}" for name, value in config.teacher.model_dump().items()]
+    assert main([*space, f"corpus.path={config.corpus.path}", f"--run={tmp_path / 'run'}", "--dry-run"]) == 0
+    assert f"left out: {len(rows) - len(fitting)} utterances longer" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import numpy as np
 from tiny_models import VOCABULARY, transformers_model, write_folder
 
 from mamtra_ray.config import Config
+from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import corpus_identity, read_corpus, token_counts, write_corpus
 from mamtra_ray.teacher_cache.build import cache_made_by
 from mamtra_ray.teacher_cache.manifest import CacheManifest, finished_shard, plan_shards, write_manifest
@@ -64,13 +65,14 @@ def cache_without_ray(config: Config, folder: Path) -> CacheManifest:
     """The cache of all utterances, by the worker's own code but in this process."""
     teacher = load_teacher(config.teacher.kind, config.teacher.path)
     storage = Storage.of(folder)
-    made_by = cache_made_by(config.cache, teacher.fingerprint, corpus_identity(read_corpus(config.corpus.path)))
+    identity = corpus_identity(read_corpus(config.corpus.path))
+    made_by = cache_made_by(config.cache, teacher.fingerprint, identity, seed=config.corpus.seed, longest=None)
     size = config.cache.utterances_per_shard
     manifest = CacheManifest(made_by, teacher.model.config.hidden_size, size, True, {})
     teacher_pass = TeacherPass(CacheJob(LocalTeacher(teacher), storage, made_by))
     shards = {}
     for split in ("train", "validation"):
-        table = read_corpus(config.corpus.path, split)
+        table = drawn(read_corpus(config.corpus.path, split), config.corpus.seed)
         for planned in plan_shards(split, token_counts(table, "speech_tokens"), size):
             content = teacher_pass.shard(planned, table.slice(planned.first, planned.utterances))
             storage.write(planned.name(size), content)

@@ -9,6 +9,7 @@ would repeat the teacher's pass: a third of the work on the demo.)
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from mamtra_ray.align.mixer_training import Batch, MixerTraining
 from mamtra_ray.artifacts import content_hash
 from mamtra_ray.config import AlignConfig
 from mamtra_ray.models.mamba import StateSharing
+from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.runtime.resources import WorkerResources
-from mamtra_ray.runtime.stopping import run_interruptibly
+from mamtra_ray.runtime.train_run import fit
 from mamtra_ray.runtime.training import has_state, remove_state
-from mamtra_ray.teacher_cache.batches import batches
+from mamtra_ray.teacher_cache.batches import batches, batches_holding
 from mamtra_ray.teacher_cache.shared import SharedCache
 from mamtra_ray.teachers.shared import SharedTeacher
 
@@ -109,6 +111,7 @@ def library_made_by(
     """
     settings = config.model_dump(exclude={"workers"}) | {
         "state_sharing": state_sharing,
+        "selection": train.manifest.made_by["selection"],
         "train_speech_tokens": train.speech_tokens,
         "seed": seed,
     }
@@ -130,7 +133,7 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
         return batches(
             job.train,
             teacher.sequence,
-            tokens_per_batch=max(1, config.tokens_per_batch // world_size),
+            tokens_per_batch=config.tokens_per_batch,
             seed=job.seed,
             epoch=epoch,
             rank=rank,
@@ -151,8 +154,11 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
         seconds_before = float(content["seconds"])
     else:
         transferred = held_out()
-        wanted = _TOKENS_PER_CHANNEL * teacher.model.config.mixer.inner_size // world_size
-        training.fit_output_projections(_first_tokens(train_batches(epoch=0), wanted))
+        wanted = _TOKENS_PER_CHANNEL * teacher.model.config.mixer.inner_size
+        count = batches_holding(
+            job.train, teacher.sequence, wanted, tokens_per_batch=config.tokens_per_batch, seed=job.seed, epoch=0
+        )
+        training.fit_output_projections(itertools.islice(train_batches(epoch=0), count))
         start, seconds_before = held_out(), 0.0
 
     began = last_yield = last_save = time.monotonic()
@@ -192,7 +198,7 @@ def _align_in_a_task(job: AlignJob, worker: WorkerResources, report: Progress) -
         task = _align_task.options(**worker.options())
         try:
             for tokens in cast(Iterable[Any], task.remote(job)):
-                report(min(ray.get(tokens), total), total)
+                report(min(result_of(tokens), total), total)
             return
         except (WorkerCrashedError, RayActorError):
             if attempt == _ATTEMPTS:
@@ -220,7 +226,7 @@ def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Progress
     )
     total = job.config.tokens
     with repeatedly(lambda: report(min(ray.get(counter.get.remote()), total), total)):
-        run_interruptibly(trainer.fit)
+        fit(trainer)
 
 
 def train_fn_per_worker(train_loop_config: dict[str, Any]) -> None:
@@ -249,13 +255,3 @@ class _Counter:
 def _by_layer(errors: dict[str, float]) -> dict[int, float]:
     """JSON has texts for keys."""
     return {int(layer): float(error) for layer, error in errors.items()}
-
-
-def _first_tokens(source: Iterable[Batch], tokens: int) -> Iterator[Batch]:
-    """Batches until they hold ``tokens`` positions."""
-    seen = 0
-    for batch in source:
-        yield batch
-        seen += batch.input_ids_BL.numel()
-        if seen >= tokens:
-            return

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mamtra_ray.config import AlignConfig
+from mamtra_ray.errors import InputError
 from mamtra_ray.models.mamba import MambaMixer, StateSharing
 from mamtra_ray.models.transfer import mixer_from_attention
 from mamtra_ray.runtime.training import (
@@ -114,38 +115,57 @@ class MixerTraining:
         return self.config.learning_rate * learning_rate_factor(done, step, _WARMUP, "cosine", final=0.0)
 
     def step(self, batch: Batch) -> dict[int, float]:
-        """One optimizer step of every mixer; returns each layer's normalized error on this process's batch."""
+        """One optimizer step of every mixer; returns each layer's normalized error on the batch.
+
+        Processes that share a batch take the step that one process takes on all of it, up to rounding.
+
+        Raises:
+            InputError: a gradient is not finite; no mixer is changed.
+        """
         errors: dict[int, Tensor] = {}
-        pending: list[tuple[Tensor, list[nn.Parameter], Any]] = []
+        pending: list[tuple[int, Tensor, list[nn.Parameter], Any]] = []
         real_BL = batch.attention_mask_BL
 
         def learn(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
             with torch.enable_grad(), autocast(self.device, self.config.precision):
-                error = normalized_error(self.mixers[layer](hidden_BLD.float()), target_BLD, real_BL)
-            error.backward()
-            errors[layer] = error.detach()
+                error, power = _squares(self.mixers[layer](hidden_BLD.float()), target_BLD, real_BL)
+                # By the power of this process's part; of several parts the sums are divided by the sum.
+                loss = error / power if self.world_size == 1 else error
+            loss.backward()
+            errors[layer] = error.detach() / power
             parameters = list(self.mixers[layer].parameters())
             if self.world_size > 1:
                 # Sent while the next layer computes.
-                flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-                pending.append((flat, parameters, torch.distributed.all_reduce(flat, async_op=True)))
+                gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+                flat = torch.cat([*gradients, torch.stack([error.detach(), power])])
+                pending.append((layer, flat, parameters, torch.distributed.all_reduce(flat, async_op=True)))
 
         with torch.no_grad(), attention_taps(self.teacher, learn):
             # Padded right and causal: no position sees padding, so no mask is needed.
             self.teacher.hidden_states(batch.input_ids_BL)
-        for flat, parameters, work in pending:
+        for layer, flat, parameters, work in pending:
             work.wait()
-            parts = (flat / self.world_size).split([parameter.numel() for parameter in parameters])
+            *parts, last = (flat / flat[-1]).split([*(parameter.numel() for parameter in parameters), 2])
+            errors[layer] = last[0]
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
-        for mixer in self.mixers.values():
-            nn.utils.clip_grad_norm_(mixer.parameters(), _MAX_GRAD_NORM)
+        norms = [nn.utils.clip_grad_norm_(mixer.parameters(), _MAX_GRAD_NORM) for mixer in self.mixers.values()]
+        self._check_finite(torch.stack(norms))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position = self.position.after(sum_over_workers(int(real_BL.sum()), self.world_size, self.device))
         return {layer: float(error) for layer, error in errors.items()}
+
+    def _check_finite(self, norms: Tensor) -> None:
+        wrong = (~norms.isfinite()).nonzero()
+        if len(wrong):
+            index = int(wrong[0])
+            raise InputError(
+                f"the alignment of layer {list(self.mixers)[index]} has diverged at step {self.position.step}: its "
+                f"gradient's norm is {float(norms[index])}; lower align.learning_rate, or use align.precision=float32"
+            )
 
     def next_epoch(self) -> None:
         """Call when the batches of an epoch are used up."""
@@ -238,13 +258,11 @@ class MixerTraining:
         return content
 
 
-def normalized_error(output_BLD: Tensor, target_BLD: Tensor, real_BL: Tensor) -> Tensor:
-    """Squared error over the target's squares, both summed over real positions: 0 perfect, 1 as good as silence."""
-    error, power = _squares(output_BLD, target_BLD, real_BL)
-    return error / power
-
-
 def _squares(output_BLD: Tensor, target_BLD: Tensor, real_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error and the target's squares, both summed over real positions.
+
+    Their ratio is the normalized error: 0 perfect, 1 as good as silence.
+    """
     target_BLD = target_BLD.float()
     weight_BL1 = real_BL[..., None].float()
     error = ((output_BLD.float() - target_BLD).square() * weight_BL1).sum()

@@ -57,9 +57,11 @@ class CorpusConfig(Section):
     path: LocalPath | None = None
     """Parquet file or folder made by `python -m mamtra_ray.corpus`; none for the packaged demo corpus."""
     train_tokens: Count | None = None
-    """Use only the first utterances that together hold this many speech tokens; none for all."""
+    """Use only utterances that together hold this many speech tokens, drawn evenly from the speakers; none for all."""
     validation_tokens: Count = 50_000
-    """Speech tokens of the validation split on which CE and KL are measured."""
+    """Speech tokens of the validation split on which CE and KL are measured, drawn in the same way."""
+    seed: Seed = 0
+    """Of these drawings, and of the sentences that are spoken. Not `seed`: runs that differ in it share a cache."""
 
 
 class CacheConfig(Section):

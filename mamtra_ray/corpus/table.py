@@ -123,16 +123,12 @@ def write_corpus(
     return CorpusIdentity(digest, tokenizer)
 
 
-def read_corpus(
-    path: Path | str | None = None, split: str | None = None, *, max_speech_tokens: int | None = None
-) -> pa.Table:
-    """Read and verify a corpus; keep one split, or its first utterances.
+def read_corpus(path: Path | str | None = None, split: str | None = None) -> pa.Table:
+    """Read and verify a corpus; keep one split.
 
     Args:
         path: Parquet file or folder of them; none for the packaged demo corpus.
         split: train, validation or test; none for all rows.
-        max_speech_tokens: keep the first utterances that together hold at most this many speech tokens
-            (one utterance at least); none for all.
 
     Returns:
         The rows in stored order, with all columns of the module docstring that the corpus has.
@@ -155,8 +151,6 @@ def read_corpus(
         digest = _content_hash(table)
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
-    if max_speech_tokens is not None and len(table):
-        table = table.slice(0, first_rows_within(token_counts(table, "speech_tokens"), max_speech_tokens))
     if not len(table):
         raise InputError(f"corpus {path or DEMO_CORPUS} has no utterance in the split {split!r}")
     identity = {"corpus_hash": digest, "tokenizer": tokenizers.pop()}

@@ -79,7 +79,13 @@ def student_made_by(data: DistillData, student: StudentConfig, settings: Distill
     return {
         "teacher": data.teacher.fingerprint,
         "corpus": train.manifest.made_by["corpus"],
-        "cache": content_hash([train.manifest.made_by["format"], train.speech_tokens, validation.speech_tokens]),
+        "cache": content_hash(
+            [
+                *(train.manifest.made_by[name] for name in ("format", "selection")),
+                train.speech_tokens,
+                validation.speech_tokens,
+            ]
+        ),
         "start": content_hash([student.model_dump(), data.library_made_by if aligned else None]),
         "settings": content_hash(settings.model_dump(exclude={"tokens", "workers", "checkpoint_every_tokens"})),
         "seed": str(seed),

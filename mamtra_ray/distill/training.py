@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mamtra_ray.config import DistillConfig
+from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE, LossWeights, distillation_loss
 from mamtra_ray.models.mamba import MambaMixer
 from mamtra_ray.runtime.training import (
@@ -148,7 +149,11 @@ class Distillation:
         return self.peak_learning_rate * factor
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token."""
+        """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token.
+
+        Raises:
+            InputError: the gradient is not finite; the student is not changed.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate() * group["learning_rate_factor"]
         tokens = sum_over_workers(batch.num_tokens, self.world_size, self.device)
@@ -160,7 +165,11 @@ class Distillation:
             [p for p in self.student.parameters() if p.requires_grad], self.config.max_grad_norm
         )
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm.item()} at step {self.position.step}")
+            raise InputError(
+                f"the training of {self.student.layout} has diverged: its gradient's norm is {norm.item()} at step "
+                f"{self.position.step} (loss {float(total.detach())}); lower distill.learning_rate, or use "
+                "distill.precision=float32"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position, self.report = self.position.after(tokens), None

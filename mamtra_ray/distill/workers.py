@@ -21,7 +21,7 @@ from mamtra_ray.align.mixer_library import load_library
 from mamtra_ray.distill.job import DistillJob, Report
 from mamtra_ray.distill.training import Distillation, Stopwatch, validate
 from mamtra_ray.runtime.resources import WorkerResources
-from mamtra_ray.runtime.stopping import run_interruptibly
+from mamtra_ray.runtime.train_run import fit
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teacher_cache.batches import batches
@@ -92,7 +92,7 @@ def distill(
             epoch_batches = batches(
                 job.data.train,
                 sequence,
-                tokens_per_batch=size // world_size,
+                tokens_per_batch=size,
                 seed=job.seed,
                 epoch=training.position.epoch,
                 rank=rank,
@@ -172,7 +172,7 @@ def distill_on_workers(
     job: DistillJob, folder: Path, *, workers: int, worker: WorkerResources, callbacks: list[Any] | None = None
 ) -> Report:
     """Distill ``job`` on Ray Train workers; the trained student ends in ``folder/student``."""
-    result = run_interruptibly(trainer_for(job, folder, workers=workers, worker=worker, callbacks=callbacks).fit)
+    result = fit(trainer_for(job, folder, workers=workers, worker=worker, callbacks=callbacks))
     assert result.checkpoint is not None and result.metrics is not None
     with result.checkpoint.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / "student", folder / "student", dirs_exist_ok=True)

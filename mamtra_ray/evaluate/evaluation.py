@@ -14,6 +14,7 @@ from typing import Any
 
 from mamtra_ray.artifacts import content_hash, file_hash
 from mamtra_ray.config import Config
+from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import Utterance, corpus_identity, read_corpus, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.alarms import Alarm, finalist_alarms, teacher_alarms
@@ -147,13 +148,14 @@ def check_evaluation(config: Config, teacher: SharedTeacher, worker: WorkerResou
 
 
 def test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
-    """The first sentences of the test split; ids of those without a word after normalization; the corpus hash."""
+    """Sentences of the test split, drawn by ``corpus.seed``; ids of those without a word after normalization; the
+    corpus hash."""
     settings = config.evaluate
     if not settings.sentences:
         raise InputError("evaluate.sentences is 0: there is nothing to speak")
     test = read_corpus(settings.corpus or config.corpus.path, "test")
     normalize = NORMALIZATIONS[settings.normalization]
-    first = utterances(test.slice(0, settings.sentences))
+    first = utterances(drawn(test, config.corpus.seed).slice(0, settings.sentences))
     speakable = [sentence for sentence in first if normalize(sentence.text).split()]
     if not speakable:
         raise InputError(f"the test split has no sentence with a word after {settings.normalization} normalization")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from mamtra_ray.config import Config
+from mamtra_ray.corpus.selection import usable
 from mamtra_ray.corpus.table import (
     CorpusIdentity,
     check_tokenizer,
@@ -35,7 +36,10 @@ class CheckedInputs:
     teacher: TeacherOutline
     corpus: CorpusIdentity
     train: pa.Table
+    """What can be trained on, in the order in which a limit takes it."""
     validation: pa.Table
+    left_out: int
+    """Utterances of both that are longer than what the teacher was trained for."""
     space: SearchSpace
 
     @property
@@ -67,12 +71,15 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
     corpus = read_corpus(config.corpus.path)
     check_tokenizer(corpus, outline.tokenizer)
     check_vocabulary(corpus, outline.text_size, outline.speech_size)
-    train, validation = split_of(corpus, "train"), split_of(corpus, "validation")
+    splits = {split: split_of(corpus, split) for split in ("train", "validation")}
+    overhead, longest = outline.sequence_overhead, outline.max_length
+    train, validation = (usable(rows, split, overhead, longest, config.corpus.seed) for split, rows in splits.items())
+    left_out = sum(map(len, splits.values())) - len(train) - len(validation)
     if config.cache.format == "topk" and config.cache.top_k >= outline.speech_size:
         raise InputError(f"cache.top_k={config.cache.top_k} must be below the {outline.speech_size} ids it is of")
     if speech and config.evaluate.sentences:
         _check_speech(config, outline, corpus)
-    return CheckedInputs(outline, corpus_identity(corpus), train, validation, space)
+    return CheckedInputs(outline, corpus_identity(corpus), train, validation, left_out, space)
 
 
 def search_space(config: Config, num_layers: int) -> SearchSpace:

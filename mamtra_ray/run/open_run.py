@@ -22,6 +22,7 @@ from mamtra_ray.run.names import CONFIG, FINALIST_RESULTS, TRIALS
 _OF_STUDENTS = (
     "seed",
     "teacher.kind",
+    "corpus.seed",
     "corpus.train_tokens",
     "corpus.validation_tokens",
     "cache.format",

@@ -12,6 +12,7 @@ from mamtra_ray.corpus.table import token_counts
 from mamtra_ray.layouts.candidates import importance_criteria, paper_candidates
 from mamtra_ray.run.checks import CheckedInputs
 from mamtra_ray.runtime.progress import duration, table
+from mamtra_ray.teacher_cache.plan import left_out_note
 
 # Share of this machine's matmul rate that a whole forward or training step reaches on the demo.
 _REACHED = 0.35
@@ -59,6 +60,7 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     total = sum(tokens * body * factor for _, _, tokens, factor in phases)
     name = inputs.teacher.name
     print(f"plan for {folder}: teacher {name}, {layers} layers, {body / 1e6:.1f} M parameters without the table")
+    print(left_out_note(inputs).removeprefix("\n"), end="\n" * bool(inputs.left_out))
     print(f"ratios {', '.join(search.ratios)}; always among the candidates:")
     for candidate in paper_placements:
         print(f"  {candidate.layout}  {candidate.layout.ratio}  {candidate.origin}")

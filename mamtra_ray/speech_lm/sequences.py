@@ -67,6 +67,11 @@ class SequenceFormat:
         object.__setattr__(self, "prefix", tuple(self.prefix))
         object.__setattr__(self, "separator", tuple(self.separator))
 
+    @property
+    def overhead(self) -> int:
+        """Tokens of a sequence beside its text and speech."""
+        return len(self.prefix) + len(self.separator)
+
     def training_example(
         self, text_tokens: Sequence[int], speech_tokens: Sequence[int], next_token: int | None = None
     ) -> tuple[Tensor, Tensor]:

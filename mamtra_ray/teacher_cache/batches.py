@@ -8,6 +8,7 @@ Tensor letters: B batch, L padded length, N labeled positions, D model width.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -64,10 +65,10 @@ def plan_epoch(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[list[np.ndarray]]:
-    """The batches of one rank in one epoch, as utterance indices, window by window.
+    """One rank's part of the batches of an epoch, as utterance indices, window by window.
 
-    Batches that ranks process at the same time have about the same length. Where the number of batches is no
-    multiple of the ranks, a few are used twice, so that every rank has the same number and nothing is left out.
+    Batches do not depend on the number of ranks, which share the utterances of each. A rank has no part (an empty
+    array) of a batch that has fewer utterances than there are ranks.
     """
     random = np.random.default_rng([seed, epoch, 0x6D61])
     lengths = len(sequence.prefix) + shared.num_text + len(sequence.separator) + shared.num_speech
@@ -81,10 +82,8 @@ def plan_epoch(
         sort_key = lengths[rows] * (1 + _LENGTH_JITTER * random.random(len(rows)))
         rows = rows[np.argsort(sort_key, kind="stable")]
         cut = _cut(rows, lengths, tokens_per_batch)
-        repeated = random.integers(len(cut), size=-len(cut) % world_size)
-        cut = [cut[index] for index in sorted([*range(len(cut)), *repeated.tolist()])]
-        steps = random.permutation(len(cut) // world_size)
-        plan.append([cut[step * world_size + rank] for step in steps])
+        # Sorted by length: taken in turns, the parts of a batch are about equally long.
+        plan.append([cut[step][rank::world_size] for step in random.permutation(len(cut))])
     return plan
 
 
@@ -105,7 +104,7 @@ def batches(
     Args:
         shared: of :func:`share_cache`.
         sequence: how the teacher builds sequences.
-        tokens_per_batch: padded tokens of a batch of one rank at most; a longer utterance is a batch of its own.
+        tokens_per_batch: padded tokens of a batch at most, over all ranks; a longer utterance is a batch of its own.
         seed, epoch: equal ones give equal batches.
         rank, world_size: this process among those that train together.
         skip_batches: leave out so many of this rank's first batches (to go on from a checkpoint).
@@ -119,6 +118,16 @@ def batches(
     )
     made = _made(shared, sequence, plan, skip_batches, device)
     return _prefetched(made) if device.type == "cuda" else made
+
+
+def batches_holding(
+    shared: SharedCache, sequence: SequenceFormat, tokens: int, *, tokens_per_batch: int, seed: int, epoch: int
+) -> int:
+    """How many of an epoch's first batches it takes for ``tokens`` real tokens, over all ranks."""
+    lengths = sequence.overhead + shared.num_text + shared.num_speech
+    plan = plan_epoch(shared, sequence, tokens_per_batch=tokens_per_batch, seed=seed, epoch=epoch)
+    held = np.cumsum([int(lengths[rows].sum()) for window in plan for rows in window])
+    return min(int(np.searchsorted(held, tokens)) + 1, len(held))
 
 
 def padding_waste(shared: SharedCache, sequence: SequenceFormat, *, tokens_per_batch: int, seed: int = 0) -> float:
@@ -171,8 +180,9 @@ def _made(
         if skip_batches >= len(window):
             skip_batches -= len(window)
             continue
+        filler = next((rows[:1] for rows in window if len(rows)), np.zeros(1, np.int64))
         remaining, skip_batches = window[skip_batches:], 0
-        needed = np.unique(shared.block_of_row[np.concatenate(remaining)]).tolist()
+        needed = np.unique(shared.block_of_row[np.concatenate([*remaining, filler])]).tolist()
         tables = ray.get([shared.blocks[block] for block in needed])
         columns = {
             block: {name: _Column(table[name]) for name in (*names, NEXT_TOKEN) if name in table.column_names}
@@ -180,10 +190,13 @@ def _made(
         }
         del tables
         for rows in remaining:
+            is_empty = len(rows) == 0
+            rows = filler if is_empty else rows
             places = [(columns[int(shared.block_of_row[row])], int(shared.row_in_block[row])) for row in rows]
             values = {name: [block[name][row] for block, row in places] for name in names}
             values[NEXT_TOKEN] = [block[NEXT_TOKEN][row] if NEXT_TOKEN in block else _NONE for block, row in places]
-            yield _batch(sequence, rows_format, values, device)
+            batch = _batch(sequence, rows_format, values, device)
+            yield _without_content(batch) if is_empty else batch
         # Lets go of this window's blocks before the next one's are restored.
         del columns
 
@@ -218,6 +231,21 @@ def _batch(
         num_tokens=sum(len(speech) + 1 for speech in speeches),
         num_real=int(lengths.sum()),
         num_padded=shape[0] * shape[1],
+    )
+
+
+def _without_content(batch: DistillBatch) -> DistillBatch:
+    """What a rank computes that has no part of a batch: all ranks must take part in every step."""
+    targets = batch.teacher_targets
+    return dataclasses.replace(
+        batch,
+        attention_mask_BL=torch.zeros_like(batch.attention_mask_BL),
+        labels_BL=torch.full_like(batch.labels_BL, IGNORE),
+        teacher_targets=HiddenTargets(targets.hidden_ND[:0], {name: x[:0] for name, x in targets.layers_ND.items()})
+        if isinstance(targets, HiddenTargets)
+        else TopKTargets(targets.ids_NK[:0], targets.log_probs_NK[:0], targets.tail_log_mass_N[:0]),
+        num_tokens=0,
+        num_real=0,
     )
 
 

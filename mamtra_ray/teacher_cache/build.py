@@ -21,6 +21,7 @@ from ray.exceptions import RayTaskError
 
 from mamtra_ray.artifacts import check_made_by
 from mamtra_ray.config import CacheConfig, CorpusConfig
+from mamtra_ray.corpus.selection import usable
 from mamtra_ray.corpus.table import (
     CorpusIdentity,
     check_tokenizer,
@@ -50,13 +51,23 @@ from mamtra_ray.teachers.shared import SharedTeacher
 from mamtra_ray.teachers.teacher import Teacher
 
 
-def cache_made_by(config: CacheConfig, teacher_fingerprint: str, corpus: CorpusIdentity) -> dict[str, Any]:
-    """Identifies a cache: all that its rows' bytes depend on. How many rows it has is no part of that."""
+def cache_made_by(
+    config: CacheConfig, teacher_fingerprint: str, corpus: CorpusIdentity, *, seed: int, longest: int | None
+) -> dict[str, Any]:
+    """Identifies a cache: all that its rows' bytes depend on. How many rows it has is no part of that.
+
+    Args:
+        config: form of the rows.
+        teacher_fingerprint, corpus: what they are made from.
+        seed: ``corpus.seed``, which gives their order.
+        longest: tokens of the teacher's longest sequence, beyond which they are left out.
+    """
     return {
         "teacher": teacher_fingerprint,
         "tokenizer": corpus.tokenizer,
         "corpus": corpus.corpus_hash,
         "format": format_settings(config),
+        "selection": {"seed": seed, "longest": longest},
     }
 
 
@@ -70,8 +81,11 @@ def build_cache(
     worker: WorkerResources,
     repair: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> CacheManifest:
     """Make the teacher cache of the train and validation splits in ``folder``, or complete or reuse it.
+
+    Utterances are taken in the order of :func:`mamtra_ray.corpus.selection.usable`.
 
     Everything that is already there is verified. A cache of more utterances than asked for is reused as it
     is; one of fewer is extended, by one job at a time. Ray must be initialized.
@@ -84,13 +98,22 @@ def build_cache(
         worker: what an actor asks Ray for.
         repair: compute damaged or missing shards again and delete foreign ones, instead of refusing them.
         on_progress: called with the speech tokens done and in all.
+        on_note: called with what the user should know, such as how many utterances are left out.
 
     Raises:
         InputError: the folder holds a cache of another teacher, tokenizer, corpus or format; shards are
             damaged; another job writes there; the disk is full; or the teacher lacks a layer of ``cache.layers``.
     """
     storage = Storage.of(folder)
-    corpora = {split: read_corpus(corpus.path, split) for split in ("train", "validation")}
+    whole = {split: read_corpus(corpus.path, split) for split in ("train", "validation")}
+    overhead, longest = teacher.sequence.overhead, teacher.max_length
+    corpora = {split: usable(table, split, overhead, longest, corpus.seed) for split, table in whole.items()}
+    if longest is not None and on_note is not None:
+        for split, table in whole.items():
+            if left_out := len(table) - len(corpora[split]):
+                on_note(
+                    f"{left_out:,} utterances of {split} are longer than the teacher's {longest:,} tokens: left out"
+                )
     num_layers = teacher.model.layout.num_layers
     if any(layer >= num_layers for layer in config.layers):
         raise InputError(f"cache.layers has layer {max(config.layers)}, the teacher only 0 to {num_layers - 1}")
@@ -98,7 +121,7 @@ def build_cache(
     for table in corpora.values():
         check_tokenizer(table, teacher.tokenizer)
         check_vocabulary(table, teacher.sequence.vocabulary.text_size, teacher.sequence.vocabulary.speech_size)
-    made_by = cache_made_by(config, teacher.fingerprint, identity)
+    made_by = cache_made_by(config, teacher.fingerprint, identity, seed=corpus.seed, longest=longest)
     if (finished := _finished(storage, made_by, lambda manifest: _wanted(corpus, manifest, corpora))) is not None:
         if on_progress is not None:
             done = sum(shard.speech_tokens for shard in finished.shards.values())

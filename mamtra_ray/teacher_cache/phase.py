@@ -14,7 +14,10 @@ def cache_location(session: Session) -> str:
     config = session.config
     if config.cache.location is not None:
         return config.cache.location
-    made_by = cache_made_by(config.cache, session.teacher.fingerprint, session.corpus)
+    teacher = session.teacher
+    made_by = cache_made_by(
+        config.cache, teacher.fingerprint, session.corpus, seed=config.corpus.seed, longest=teacher.max_length
+    )
     return str(session.shared / f"cache-{content_hash(made_by)}")
 
 
@@ -31,6 +34,7 @@ def make_cache(session: Session, *, repair: bool = False) -> tuple[SharedCache, 
             worker=session.worker,
             repair=repair,
             on_progress=lambda done, total: session.screen.count(done, total, "tokens"),
+            on_note=lambda note: session.screen.say(f"    {note}"),
         )
         train, validation = (
             share_cache(

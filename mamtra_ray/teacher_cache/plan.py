@@ -8,7 +8,7 @@ from mamtra_ray.run.checks import CheckedInputs
 
 
 def cache_plan(config: Config, inputs: CheckedInputs) -> str:
-    """One sentence: positions, form, about how many bytes, where."""
+    """A sentence: positions, form, about how many bytes, where; and another one if utterances are too long."""
     cache, positions = config.cache, 0
     limits = ((inputs.train, config.corpus.train_tokens), (inputs.validation, config.corpus.validation_tokens))
     for table, limit in limits:
@@ -24,5 +24,12 @@ def cache_plan(config: Config, inputs: CheckedInputs) -> str:
     where = cache.location or "shared/ beside the run folder"
     return (
         f"teacher {inputs.teacher.name} over {positions:,} positions, kept as {cache.format}: "
-        f"about {positions * bytes_per_token / 1e6:,.1f} MB in {where}"
+        f"about {positions * bytes_per_token / 1e6:,.1f} MB in {where}{left_out_note(inputs)}"
     )
+
+
+def left_out_note(inputs: CheckedInputs) -> str:
+    """What to say about utterances that are too long for the teacher, on a line of its own; empty without any."""
+    if not inputs.left_out:
+        return ""
+    return f"\nleft out: {inputs.left_out:,} utterances longer than the teacher's {inputs.teacher.max_length:,} tokens"

@@ -27,6 +27,10 @@ class TeacherOutline:
     architecture: Architecture
     text_size: int
     speech_size: int
+    sequence_overhead: int
+    """Tokens of a sequence beside its text and speech."""
+    max_length: int | None = None
+    """Tokens of its longest sequence; None if not limited."""
     tokenizer: str | None = None
     """That a corpus must name; None where it is not asked for it."""
     decoder: DecoderConfig | None = None
@@ -49,6 +53,8 @@ def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) ->
             architecture,
             vocabulary.text_size,
             vocabulary.speech_size,
+            teacher.sequence.overhead,
+            teacher.max_length,
             teacher.tokenizer,
             teacher.model.config,
         )
@@ -56,7 +62,12 @@ def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) ->
     config, format_ = (json.loads((folder / name).read_text()) for name in ("config.json", "speech_lm.json"))
     vocabulary = format_["vocabulary"]
     return TeacherOutline(
-        "demo", from_hf_config(config, "demo", state_sharing), vocabulary["text_size"], vocabulary["speech_size"]
+        "demo",
+        from_hf_config(config, "demo", state_sharing),
+        vocabulary["text_size"],
+        vocabulary["speech_size"],
+        sum(len(ids) for ids in format_["sequence"].values()),
+        format_.get("max_length"),
     )
 
 
