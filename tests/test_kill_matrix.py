@@ -1,46 +1,73 @@
 """A search that is killed or stopped anywhere goes on and ends like one that was not.
 
 Everything here takes minutes (an hour in all, on two cores): ``pytest -m slow tests/test_kill_matrix.py``, or a part of
-it with ``-k "driver and trials"``.
+it with ``-k "stopped and trials"``. A folder named by ``KILL_MATRIX`` keeps the uninterrupted search, with which all
+cells begin and are compared, for the next call with the same code.
 """
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import ray.cluster_utils
 import torch
 from tiny_models import VOCABULARY
 from tiny_search import write_search_space
 from tiny_whisper import write_tiny_whisper
 
-from mamtra_ray.layouts import Layout
 from mamtra_ray.run.folder import read_run
+from mamtra_ray.run.names import COSTS, REPORT
+from mamtra_ray.runtime.progress import Costs
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder
 
-PHASES = ("cache", "align", "probe", "trials", "finalists", "speech", "export")
-# The process that a phase leaves its work to, as Ray names it.
-WORKERS = {
-    "cache": r"ray::.*ShardWriter",
-    "align": r"ray::_align_task",
-    "probe": r"ray::ProbeActor",
-    "trials": r"ray::ImplicitFunc",
-    "finalists": r"ray::RayTrainWorker",
-    "speech": r"ray::EvaluationWorker",
+# What each phase leaves, in the folder of all runs. A cell begins where the phase before its own has ended.
+OUTPUTS = {
+    "cache": ["shared/cache-*"],
+    "align": ["shared/mixers-*"],
+    "probe": ["whole/probe.parquet"],
+    "trials": ["whole/trials.*", "whole/curves.*", "whole/trial_states", "whole/tune", "whole/optuna.journal*"],
+    "finalists": ["whole/finalists"],
+    "speech": ["whole/evaluation", "whole/audio"],
+    "export": ["whole/best", "whole/finalists.parquet", "whole/reference.json", "whole/report*", "whole/costs.json"],
 }
-SECONDS = 420
+PHASES = tuple(OUTPUTS)
+# The processes that a phase leaves its work to, as Ray names them.
+WORKERS = [
+    ("cache", r"ray::.*ShardWriter"),
+    ("align", r"ray::_align_task"),
+    ("probe", r"ray::ProbeActor"),
+    ("trials", r"ray::ImplicitFunc"),
+    ("trials", r"ray::TrialTable"),
+    ("finalists", r"ray::RayTrainWorker"),
+    ("finalists", r"ray::TrialTable"),
+    ("speech", r"ray::EvaluationWorker"),
+]
+RAYLET = r"\S*/raylet "
+SECONDS = 900
 
 
 @pytest.fixture(scope="module")
-def space(tmp_path_factory):
+def place(tmp_path_factory):
+    return Path(os.environ.get("KILL_MATRIX") or tmp_path_factory.mktemp("whole")).absolute()
+
+
+@pytest.fixture(scope="module")
+def space(place):
     """A search of random models that goes through every phase."""
-    folder = tmp_path_factory.mktemp("space")
+    folder = place / "space"
+    if (folder / "space.yaml").exists():
+        return folder / "space.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     codebook = torch.randn(VOCABULARY.speech_size, tk.FRAMES_PER_TOKEN * tk.NUM_MELS)
     codec = Codec(tk.Tokenizer(codebook), TokenDecoder(DecoderConfig(channels=8, num_blocks=1)), {"made": "by a test"})
@@ -62,12 +89,20 @@ def space(tmp_path_factory):
     )
 
 
+class PhaseIsOverError(Exception):
+    """A process was looked for in vain."""
+
+
+def heading_of(phase: str) -> re.Pattern[str]:
+    """Of a phase that begins; its last line has the time that it took instead."""
+    return re.compile(rf"^\[\d/\d\] {phase}: (?!\d+:\d\d$)", re.M)
+
+
 class Search:
     """A search in a process group of its own, and what it has printed."""
 
-    def __init__(self, space: Path, run: Path, *arguments: str) -> None:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        self.log = run.parent / f"log-{time.monotonic_ns()}.txt"
+    def __init__(self, space: Path, run: Path, *arguments: str, log: Path | None = None) -> None:
+        self.log = log or run.parent.with_name(f"log-{time.monotonic_ns()}.txt")
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "mamtra_ray.search", "--space", str(space), "--run", str(run), *arguments],
@@ -92,23 +127,26 @@ class Search:
         self.family |= {process.pid: process for process in found}
         return found
 
-    def wait_for(self, phase: str, worker: str | None = None) -> psutil.Process | None:
-        """Until ``phase`` has begun (and its worker lives); returns the worker."""
+    def wait_for(self, phase: str, process: str | None = None, unlike: int | None = None) -> psutil.Process | None:
+        """Until ``phase`` has begun, and a process of its with this command line lives, which is returned.
+
+        Raises:
+            PhaseIsOverError: it was not found in time.
+        """
         deadline = time.monotonic() + SECONDS
-        heading = re.compile(rf"^\[\d/\d\] {phase}: (?!\d+:\d\d$)", re.M)
         while self.process.poll() is None and time.monotonic() < deadline:
             processes = self.look()
-            if heading.search(self.text):
-                if worker is None:
+            if heading_of(phase).search(self.text):
+                if process is None:
                     return None
-                for process in processes:
-                    try:
-                        if re.match(worker, " ".join(process.cmdline())):
-                            return process
-                    except psutil.Error:
-                        continue
-            time.sleep(0.05)
-        pytest.skip(f"{phase} was over before its process could be found") if worker else pytest.fail(self.text)
+                for found in processes:
+                    with contextlib.suppress(psutil.Error):
+                        if found.pid != unlike and re.match(process, " ".join(found.cmdline())):
+                            return found
+            if re.search(rf"^\[\d/\d\] {phase}: \d+:\d\d$", self.text, re.M):
+                break
+            time.sleep(0.02)
+        raise PhaseIsOverError(self.text)
 
     def end(self) -> int:
         deadline = time.monotonic() + SECONDS
@@ -138,17 +176,28 @@ def results(run: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(space, tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole") / "runs" / "whole"
-    search = Search(space, run)
-    # Random models do not stop speaking: complete, but nothing that can be used.
-    assert search.end() == 3, search.text
-    assert search.orphans() == []
-    return results(run)
+def uninterrupted(space, place):
+    """The folder of all runs after a search that nothing has stopped."""
+    runs = place / "runs"
+    if not (runs / "whole" / REPORT).exists():
+        search = Search(space, runs / "whole")
+        # Random models do not stop speaking: complete, but nothing that can be used.
+        assert search.end() == 3, search.text
+        assert search.orphans() == []
+    return runs
 
 
-def assert_same(run: Path, expected: dict) -> None:
-    found = results(run)
+def copy_before(phase: str, runs: Path, folder: Path) -> Path:
+    """All that was there before ``phase`` began, as ``folder``; returns its run."""
+    shutil.copytree(runs, folder, dirs_exist_ok=True)
+    for later in PHASES[PHASES.index(phase) :]:
+        for path in (path for pattern in OUTPUTS[later] for path in folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder / "whole"
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    found, expected = results(run), results(whole / "whole")
     for name, rows in expected.items():
         if name != "trials":
             assert found[name] == rows, name
@@ -160,37 +209,110 @@ def assert_same(run: Path, expected: dict) -> None:
         assert len({layout for layout, _ in rows}) == len({layout for layout, _ in expected["trials"]})
 
 
+def assert_stopped_with_one_line(search: Search, code: int, phase: str, says: str) -> None:
+    assert search.end() == code, search.text
+    assert "Traceback" not in search.text, search.text
+    assert re.search(says, search.text.strip().splitlines()[-1]), search.text
+    later = PHASES[PHASES.index(phase) + 1 :]
+    assert not any(re.search(rf"^\[\d/\d\] {name}:", search.text, re.M) for name in later), search.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda signum: signum.name)
-def test_driver(space, uninterrupted, tmp_path, phase, signum):
-    run = tmp_path / "runs" / "stopped"
-    search = Search(space, run)
-    search.wait_for(phase)
-    os.kill(search.process.pid, signum)
-    code = search.end()
-    if signum != signal.SIGKILL:
-        assert code == 128 + signum, search.text
-        assert "Traceback" not in search.text and f"--resume --run {run}" in search.text.strip().splitlines()[-1]
-        later = PHASES[PHASES.index(phase) + 1 :]
-        assert not any(re.search(rf"^\[\d/\d\] {name}:", search.text, re.M) for name in later), "it went on"
-    assert search.orphans() == []
+def test_stopped_again_and_again(space, uninterrupted, tmp_path, phase):
+    """The search itself, by Ctrl-C, by SIGTERM and by kill -9; then the raylet under it; every time it goes on."""
+    run = copy_before(phase, uninterrupted, tmp_path / "runs")
+    before = 0.0
+    for session, signum in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL, None)):
+        search = Search(space, run, "--resume")
+        if signum is None:
+            search.wait_for(phase, RAYLET).kill()
+            assert_stopped_with_one_line(search, 2, phase, "Ray lost .* goes on where it stopped")
+        else:
+            search.wait_for(phase)
+            time.sleep(0.5 * session)
+            os.kill(search.process.pid, signum)
+            if signum == signal.SIGKILL:
+                assert search.end() == -signum
+            else:
+                go_on = re.escape(
+                    f"stopped by {signum.name}; go on with: python -m mamtra_ray.search --resume --run {run}"
+                )
+                assert_stopped_with_one_line(search, 128 + signum, phase, go_on)
+        assert search.orphans() == []
+        if signum != signal.SIGKILL:  # which loses the last few seconds
+            seconds = Costs(run / COSTS).phases[phase]["seconds"]
+            assert seconds > before
+            before = seconds
     resumed = Search(space, run, "--resume")
     assert resumed.end() == 3, resumed.text
+    assert resumed.orphans() == []
     assert_same(run, uninterrupted)
-    assert read_run(run).phases[phase]["seconds"] > 0
+    assert Costs(run / COSTS).phases[phase]["seconds"] > before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", WORKERS)
-def test_worker(space, uninterrupted, tmp_path, phase):
-    run = tmp_path / "runs" / "hurt"
+@pytest.mark.parametrize(
+    ("phase", "worker"), WORKERS, ids=[f"{phase}-{name[5:].strip('.*')}" for phase, name in WORKERS]
+)
+def test_worker(space, uninterrupted, tmp_path, phase, worker):
+    """Killed, and killed again once it has been replaced."""
+    run = copy_before(phase, uninterrupted, tmp_path / "runs")
     search = Search(space, run)
-    worker = search.wait_for(phase, WORKERS[phase])
-    worker.kill()
+    killed = search.wait_for(phase, worker)
+    killed.kill()
+    with contextlib.suppress(PhaseIsOverError):
+        search.wait_for(phase, worker, unlike=killed.pid).kill()
     assert search.end() == 3, search.text
     assert "Traceback" not in search.text
     assert search.orphans() == []
+    assert_same(run, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_disk_full(space, uninterrupted, tmp_path, phase):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(runs)], check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        run = copy_before(phase, uninterrupted, runs)
+        search = Search(space, run, "--resume", log=tmp_path / "log.txt")
+        search.wait_for(phase)
+        with contextlib.suppress(OSError), (runs / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(1 << 12)):
+                pass
+        assert_stopped_with_one_line(search, 2, phase, "^error: no space left to write .*/runs/")
+        assert search.orphans() == []
+        (runs / "filler").unlink()
+        resumed = Search(space, run, "--resume", log=tmp_path / "log2.txt")
+        assert resumed.end() == 3, resumed.text
+        assert_same(run, uninterrupted)
+    finally:
+        subprocess.run(["umount", "--lazy", str(runs)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_node_lost(space, uninterrupted, tmp_path, phase):
+    """Of two nodes the one dies that the search does not run on; another one comes. (Both see the run's folder.)"""
+    run = copy_before(phase, uninterrupted, tmp_path / "runs")
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a socket's path has 107 bytes at most
+        cluster = ray.cluster_utils.Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": folder, "include_dashboard": False}
+        )
+        try:
+            lost = cluster.add_node(num_cpus=1)
+            cluster.wait_for_nodes()
+            search = Search(space, run, "--resume", "--address", cluster.address)
+            search.wait_for(phase)
+            cluster.remove_node(lost, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+            assert search.end() == 3, search.text
+        finally:
+            cluster.shutdown()
+    assert "Traceback" not in search.text
     assert_same(run, uninterrupted)
 
 
@@ -208,6 +330,6 @@ def test_a_second_search_in_the_same_folder_is_refused_while_the_first_lives(spa
 
 
 def test_the_pattern_of_a_heading_is_no_closing_line():
-    heading = re.compile(r"^\[\d/\d\] align: (?!\d+:\d\d$)", re.M)
-    assert heading.search("[2/8] align: every layer's mixer") and not heading.search("[2/8] align: 0:07")
-    assert Layout("AM") != Layout("MA")
+    assert heading_of("align").search("[2/8] align: every layer's mixer") and not heading_of("align").search(
+        "[2/8] align: 0:07"
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mamtra_ray.config import load_config
+from mamtra_ray.config.command_line import add_address
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error, nearest_name
 
 SOURCES = ("libritts", "length_stress", "seed_tts_eval", "cosyvoice", "text")
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--per-length", type=int, default=5, help="length_stress: utterances per number of words")
     parser.add_argument("--split", default="train", help="cosyvoice: the split its utterances become")
     parser.add_argument("--actors", type=int, help="Ray Data actors (default: one per free CPU or GPU)")
-    parser.add_argument("--address", help="Ray cluster (default: $RAY_ADDRESS, else a new local one)")
+    add_address(parser)
     parser.add_argument("--space", metavar="FILE_OR_NAME", help="whose teacher's tokenizers (default: the demo)")
     parser.add_argument("--dry-run", action="store_true", help="list the recordings, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teacher.kind=llasa")

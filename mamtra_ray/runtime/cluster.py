@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -48,6 +51,7 @@ def connect(address: str | None = None) -> Cluster:
     if address == "local":
         # All workers are on this machine; its other interfaces may not route to themselves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        _keep_token_private()
     _check_reachable(address)
     try:
         context = ray.init(
@@ -62,6 +66,23 @@ def connect(address: str | None = None) -> Cluster:
             raise InputError(f"Ray does not start on this machine; try again when it is less busy: {reason}") from None
         raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
     return Cluster(ray.cluster_resources(), context.dashboard_url or "off")
+
+
+def _keep_token_private() -> None:
+    """Whoever can read the token of a local cluster can run code in it; Ray would write it readable by everybody."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return  # the user has seen to it
+    path = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # no home that can be written to: Ray says so itself
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            handle, new = tempfile.mkstemp(dir=path.parent)  # readable by its owner only
+            os.write(handle, secrets.token_hex(32).encode())
+            os.close(handle)
+            with contextlib.suppress(FileExistsError):  # another search was faster
+                os.link(new, path)
+            Path(new).unlink()
+        path.chmod(0o600)
 
 
 @contextlib.contextmanager

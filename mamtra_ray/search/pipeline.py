@@ -29,10 +29,11 @@ from mamtra_ray.run.open_run import OpenRun
 from mamtra_ray.run.rows import FinalistRow, TrialRow, write_table
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.runtime.actor_pool import result_of
+from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.search.costs import cost_by_rung
 from mamtra_ray.search.finalists import distill_the_finalists
 from mamtra_ray.search.importance import layer_importance
-from mamtra_ray.search.metrics import SearchMetrics
+from mamtra_ray.search.metrics import SECONDS_BETWEEN_EXPORTS, SearchMetrics
 from mamtra_ray.search.outcome import export, measure_wer, print_summary
 from mamtra_ray.search.trial_phase import run_the_trials, start_trial_table, trial_settings
 from mamtra_ray.search.verdict import EXIT_UNUSABLE, is_unusable
@@ -56,7 +57,13 @@ def search(run: OpenRun, address: str | None) -> int:
     screen.say(f"run {folder}: {session.num_layers} layers, ratios {ratios}; dashboard {session.dashboard}")
     if note := export_note(session.teacher.model.config):
         screen.say(note.rstrip())
-    metrics = SearchMetrics(folder.name)
+    metrics = SearchMetrics(str(folder))
+    with repeatedly(metrics.set_again, SECONDS_BETWEEN_EXPORTS):
+        return _run_phases(session, metrics)
+
+
+def _run_phases(session: Session, metrics: SearchMetrics) -> int:
+    config, folder, screen = session.config, session.folder, session.screen
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     proposals = probe(session, library, validation)
