@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from made_run import finalist_row, made_run
+from safetensors import safe_open
 from text_models import BYTES, END, HEADS, START, text_model, text_tokenizer, write_gguf, write_text_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from mamtra_ray.config import TeacherConfig, load_config
-from mamtra_ray.efficiency import parameters
+from mamtra_ray.efficiency import parameters, total_parameters
 from mamtra_ray.efficiency.architectures import from_hf_config
 from mamtra_ray.errors import InputError
+from mamtra_ray.export.check import check_export
 from mamtra_ray.export.checkpoint import export_student, form_of
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.report.report import write_report
@@ -232,6 +234,21 @@ def test_settings_of_speech_are_refused(setting, message):
         load_config(None, settings)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_keeps_a_tied_head_tied(tmp_path, tied):
+    teacher = load_teacher("causal_lm", write_text_folder(tmp_path / "model", text_model(tied=tied)))
+    student = make_student(teacher.model, "AMMA").eval()
+    student.save_granite(tmp_path / "out")
+    check_export(tmp_path / "out", student, teacher.sequence)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.tie_word_embeddings == tied
+    torch.testing.assert_close(logits(theirs).logits, logits(student), rtol=0, atol=1e-4)
+    back = SpeechLM.load_granite(tmp_path / "out")
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in student.state_dict().items())
+
+
 @pytest.fixture
 def qwen3(tmp_path):
     """A Qwen3 as teacher, and a distilled hybrid of it."""
@@ -285,6 +302,9 @@ def test_parameters_in_closed_form(tmp_path, kind, settings):
     assert parameters(architecture, teacher.model.layout) == counted
     from_file = from_hf_config(json.loads((tmp_path / "model" / "config.json").read_text()))
     assert parameters(from_file, teacher.model.layout) == counted
+    everything = sum(parameter.numel() for parameter in text_model(kind, **settings).parameters())
+    for one in (architecture, from_file):
+        assert total_parameters(one, teacher.model.layout) == everything
 
 
 def test_the_norms_of_qwen3_are_no_part_of_other_models_identities(tmp_path):

@@ -231,8 +231,9 @@ def check_vocabulary(table: pa.Table, text_size: int, speech_size: int) -> None:
             unknown = np.flatnonzero(chunk.flatten().to_numpy() >= size)
             if len(unknown):
                 row = row_offset + pc.list_parent_indices(chunk)[int(unknown[0])].as_py()
+                token = column[:-1].replace("_", " ") if text_size else "token"
                 raise InputError(
-                    f"utterance {table['utterance_id'][row].as_py()!r} has {column[:-1].replace('_', ' ')} "
+                    f"utterance {table['utterance_id'][row].as_py()!r} has {token} "
                     f"{chunk.flatten()[int(unknown[0])].as_py()}, but the teacher's end at {size - 1}: "
                     "the corpus was made with another tokenizer"
                 )

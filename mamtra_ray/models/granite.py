@@ -2,7 +2,7 @@
 
 Everything but one thing is represented exactly: the compact mixers are expanded (x and B repeated for every
 query head, as rows of in_proj and channels of the convolution), missing attention biases become zeros, and the
-head becomes the speech rows of ``lm_head``, whose other rows are 0.
+head becomes the speech rows of ``lm_head``, whose other rows are 0 (or stays tied to the table, where it equals that).
 
 ``lm_head`` has no bias in GraniteMoeHybrid, and no weights can stand in for one: what it is applied to has unit
 mean square, so no feature of it is constant. The head's bias (CosyVoice 2 has one) and the restriction to speech
@@ -80,6 +80,7 @@ def granite_config(
     eos_token_id: list[int] | None = None,
     pad_token_id: int | None = None,
     use_cache: bool = True,
+    tied: bool = False,
 ) -> GraniteMoeHybridConfig:
     """The GraniteMoeHybrid configuration with the same function; its mixers are the expanded ones.
 
@@ -117,7 +118,7 @@ def granite_config(
         mamba_chunk_size=config.chunk_size,
         mamba_conv_bias=True,
         mamba_proj_bias=config.o_bias,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
@@ -145,14 +146,17 @@ def write_granite(
     expanded = {f"model.{name}": tensor for name, tensor in _expanded_body(config, tensors).items()}
     speech = slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
     head_SD, bias_S = tensors["head.weight"], tensors.get("head.bias")
-    lm_head_VD = head_SD.new_zeros(config.vocab_size, config.hidden_size)
-    lm_head_VD[speech] = head_SD
-    write_tensors(folder / WEIGHTS_FILE, expanded | {"lm_head.weight": lm_head_VD})
+    # A model of text alone, whose head is the table; a head of speech rows only has zeros that the table has not.
+    tied = torch.equal(head_SD, tensors["body.embed_tokens.weight"])
+    if not tied:
+        expanded["lm_head.weight"] = head_SD.new_zeros(config.vocab_size, config.hidden_size)
+        expanded["lm_head.weight"][speech] = head_SD
+    write_tensors(folder / WEIGHTS_FILE, expanded)
 
     stop_ids = [speech.start + stop_id for stop_id in vocabulary["stop_ids"]]
     # transformers asks the cache for its length, which one of Mamba layers alone cannot tell (5.23: ValueError).
     use_cache = bool(config.layout.attention_layers)
-    granite = granite_config(config, eos_token_id=stop_ids, pad_token_id=stop_ids[0], use_cache=use_cache)
+    granite = granite_config(config, eos_token_id=stop_ids, pad_token_id=stop_ids[0], use_cache=use_cache, tied=tied)
     granite.architectures = ["GraniteMoeHybridForCausalLM"]
     granite.dtype = head_SD.dtype
     section = {
@@ -205,7 +209,8 @@ def read_granite(
     try:
         config, vocabulary = DecoderConfig.from_dict(section["model"]), dict(section["vocabulary"])
         speech = slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
-        lm_head_VD, bias_hash = granite.pop("lm_head.weight"), section["head_bias"]
+        tied, bias_hash = content.get("tie_word_embeddings"), section["head_bias"]
+        lm_head_VD = granite["model.embed_tokens.weight"] if tied else granite.pop("lm_head.weight")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG_FILE} is incomplete or altered: {error}") from None
     body = {name.removeprefix("model."): tensor for name, tensor in granite.items()}

@@ -102,7 +102,8 @@ class SequenceFormat:
         """Input ids (int64) after which generation starts; the prompt is the voice to continue, if any."""
         text = [*prompt_text_tokens, *text_tokens]
         self._check(text, self.vocabulary.text_size, "text token")
-        self._check(prompt_speech_tokens, self.vocabulary.speech_size, "speech token")
+        speech_token = "speech token" if self.vocabulary.text_size else "token"
+        self._check(prompt_speech_tokens, self.vocabulary.speech_size, speech_token)
         speech = [self.vocabulary.speech_offset + token for token in prompt_speech_tokens]
         return torch.tensor([*self.prefix, *text, *self.separator, *speech], dtype=torch.int64)
 

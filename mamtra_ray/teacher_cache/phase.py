@@ -48,6 +48,6 @@ def make_cache(session: Session, *, repair: bool = False) -> tuple[SharedCache, 
         )
         size = config.distill.tokens_per_batch
         waste = padding_waste(train, session.teacher.sequence, tokens_per_batch=size)
-        session.screen.say(f"    {train.num_utterances:,} utterances, {waste:.1%} padding in {size:,}-token batches")
+        session.screen.say(f"    {train.num_utterances:,} sequences, {waste:.1%} padding in {size:,}-token batches")
         session.screen.costs.add("cache", padding=f"{waste:.2%}")
     return train, validation

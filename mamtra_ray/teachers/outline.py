@@ -74,7 +74,9 @@ def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) ->
 def architecture_of(teacher: Teacher, state_sharing: StateSharing) -> Architecture:
     """The shape of ``teacher`` and its students, for parameters, FLOPs and cache bytes in closed form."""
     shape, vocabulary = teacher.model.config, teacher.model.vocabulary
-    tables = (vocabulary.size + vocabulary.speech_size) * shape.hidden_size
+    # A head that is the table, of a model of text, is counted once, as in the checkpoints of it.
+    tied = teacher.model.head.weight.equal(teacher.model.body.embed_tokens.weight)
+    tables = (vocabulary.size + (0 if tied else vocabulary.speech_size)) * shape.hidden_size
     return decoder_architecture(
         teacher.name,
         num_layers=shape.num_layers,
