@@ -46,8 +46,9 @@ class SearchConfig(Section):
     words when replaced, turn their input most, or have the highest KL divergence when replaced."""
     trials: Count = 32
     """Layouts that Tune starts in all, the paper's placements among them."""
-    sampler: Literal["tpe", "nsga2", "random", "grid"] = "tpe"
-    """Optuna's sampler; grid tries exactly the strategies at the ratios."""
+    sampler: Literal["surrogate", "tpe", "nsga2", "gp", "random", "grid"] = "surrogate"
+    """What proposes layouts to Optuna: the probe's scores corrected by the trials' own (surrogate), a sampler of
+    Optuna's for comparison, or nothing (grid): exactly the strategies at the ratios."""
     rung_tokens: Annotated[tuple[Count, ...], Several] = Field((1_000_000, 4_000_000), min_length=1)
     """Training tokens at which successive halving compares trials, ascending; the last one ends a trial."""
     reduction_factor: Annotated[int, Field(ge=2, le=1000)] = 4

@@ -51,7 +51,9 @@ def params_from_layout(layout: Layout, space: SearchSpace) -> dict[str, Any]:
 
 
 def sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler of a kind of ``search.sampler``, seeded. ``grid`` has only starting points to try."""
+    """Optuna's own sampler of a kind of ``search.sampler``, seeded. ``grid`` has only starting points to try."""
+    if kind == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8)
     if kind == "tpe":
         return optuna.samplers.TPESampler(multivariate=True, seed=seed, n_startup_trials=8)
     if kind == "nsga2":

@@ -19,6 +19,7 @@ from ray.tune.search import Searcher
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace
 from mamtra_ray.search.parameter_space import layout_from_params, param_space, params_from_layout
+from mamtra_ray.search.surrogate_sampler import FIRST_RUNG_KL, LAYOUT
 
 _ASKS = 8
 """Repeats of a sampler before a layout is drawn instead."""
@@ -68,7 +69,7 @@ class LayoutProposals(Searcher):
         else:
             trial, layout = self._untried()
             self._tried.add(layout)
-        trial.set_user_attr("layout", str(layout))
+        trial.set_user_attr(LAYOUT, str(layout))
         self._trials[trial_id] = trial
         return {"layout": str(layout)}
 
@@ -95,6 +96,8 @@ class LayoutProposals(Searcher):
         """Tell Optuna; a trial without a score has failed."""
         trial = self._trials.pop(trial_id)
         if result and all(name in result for name in self.metrics):
+            if FIRST_RUNG_KL in result:
+                trial.set_user_attr(FIRST_RUNG_KL, result[FIRST_RUNG_KL])
             self.study.tell(trial, [result[name] for name in self.metrics])
         else:
             self.study.tell(trial, state=TrialState.FAIL)

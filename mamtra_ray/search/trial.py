@@ -57,8 +57,8 @@ class TrialSettings:
 def run_trial(params: dict[str, Any], settings: TrialSettings) -> None:
     """The function trainable: one report per rung.
 
-    Reports carry ``first_rung_ce``, the CE at the first rung. Optuna is told that figure and never a later one,
-    so its history compares layouts at the same number of tokens however far successive halving let them go.
+    Reports carry ``first_rung_ce`` and ``first_rung_kl``. Optuna is told these figures and never later ones, so its
+    history compares layouts at the same number of tokens however far successive halving let them go.
 
     What goes wrong is noted in the table, and the trial ends: the same layout would fail again. Only a trial whose
     process dies is tried again, by Tune.
@@ -142,7 +142,7 @@ class _RungReporter:
     def __init__(self, layout: Layout, settings: TrialSettings) -> None:
         self.layout, self.settings = layout, settings
         self.rungs_reported = 0
-        self.first_rung_ce = math.nan
+        self.first_rung_ce = self.first_rung_kl = math.nan
         self.state = settings.states / str(layout)
 
     def report(self, report: Report) -> None:
@@ -177,7 +177,7 @@ class _RungReporter:
         """Report ``row`` as this trial's result, whichever session computed it."""
         search = self.settings.search
         if row.rung == 0:
-            self.first_rung_ce = row.ce
+            self.first_rung_ce, self.first_rung_kl = row.ce, row.kl
         self.rungs_reported = row.rung + 1
         tune.report(
             {
@@ -194,6 +194,7 @@ class _RungReporter:
                 "ce_start": row.ce_start,
                 "kl_start": row.kl_start,
                 "first_rung_ce": self.first_rung_ce,
+                "first_rung_kl": self.first_rung_kl,
                 "cost": self.settings.costs[row.layout.num_attention][search.cost],
                 # ASHA's milestones are powers of the reduction factor; the rungs are wherever the user put them.
                 "milestone": search.reduction_factor**row.rung,

@@ -15,6 +15,7 @@ from mamtra_ray.distill.job import DistillData, student_made_by
 from mamtra_ray.errors import DiskFullError, InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, without_repeats
+from mamtra_ray.run.folder import latest_scores
 from mamtra_ray.run.names import trial_states
 from mamtra_ray.run.rows import TrialRow
 from mamtra_ray.run.session import Session
@@ -78,7 +79,8 @@ def run_the_trials(
     candidates = without_repeats([*known, *paper_placements, *proposals])
     settings = replace(settings, origins={candidate.layout: candidate.origin for candidate in candidates})
     asked = len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates))
-    plan = TrialPlan(candidates, len(known), min(asked, session.space.num_layouts))
+    probed = {row.layout: row.kl for row in latest_scores(session.folder)}
+    plan = TrialPlan(candidates, len(known), min(asked, session.space.num_layouts), probed)
     progress = _TrialsProgress(session, metrics, table, plan.total)
     goes_on = f", {len(known)} known" if known else ""
     every_one = f", all there are (search.trials={asked})" if plan.total < asked else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mamtra_ray.runtime.actor_pool import RESTARTS
 from mamtra_ray.runtime.stopping import run_interruptibly
 from mamtra_ray.search.parameter_space import sampler
 from mamtra_ray.search.proposals import LayoutProposals
+from mamtra_ray.search.surrogate_sampler import SurrogateSampler
 from mamtra_ray.search.trial import TrialSettings, run_trial
 
 STUDY_NAME = "layouts"
@@ -40,6 +41,8 @@ class TrialPlan:
     """How many of them are of earlier sessions."""
     total: int
     """Distinct layouts in all; what the candidates leave is proposed."""
+    probe: Mapping[Layout, float] = field(default_factory=dict)
+    """KL by layout, for the sampler ``surrogate``."""
 
 
 OnResult = Callable[[Layout, Mapping[str, Any], bool, str | None], None]
@@ -149,16 +152,24 @@ def max_concurrent_trials(settings: TrialSettings) -> int:
 def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> LayoutProposals:
     search = settings.search
     metrics = ["first_rung_ce", "cost"] if len(search.ratios) > 1 else ["first_rung_ce"]
+    # Not the seed of an earlier session, whose proposals would all come again.
+    proposes = sampler(search.sampler, settings.seed + plan.num_known)
+    if search.sampler == "surrogate":
+        proposes = SurrogateSampler(settings.space, plan.probe, settings.seed)
     study = optuna.create_study(
         # A journal that optuna-dashboard opens.
         storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
-        # Not the seed of an earlier session, whose proposals would all come again.
-        sampler=sampler(search.sampler, settings.seed + plan.num_known),
+        sampler=proposes,
         study_name=STUDY_NAME,
         directions=["minimize"] * len(metrics),
     )
     return LayoutProposals(
-        settings.space, plan.candidates, study, metrics, settings.seed, asks_study=search.sampler in ("tpe", "nsga2")
+        settings.space,
+        plan.candidates,
+        study,
+        metrics,
+        settings.seed,
+        asks_study=search.sampler not in ("random", "grid"),
     )
 
 

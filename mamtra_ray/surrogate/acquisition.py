@@ -96,6 +96,12 @@ def best_unscored(
     return [optimum.layout for optimum in _best_unscored(surrogate.mean, constraints, set(scored), count)]
 
 
+def best_of(quadratic: Quadratic, constraints: Constraints, excluded: set[Layout]) -> Layout | None:
+    """The layout with the lowest value of ``quadratic`` outside ``excluded``; None if there is none."""
+    best = _best_unscored(quadratic, constraints, excluded, 1)
+    return best[0].layout if best else None
+
+
 def _best_unscored(quadratic: Quadratic, constraints: Constraints, scored: set[Layout], count: int) -> list[Optimum]:
     """The best layouts outside ``scored``; fewer or none when nothing else is left."""
     found = best_layouts(quadratic, constraints, count, _SECONDS_PER_OPTIMUM, scored)
