@@ -8,6 +8,7 @@ from tiny_models import NUM_LAYERS, SEQUENCE, SPEECH, VOCABULARY, transformers_m
 from torch import nn
 from transformers import GPT2Config
 
+from mamtra_ray.artifacts import with_checksum
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE
 from mamtra_ray.speech_lm.sequences import Vocabulary
@@ -237,11 +238,15 @@ def test_damaged_native_checkpoints_get_one_sentence(teacher, tmp_path):
     config.write_text(json.dumps(content | {"schema_version": 99}))
     with pytest.raises(InputError, match="99"):
         SpeechLM.load(tmp_path)
-    config.write_text(json.dumps(content | {"model": content["model"] | {"layout": "AMMM"}}))
+    other_layout = content | {"model": content["model"] | {"layout": "AMMM"}}
+    config.write_text(json.dumps(other_layout))
+    with pytest.raises(InputError, match="has not the checksum"):
+        SpeechLM.load(tmp_path)
+    config.write_text(json.dumps(with_checksum(other_layout)))
     with pytest.raises(InputError, match=r"layers\.2"):
         SpeechLM.load(tmp_path)
     without_heads = {key: value for key, value in content["model"].items() if key != "num_heads"}
-    config.write_text(json.dumps(content | {"model": without_heads}))
+    config.write_text(json.dumps(with_checksum(content | {"model": without_heads})))
     with pytest.raises(InputError, match="lacks num_heads"):
         SpeechLM.load(tmp_path)
     config.write_text("[]")
