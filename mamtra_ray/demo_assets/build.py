@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 from transformers import Qwen2ForCausalLM
 
 from mamtra_ray.artifacts import content_hash, file_hash, read_json, write_json
@@ -23,9 +25,9 @@ from mamtra_ray.demo_assets.recordings import SpeechShards, speak_sentences
 from mamtra_ray.demo_assets.tracking import TrackingSettings
 from mamtra_ray.demo_assets.voice import Voice, WordTimer
 from mamtra_ray.speech.demo_codec import DecoderConfig, load_codec
-from mamtra_ray.speech.tokenizer import TOKENS_PER_SECOND, log_mel
+from mamtra_ray.speech.tokenizer import TOKENS_PER_SECOND, Tokenizer, log_mel
 from mamtra_ray.speech_lm.sequences import SequenceFormat
-from mamtra_ray.teachers.demo_grammar import draw_splits, tokenize_text
+from mamtra_ray.teachers.demo_grammar import draw_splits, spoken_form, tokenize_text
 from mamtra_ray.teachers.huggingface import FORMAT_FILE, write_format
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.8, "top_k": 25}
@@ -121,7 +123,7 @@ def speak_corpus(
     sentences: Sentences, work: Path, voice_name: str, make_voice: Callable[[], Voice], jobs: int
 ) -> SpeechShards:
     """Sound of all sentences, in `work/voice`."""
-    return speak_sentences(sentences.texts, work / "voice", voice_name, make_voice, jobs)
+    return speak_sentences([spoken_form(text) for text in sentences.texts], work / "voice", voice_name, make_voice, jobs)
 
 
 def build_codec(
@@ -156,20 +158,30 @@ def build_corpus(sentences: Sentences, shards: SpeechShards, codec_path: Path, w
     rows: dict[int, list[dict[str, object]]] = {phase: [] for phase in range(NUM_PHASES)}
     for split, indices in sentences.ranges.items():
         waveforms = shards.waveforms(indices.start, indices.stop)
-        for number, (text, waveform) in enumerate(zip(sentences.of(split), waveforms, strict=True)):
-            mel_TM = log_mel(waveform)
-            for phase in range(NUM_PHASES if split == "train" else 1):
-                rows[phase].append(
-                    {
-                        "utterance_id": f"{split}-{number:05d}" + (f"-phase{phase}" if phase else ""),
-                        "text": text,
-                        "text_tokens": tokenize_text(text),
-                        "speech_tokens": tokenizer.encode_mel(mel_TM, phase),
-                        "split": split,
-                    }
-                )
+        for phase, found in token_rows(split, sentences.of(split), waveforms, tokenizer).items():
+            rows[phase] += found
     write_corpus(path, [row for phase in rows.values() for row in phase], tokenizer="demo", made_by=made_by)
     return path
+
+
+def token_rows(
+    split: str, texts: Sequence[str], waveforms: Iterable[np.ndarray], tokenizer: Tokenizer
+) -> dict[int, list[dict[str, object]]]:
+    """Rows of a corpus per phase of the token grid: all phases for the train split, the first for the others."""
+    rows: dict[int, list[dict[str, object]]] = {phase: [] for phase in range(NUM_PHASES if split == "train" else 1)}
+    for number, (text, waveform) in enumerate(zip(texts, waveforms, strict=True)):
+        mel_TM = log_mel(waveform)
+        for phase, found in rows.items():
+            found.append(
+                {
+                    "utterance_id": f"{split}-{number:05d}" + (f"-phase{phase}" if phase else ""),
+                    "text": text,
+                    "text_tokens": tokenize_text(text),
+                    "speech_tokens": tokenizer.encode_mel(mel_TM, phase),
+                    "split": split,
+                }
+            )
+    return rows
 
 
 def leave_out_long_sentences(corpus: Path, longest: int, work: Path) -> Path:
@@ -185,13 +197,11 @@ def leave_out_long_sentences(corpus: Path, longest: int, work: Path) -> Path:
     return path
 
 
-def first_phase_only(corpus: Path, path: Path) -> None:
-    """Copy a corpus, leaving out the further phases of the train split."""
+def first_phase(table: pa.Table) -> pa.Table:
+    """The rows of a corpus without the further phases of the train split."""
     import pyarrow.compute as pc
 
-    table = read_corpus(corpus)
-    kept = table.filter(pc.invert(pc.match_substring(table["utterance_id"], "-phase")))
-    write_corpus(path, kept, tokenizer="demo", made_by={"corpus": file_hash(corpus), "phases": "first"})
+    return table.filter(pc.invert(pc.match_substring(table["utterance_id"], "-phase")))
 
 
 def time_words(
@@ -201,7 +211,7 @@ def time_words(
     path = work / f"word-ends-{content_hash([voice_name, sentences.texts])}.json"
     if not path.exists():
         timer = make_timer()
-        write_json(path, {text: [round(end, 4) for end in timer(text)] for text in sentences.texts})
+        write_json(path, {text: [round(end, 4) for end in timer(spoken_form(text))] for text in sentences.texts})
     ends: dict[str, list[float]] = read_json(path)
     return ends
 
@@ -222,21 +232,31 @@ def examples(corpus: Path, split: str, word_ends: dict[str, list[float]] | None 
 
 
 def build_teacher(
-    corpus: Path, word_ends: dict[str, list[float]], codebook_size: int, work: Path, settings: TeacherSettings
+    train: list[Example],
+    validation: list[Example],
+    made_by: dict[str, str],
+    codebook_size: int,
+    work: Path,
+    settings: TeacherSettings,
+    make_start: Callable[[SequenceFormat], Qwen2ForCausalLM] | None = None,
 ) -> Path:
-    """The trained teacher, in the folder `work/teacher-<hash>`."""
-    made_by = {
-        "corpus": file_hash(corpus),
-        "word_ends": content_hash(word_ends),
-        "settings": content_hash(dataclasses.asdict(settings)),
-    }
+    """The trained teacher, in the folder `work/teacher-<hash>`.
+
+    Args:
+        train, validation: sentences with their word ends.
+        made_by: hashes of what the sentences (and the start) come from.
+        codebook_size: of the codec.
+        work: folder of the stages.
+        settings: shape and training.
+        make_start: makes the model that training begins with; a new one if None.
+    """
+    made_by = {**made_by, "settings": content_hash(dataclasses.asdict(settings))}
     folder = work / f"teacher-{content_hash(made_by)}"
     if not (folder / FORMAT_FILE).exists():
         sequence = sequence_format(codebook_size)
-        train = examples(corpus, "train", word_ends)
-        validation = examples(corpus, "validation", word_ends)
         checkpoint = work / f"training-{content_hash(made_by)}.pt"
-        model = train_teacher(train, validation, sequence, settings, checkpoint)
+        start = make_start(sequence) if make_start else None
+        model = train_teacher(train, validation, sequence, settings, checkpoint, start)
         save_teacher(model, sequence, train, settings, made_by, folder)
     return folder
 

@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from mamtra_ray.artifacts import content_hash, file_hash, write_json, write_manifest, write_text, written_atomically
 from mamtra_ray.assets import MANIFEST, SCHEMA_VERSION
-from mamtra_ray.corpus.table import read_corpus
-from mamtra_ray.demo_assets.build import BuildSettings, first_phase_only
-from mamtra_ray.demo_assets.measure import table
+from mamtra_ray.corpus.table import read_corpus, write_corpus
+from mamtra_ray.demo_assets.build import BuildSettings, first_phase
+from mamtra_ray.demo_assets.language_model import TeacherSettings
+from mamtra_ray.demo_assets.measure import TEACHER_LIMIT, table, table_of_bands
 from mamtra_ray.teachers.demo_grammar import WORDS
 
 _LICENCE = """License: Apache-2.0, as the rest of the package. The voice that was listened to is Piper's
@@ -26,7 +29,12 @@ def install(
 ) -> None:
     """Put the assets into `output`; the manifest with every file's SHA-256 is written last."""
     output.mkdir(parents=True, exist_ok=True)
-    first_phase_only(corpus, output / "corpus.parquet")
+    write_corpus(
+        output / "corpus.parquet",
+        first_phase(read_corpus(corpus)),
+        tokenizer="demo",
+        made_by={"corpus": file_hash(corpus), "phases": "first"},
+    )
     _copy(corpus, output / "corpus_all_phases.parquet")
     _copy(codec, output / "codec" / "codec.safetensors")
     for name in TEACHER_FILES:
@@ -35,18 +43,37 @@ def install(
     write_text(output / "README.md", _corpus_card(settings, measured, output))
     write_text(output / "codec" / "README.md", _codec_card(settings, measured))
     write_text(output / "teacher" / "README.md", _teacher_card(settings, measured))
-    names = [
-        "corpus.parquet",
-        "corpus_all_phases.parquet",
-        "codec/codec.safetensors",
-        *(f"teacher/{name}" for name in TEACHER_FILES),
-        "measured.json",
-    ]
+    names = ["corpus.parquet", "corpus_all_phases.parquet", "codec/codec.safetensors", "measured.json"]
+    _write_manifest(output, names, dataclasses.asdict(settings), measured)
+
+
+def install_deep(
+    settings: dict[str, Any],
+    shape: TeacherSettings,
+    measured: dict[str, Any],
+    corpora: dict[str, Path],
+    teacher: Path,
+    output: Path,
+) -> None:
+    """Put the deep teacher, its corpus and cards into `output`, as `install` does; the codec is the demo's."""
+    output.mkdir(parents=True, exist_ok=True)
+    rows = pa.concat_tables([first_phase(read_corpus(path)) for path in corpora.values()])
+    made_by = {split: file_hash(path) for split, path in corpora.items()}
+    write_corpus(output / "corpus.parquet", rows, tokenizer="demo", made_by=made_by)
+    for name in TEACHER_FILES:
+        _copy(teacher / name, output / "teacher" / name)
+    write_json(output / "measured.json", measured)
+    write_text(output / "README.md", _deep_card(settings, shape, measured, rows))
+    _write_manifest(output, ["corpus.parquet", "measured.json"], settings, measured)
+
+
+def _write_manifest(output: Path, names: list[str], settings: dict[str, Any], measured: dict[str, Any]) -> None:
+    names = [*names, *(f"teacher/{name}" for name in TEACHER_FILES)]
     write_manifest(
         output / MANIFEST,
         "demo_assets",
         SCHEMA_VERSION,
-        {"settings": content_hash(dataclasses.asdict(settings)), "voice": measured["voice"]},
+        {"settings": content_hash(settings), "voice": measured["voice"]},
         files={name: {"sha256": file_hash(output / name), "bytes": (output / name).stat().st_size} for name in names},
     )
 
@@ -139,6 +166,38 @@ for any choice.
 {_numbers(measured)}
 
 Sampled: {", ".join(f"{name} {value}" for name, value in measured["sampling"].items())}.
+
+{_LICENCE}
+"""
+
+
+def _deep_card(settings: dict[str, Any], shape: TeacherSettings, measured: dict[str, Any], rows: pa.Table) -> str:
+    splits = rows["split"].to_pylist()
+    counts = ", ".join(f"{splits.count(split)} {split}" for split in ("train", "validation", "test"))
+    tokens = sum(map(len, rows["speech_tokens"].to_pylist()))
+    longest = max(map(len, rows["text_tokens"].to_pylist()))
+    return f"""# Demo teacher of {shape.num_layers} layers
+
+A deep stack that speaks the demo's language in sentences of up to {longest} words, made by
+`python -m mamtra_ray.demo_assets --teacher demo24`. The codec, the voice and the vocabulary are those of `../demo`.
+
+- `corpus.parquet`: {counts} rows; {tokens:,} speech tokens. Columns as in `mamtra_ray/corpus/table.py`.
+- `teacher/`: a Qwen2 of {shape.num_layers} layers (width {shape.hidden_size}, {shape.num_heads} query and
+  {shape.num_kv_heads} key-value heads, MLP {shape.mlp_size}), in half precision.
+- `measured.json`: the numbers below with the errors of every utterance.
+- `manifest.json`: SHA-256 of every file; checked on loading.
+
+**The sentences are read clause by clause.** The voice read {settings["train"]["clauses"]:,} clauses for the train split
+and others for validation and test; a sentence is the sounds of its clauses end to end. Splits share no clause, so no
+clause of a test sentence was heard in training; within a split a clause serves several sentences.
+
+The teacher began as the demo's teacher, each layer followed by a copy that added nothing at first, and was trained for
+{shape.steps:,} steps of about {shape.tokens_per_batch:,} padded tokens. The test sentences were not used for any choice.
+
+Measured greedy, recognizer {measured["recognizer"]}, normalization `{measured["normalization"]}`; bootstrap intervals
+over utterances; at most {100 * TEACHER_LIMIT:.0f} points over the codec's round trip are allowed in each band:
+
+{table_of_bands(measured["bands"])}
 
 {_LICENCE}
 """

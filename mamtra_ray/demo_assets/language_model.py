@@ -41,6 +41,8 @@ class TeacherSettings:
     cycles: tuple[int, ...] = (2_600, 1_800)
     """Steps of each cosine cycle of the learning rate. The first ends where the words are clear and their choice
     is not yet reliable: attention to the text is learned last."""
+    constant_steps: int = 0
+    """Steps at the peak learning rate between the first cycle's warm-up and its fall, on top of `cycles`."""
     restart_factor: float = 0.6
     """Every further cycle's peak learning rate, relative to the one before."""
     tracking_from_step: int = 2_600
@@ -58,7 +60,7 @@ class TeacherSettings:
     @property
     def steps(self) -> int:
         """Steps of all cycles."""
-        return sum(self.cycles)
+        return self.constant_steps + sum(self.cycles)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def train_teacher(
     sequence: SequenceFormat,
     settings: TeacherSettings,
     checkpoint: Path,
+    start: Qwen2ForCausalLM | None = None,
 ) -> Qwen2ForCausalLM:
     """Train for `settings.steps` steps, going on from `checkpoint` if it exists.
 
@@ -136,8 +139,9 @@ def train_teacher(
         sequence: ids and order of a training sequence.
         settings: shape and training.
         checkpoint: torch file with model, optimizer and step, written every `steps_per_checkpoint` steps.
+        start: a model of this shape to begin with, changed in place; a new one if None.
     """
-    model = new_teacher(sequence, settings)
+    model = new_teacher(sequence, settings) if start is None else start
     tracker = Tracker(settings.hidden_size, settings.tracking, settings.seed)
     optimizers = {
         "model": torch.optim.AdamW(model.parameters(), settings.learning_rate, (0.9, 0.98), weight_decay=0.1),
@@ -226,6 +230,8 @@ def validation_loss(
 
 def _schedule(step: int, settings: TeacherSettings) -> float:
     """Factor of the learning rate; a cycle is a linear warm-up over 4 %, then a cosine to a hundredth."""
+    warmup = _warmup_steps(settings.cycles[0])
+    step = min(step, warmup) if step <= warmup + settings.constant_steps else step - settings.constant_steps
     for cycle, steps in enumerate(settings.cycles):
         if step <= steps or cycle == len(settings.cycles) - 1:
             return settings.restart_factor**cycle * _cosine(step, steps)
@@ -234,10 +240,14 @@ def _schedule(step: int, settings: TeacherSettings) -> float:
 
 
 def _cosine(step: int, steps: int) -> float:
-    warmup = max(1, steps // 25)
+    warmup = _warmup_steps(steps)
     if step <= warmup:
         return step / warmup
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def _warmup_steps(cycle_steps: int) -> int:
+    return max(1, cycle_steps // 25)
 
 
 def _batches(train: Sequence[Example], sequence: SequenceFormat, settings: TeacherSettings) -> Iterator[list[_Row]]:

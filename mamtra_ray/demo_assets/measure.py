@@ -143,3 +143,24 @@ def table(measured: dict[str, Any]) -> str:
             f"| {100 * system['cer']:.2f} | {100 * system['mean_utterance_wer']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def table_of_bands(bands: dict[str, dict[str, Any]]) -> str:
+    """The measured rates as a Markdown table, in percent and points."""
+    lines = [
+        "| band | sentences | system | WER % | 95 % interval | over the codec | 95 % interval |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, band in bands.items():
+        for system, rates in band["systems"].items():
+            low, high = rates["wer_interval_95"]
+            line = f"| {name} | {band['sentences']} | {system} | {100 * rates['wer']:.2f} "
+            line += f"| [{100 * low:.2f}, {100 * high:.2f}] "
+            gate = band["gates"].get(f"{system} - codec")
+            if gate:
+                low, high = gate["interval_95"]
+                line += f"| {100 * gate['difference']:+.2f} | [{100 * low:+.2f}, {100 * high:+.2f}] |"
+            else:
+                line += "| | |"
+            lines.append(line)
+    return "\n".join(lines)

@@ -18,7 +18,6 @@ import numpy as np
 
 from mamtra_ray.artifacts import content_hash, written_atomically
 from mamtra_ray.demo_assets.voice import Voice
-from mamtra_ray.teachers.demo_grammar import spoken_form
 
 SHARD_SIZE = 100
 """Utterances in one shard, the most that a killed build says again."""
@@ -48,23 +47,23 @@ def _read_shard(path: Path) -> list[np.ndarray]:
 
 
 def speak_sentences(
-    sentences: Sequence[str],
+    spoken: Sequence[str],
     folder: Path,
     voice_name: str,
     make_voice: Callable[[], Voice],
     jobs: int = 1,
 ) -> SpeechShards:
-    """Sound of every sentence, from the folder where it is there already.
+    """Sound of every text, from the folder where it is there already.
 
     Args:
-        sentences: what to say, in the order of the corpus.
-        folder: where the shards go; a shard's name carries the hash of its sentences and of the voice.
+        spoken: what to say, as the voice reads it.
+        folder: where the shards go; a shard's name carries the hash of its texts and of the voice.
         voice_name: identifies the voice and its settings in that hash.
         make_voice: loads the voice; called once in every worker process (so it must be picklable).
         jobs: worker processes, each with one thread.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = [tuple(sentences[start : start + SHARD_SIZE]) for start in range(0, len(sentences), SHARD_SIZE)]
+    shards = [tuple(spoken[start : start + SHARD_SIZE]) for start in range(0, len(spoken), SHARD_SIZE)]
     paths = [folder / f"{index:05d}-{content_hash([voice_name, shard])}.npz" for index, shard in enumerate(shards)]
     missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
     started = time.monotonic()
@@ -87,8 +86,8 @@ def speak_sentences(
     return SpeechShards(tuple(paths))
 
 
-def _speak_shard(voice: Voice, sentences: Sequence[str], path: Path) -> None:
-    sounds = [voice(spoken_form(sentence)) for sentence in sentences]
+def _speak_shard(voice: Voice, spoken: Sequence[str], path: Path) -> None:
+    sounds = [voice(text) for text in spoken]
     samples = np.round(np.clip(np.concatenate(sounds), -1, 1) * 32767).astype(np.int16)
     with written_atomically(path) as temporary, temporary.open("wb") as file:
         np.savez(file, samples=samples, lengths=np.array([len(sound) for sound in sounds], np.int64))

@@ -118,22 +118,24 @@ def build_all(
     work.mkdir(parents=True, exist_ok=True)
     listener: Recognizer = recognizer or load_recognizer()
     sentences = draw_corpus_sentences(settings)
-    with _cpu_time(work, "voice"):
+    with cpu_time(work, "voice"):
         shards = speak_corpus(sentences, work, voice_name, make_voice, jobs)
-    with _cpu_time(work, "codec"):
+    with cpu_time(work, "codec"):
         codec_path = build_codec(sentences, shards, work, voice_name, settings)
-    with _cpu_time(work, "corpus"):
+    with cpu_time(work, "corpus"):
         corpus = build_corpus(sentences, shards, codec_path, work)
     finished = leave_out_long_sentences(corpus, settings.longest_sentence, work)
-    with _cpu_time(work, "round trip"):
+    with cpu_time(work, "round trip"):
         results = _round_trip(settings, sentences, shards, codec_path, finished, work, listener)
     gates = {"codec - voice": compare(results["codec"][0], results["voice"][0], CODEC_LIMIT)}
-    _check(gates, settings)
-    with _cpu_time(work, "word times"):
+    check_gates(gates, settings.gated)
+    with cpu_time(work, "word times"):
         word_ends = time_words(sentences, work, voice_name, make_timer)
-    with _cpu_time(work, "teacher"):
-        teacher = build_teacher(corpus, word_ends, settings.codec.codebook_size, work, settings.teacher)
-    with _cpu_time(work, "teacher's error rates"):
+    with cpu_time(work, "teacher"):
+        train, validation = (examples(corpus, split, word_ends) for split in ("train", "validation"))
+        made_by = {"corpus": file_hash(corpus), "word_ends": content_hash(word_ends)}
+        teacher = build_teacher(train, validation, made_by, settings.codec.codebook_size, work, settings.teacher)
+    with cpu_time(work, "teacher's error rates"):
         results |= measure_teacher(settings, finished, teacher, codec_path, work, listener)
     for system in ("teacher greedy", "teacher sampled"):
         gates[f"{system} - codec"] = compare(results[system][0], results["codec"][0], TEACHER_LIMIT)
@@ -147,11 +149,11 @@ def build_all(
         "sentences": len(results["voice"][0].errors),
         "systems": {system: describe(result, seconds) for system, (result, seconds) in results.items()},
         "gates": gates,
-        "cpu_minutes": {stage: round(seconds / 60, 1) for stage, seconds in _cpu_seconds(work).items()},
+        "cpu_minutes": {stage: round(seconds / 60, 1) for stage, seconds in cpu_seconds(work).items()},
     }
     write_json(work / "measured.json", measured)
     print(table(measured), flush=True)
-    _check(gates, settings)
+    check_gates(gates, settings.gated)
     install(settings, measured, codec_path, finished, teacher, output)
     return measured
 
@@ -178,7 +180,7 @@ def _round_trip(
     waveforms = [spoken[test.index(text)] for text in texts]
 
     def listen(system: str, chunks: Iterator[list[np.ndarray]]) -> tuple[WerResult, float]:
-        return _listen(texts, chunks, recognizer, work / f"heard-{system}-{made_by}.json", system)
+        return listen_to(texts, chunks, recognizer, work / f"heard-{system}-{made_by}.json", system)
 
     return {
         "voice": listen("voice", in_chunks(waveforms)),
@@ -203,7 +205,7 @@ def measure_teacher(
 
     def listen(name: str, sampling: dict[str, float] | None) -> tuple[WerResult, float]:
         path = work / f"heard-{name}-{made_by}.json"
-        return _listen(texts, speak(sampling), recognizer, path, f"teacher {name}")
+        return listen_to(texts, speak(sampling), recognizer, path, f"teacher {name}")
 
     def speak(sampling: dict[str, float] | None) -> Iterator[list[np.ndarray]]:
         # A generator: nothing is generated for sentences that a stopped build has heard in full.
@@ -213,30 +215,31 @@ def measure_teacher(
     return {"teacher greedy": listen("greedy", None), "teacher sampled": listen("sampled", SAMPLING)}
 
 
-def _listen(
+def listen_to(
     texts: list[str], chunks: Iterator[list[np.ndarray]], recognizer: Recognizer, path: Path, label: str
 ) -> tuple[WerResult, float]:
     heard, seconds = hypotheses(texts, chunks, recognizer, path, label)
     return word_error_rate(texts, heard), seconds
 
 
-def _check(gates: dict[str, Any], settings: BuildSettings) -> None:
+def check_gates(gates: dict[str, Any], gated: bool) -> None:
+    """Refuse a gate that does not hold; nothing if not `gated`."""
     for name, gate in gates.items():
-        if settings.gated and not gate["holds"]:
+        if gated and not gate["holds"]:
             raise InputError(
                 f"the demo's gate '{name}' does not hold: {100 * gate['difference']:.2f} points of WER, at most "
                 f"{100 * gate['limit']:.0f} are allowed; use more sentences, longer training or fewer words"
             )
 
 
-def _cpu_seconds(work: Path) -> dict[str, float]:
+def cpu_seconds(work: Path) -> dict[str, float]:
     path = work / "cpu_seconds.json"
     found: dict[str, float] = read_json(path) if path.exists() else {}
     return found
 
 
 @contextlib.contextmanager
-def _cpu_time(work: Path, stage: str) -> Iterator[None]:
+def cpu_time(work: Path, stage: str) -> Iterator[None]:
     """Add the CPU seconds of this process and its finished children to the stage's, over all runs."""
 
     def now() -> float:
@@ -247,6 +250,6 @@ def _cpu_time(work: Path, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        spent = _cpu_seconds(work)
+        spent = cpu_seconds(work)
         spent[stage] = round(spent.get(stage, 0.0) + now() - started, 1)
         write_json(work / "cpu_seconds.json", spent)

@@ -9,7 +9,6 @@ import numpy as np
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech.recognizer import SAMPLE_RATE
-from mamtra_ray.teachers.demo_grammar import spoken_form
 
 LENGTH_SCALE = 0.85
 """Speaking rate; below 1 is faster than the voice's own."""
@@ -21,7 +20,7 @@ Voice = Callable[[str], np.ndarray]
 """Spoken text -> float32 waveform at 16 kHz."""
 
 WordTimer = Callable[[str], list[float]]
-"""Sentence -> seconds at which each of its words ends in the voice's sound."""
+"""Spoken text -> seconds at which each of its words ends in the voice's sound."""
 
 _FROM_THE = "fɹʌmð"
 """The one pair of words that the voice's phonemizer runs into one."""
@@ -89,7 +88,7 @@ def load_word_timer(num_threads: int = 1) -> WordTimer:
     scales = np.array([0.0, LENGTH_SCALE, 0.0], np.float32)
 
     def time_words(text: str) -> list[float]:
-        (phonemes,) = voice.phonemize(spoken_form(text))
+        (phonemes,) = voice.phonemize(text)
         ids = np.array([voice.phonemes_to_ids(phonemes)], np.int64)
         lengths = np.array([ids.shape[1]], np.int64)
         (frames,) = session.run([durations], {"input": ids, "input_lengths": lengths, "scales": scales})
@@ -102,6 +101,8 @@ def load_word_timer(num_threads: int = 1) -> WordTimer:
 
 def _word_ends(text: str, phonemes: list[str], ends: np.ndarray) -> list[float]:
     """Ends of words from ends of phonemes; a word's phonemes stop before the blank that follows."""
+    while phonemes[-1] == " ":  # after a comma at the end
+        phonemes = phonemes[:-1]
     blanks = [index for index, phoneme in enumerate(phonemes) if phoneme == " "]
     starts, stops = [0, *(blank + 1 for blank in blanks)], [*blanks, len(phonemes)]
     words = text.split()

@@ -129,6 +129,8 @@ def _load_ctranslate2(path: Path, num_threads: int) -> WhisperFaster:
             "pip install 'mamtra-ray[demo]'"
         ) from None
     if not (path / "model.bin").is_file():
-        raise InputError(f"{path} is no CTranslate2 Whisper folder: model.bin is missing")
+        parts = sorted(part.name for part in path.glob("model.bin.part*"))
+        joining = f"; join its parts in this folder: cat {' '.join(parts)} > model.bin" if parts else ""
+        raise InputError(f"{path} is no CTranslate2 Whisper folder: model.bin is missing{joining}")
     model = WhisperModel(str(path), device="auto", cpu_threads=num_threads, local_files_only=True)
     return WhisperFaster(f"whisper {path.name}, faster-whisper, beam 5", model)

@@ -52,12 +52,18 @@ def draw_sentence(random_state: random.Random) -> str:
     words = ["please"] if random_state.random() < 0.25 else []
     for clause in range(num_clauses):
         if clause:
-            words += random_state.choice((["and"], ["then"], ["and", "then"]))
-        words += _draw_clause(random_state)
+            words += draw_connector(random_state)
+        words += draw_clause(random_state)
     return " ".join(words)
 
 
-def _draw_object(random_state: random.Random) -> list[str]:
+def draw_connector(random_state: random.Random) -> list[str]:
+    """Draw the words that join two clauses."""
+    return random_state.choice((["and"], ["then"], ["and", "then"]))
+
+
+def draw_object(random_state: random.Random) -> list[str]:
+    """Draw the words that name an object."""
     words = ["the"]
     if random_state.random() < 0.6:
         words.append(random_state.choice(COLOURS))
@@ -71,19 +77,20 @@ def _draw_place(random_state: random.Random) -> list[str]:
     return ["the", random_state.choice(PLACES)]
 
 
-def _draw_clause(random_state: random.Random) -> list[str]:
+def draw_clause(random_state: random.Random) -> list[str]:
+    """Draw the words of one clause, without what joins it to others."""
     kind = random_state.random()
     if kind < 0.5:
-        words = [random_state.choice(MOVING_VERBS), *_draw_object(random_state)]
+        words = [random_state.choice(MOVING_VERBS), *draw_object(random_state)]
         if random_state.random() < 0.3:
             words += ["from", *_draw_place(random_state)]
         words += ["to", *_draw_place(random_state)]
     elif kind < 0.85:
-        words = [random_state.choice(HANDLING_VERBS), *_draw_object(random_state)]
+        words = [random_state.choice(HANDLING_VERBS), *draw_object(random_state)]
         if random_state.random() < 0.6:
             words += [random_state.choice(("near", "behind")), *_draw_place(random_state)]
     else:
-        words = ["paint", *_draw_object(random_state), random_state.choice(COLOURS)]
+        words = ["paint", *draw_object(random_state), random_state.choice(COLOURS)]
     ending = random_state.random()
     if ending < 0.2:
         words.append(random_state.choice(MANNERS))
