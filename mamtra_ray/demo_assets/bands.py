@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def bands_of(examples: list[Example], count: int) -> list[Band]:
 
 
 def measure_bands(
-    bands: list[Band], systems: dict[str, tuple[Speak, Any]], recognizer: Recognizer, work: Path
+    bands: list[Band], systems: Mapping[str, tuple[Speak, Any]], recognizer: Recognizer, work: Path
 ) -> dict[str, dict[str, Any]]:
     """Error rates of every system in every band, and what each costs over the codec's round trip.
 

@@ -123,7 +123,9 @@ def speak_corpus(
     sentences: Sentences, work: Path, voice_name: str, make_voice: Callable[[], Voice], jobs: int
 ) -> SpeechShards:
     """Sound of all sentences, in `work/voice`."""
-    return speak_sentences([spoken_form(text) for text in sentences.texts], work / "voice", voice_name, make_voice, jobs)
+    return speak_sentences(
+        [spoken_form(text) for text in sentences.texts], work / "voice", voice_name, make_voice, jobs
+    )
 
 
 def build_codec(

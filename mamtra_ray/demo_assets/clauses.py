@@ -30,7 +30,6 @@ from mamtra_ray.teachers.demo_grammar import (
     draw_object,
 )
 
-
 BANDS = (range(1, 10), range(10, 20), range(20, 30), range(30, 45), range(45, 63))
 """Numbers of words whose sentences are measured together."""
 

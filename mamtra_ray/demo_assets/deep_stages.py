@@ -42,15 +42,16 @@ from mamtra_ray.speech.recognizer import Recognizer, load_recognizer
 class DeepSettings:
     """Everything the deep teacher depends on, beside the demo's assets."""
 
-    train: JoinedCounts = JoinedCounts(2_000, (300, 700, 900, 1_100, 1_200))
-    validation: JoinedCounts = JoinedCounts(100, (10, 20, 20, 20, 20))
-    test: JoinedCounts = JoinedCounts(1_500, (200, 200, 200, 200, 200))
+    train: JoinedCounts = field(default_factory=lambda: JoinedCounts(1_600, (300, 700, 900, 1_100, 1_200)))
+    validation: JoinedCounts = field(default_factory=lambda: JoinedCounts(100, (10, 20, 20, 20, 20)))
+    test: JoinedCounts = field(default_factory=lambda: JoinedCounts(1_000, (200, 200, 200, 200, 200)))
     teacher: TeacherSettings = field(
         default_factory=lambda: TeacherSettings(
             num_layers=24,
             max_length=1_024,
-            cycles=(700,),
+            cycles=(400,),
             constant_steps=2_000,
+            tokens_per_batch=6_000,
             learning_rate=2e-3,
             tracking_from_step=0,
             tracking=TrackingSettings(layer=16, max_words=64),

@@ -191,8 +191,9 @@ A deep stack that speaks the demo's language in sentences of up to {longest} wor
 and others for validation and test; a sentence is the sounds of its clauses end to end. Splits share no clause, so no
 clause of a test sentence was heard in training; within a split a clause serves several sentences.
 
-The teacher began as the demo's teacher, each layer followed by a copy that added nothing at first, and was trained for
-{shape.steps:,} steps of about {shape.tokens_per_batch:,} padded tokens. The test sentences were not used for any choice.
+The teacher began as the demo's teacher, each layer followed by a copy that added nothing at first, and was trained
+for {shape.steps:,} steps of about {shape.tokens_per_batch:,} padded tokens. The test sentences were not used for any
+choice.
 
 Measured greedy, recognizer {measured["recognizer"]}, normalization `{measured["normalization"]}`; bootstrap intervals
 over utterances; at most {100 * TEACHER_LIMIT:.0f} points over the codec's round trip are allowed in each band:

@@ -1,4 +1,4 @@
-"""Stages of a build whose sentences are read clause by clause: speak the clauses, time their words, join, cut tokens."""
+"""Stages of a build whose sentences are read clause by clause: speak clauses, time their words, join, cut tokens."""
 
 from __future__ import annotations
 
