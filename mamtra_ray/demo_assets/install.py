@@ -57,12 +57,12 @@ def install_deep(
 ) -> None:
     """Put the deep teacher, its corpus and cards into `output`, as `install` does; the codec is the demo's."""
     output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "measured.json", measured)
     rows = pa.concat_tables([first_phase(read_corpus(path)) for path in corpora.values()])
     made_by = {split: file_hash(path) for split, path in corpora.items()}
     write_corpus(output / "corpus.parquet", rows, tokenizer="demo", made_by=made_by)
     for name in TEACHER_FILES:
         _copy(teacher / name, output / "teacher" / name)
-    write_json(output / "measured.json", measured)
     write_text(output / "README.md", _deep_card(settings, shape, measured, rows))
     _write_manifest(output, ["corpus.parquet", "measured.json"], settings, measured)
 

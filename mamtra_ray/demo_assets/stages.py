@@ -63,8 +63,8 @@ _PLAN = (
 )
 
 
-_OF_WORK = ("voice", "cpu_seconds.json")
-_OF_OUTPUT = (MANIFEST, "corpus_all_phases.parquet")
+_OF_WORK = ("voice", "clauses-train", "cpu_seconds.json")
+_OF_OUTPUT = (MANIFEST, "corpus_all_phases.parquet", "measured.json")
 
 
 def plan(work: Path) -> str:
