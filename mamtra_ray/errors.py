@@ -69,7 +69,8 @@ def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[...,
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            # One that Ray brought from a worker has the worker's traceback for its text.
+            print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr, flush=True)
             return 2
         except (Stopped, SystemError) as error:
             stop = stop_behind(error)

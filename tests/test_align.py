@@ -1,5 +1,6 @@
 """Alignment against plain transformers, plain least squares, plain autograd, and a stopped and resumed run."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from mamtra_ray.align import alignment as align_module
 from mamtra_ray.align.alignment import AlignJob, align, align_mixers, library_made_by
 from mamtra_ray.align.mixer_library import MANIFEST, WEIGHTS, load_library, read_library_manifest
 from mamtra_ray.align.mixer_training import MixerTraining, Position, attention_taps
+from mamtra_ray.align.phase import one_writer
 from mamtra_ray.config import AlignConfig, Config
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.transfer import mixer_from_attention
@@ -291,3 +293,22 @@ def test_two_ray_train_workers_learn_as_much_as_one(setup, tmp_path):
     assert both.workers == 2
     for layer in range(4):
         assert both.errors[layer] == pytest.approx(one.errors[layer], rel=0.2)
+
+
+def test_two_searches_do_not_train_one_library_at_once(tmp_path):
+    folder, said, held = tmp_path / "mixers", [], threading.Event()
+
+    def wait_for_it():
+        with one_writer(folder, lambda line: said.append(line) or held.set()):
+            said.append("second")
+
+    with one_writer(folder, said.append):
+        other = threading.Thread(target=wait_for_it)
+        other.start()
+        assert held.wait(60)
+        said.append("first is ready")
+    other.join(60)
+    assert said == ["    another process trains these mixers: waiting for it", "first is ready", "second"]
+    (folder / MANIFEST).touch()
+    with one_writer(folder, said.append), one_writer(folder, said.append):  # a finished one is only read
+        assert len(said) == 3

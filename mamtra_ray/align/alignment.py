@@ -20,7 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.exceptions import RayActorError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from mamtra_ray.align.mixer_library import MANIFEST, LibraryManifest, read_library_manifest, save_library
 from mamtra_ray.align.mixer_training import Batch, MixerTraining
@@ -200,7 +200,7 @@ def _align_in_a_task(job: AlignJob, worker: WorkerResources, report: Progress) -
             for tokens in cast(Iterable[Any], task.remote(job)):
                 report(min(result_of(tokens), total), total)
             return
-        except (WorkerCrashedError, RayActorError):
+        except (WorkerCrashedError, RayActorError, NodeDiedError, ObjectLostError):
             if attempt == _ATTEMPTS:
                 raise
 
@@ -226,7 +226,7 @@ def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Progress
     )
     total = job.config.tokens
     with repeatedly(lambda: report(min(ray.get(counter.get.remote()), total), total)):
-        fit(trainer)
+        fit(trainer, Path(job.folder))
 
 
 def train_fn_per_worker(train_loop_config: dict[str, Any]) -> None:

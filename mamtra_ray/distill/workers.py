@@ -172,7 +172,7 @@ def distill_on_workers(
     job: DistillJob, folder: Path, *, workers: int, worker: WorkerResources, callbacks: list[Any] | None = None
 ) -> Report:
     """Distill ``job`` on Ray Train workers; the trained student ends in ``folder/student``."""
-    result = fit(trainer_for(job, folder, workers=workers, worker=worker, callbacks=callbacks))
+    result = fit(trainer_for(job, folder, workers=workers, worker=worker, callbacks=callbacks), folder)
     assert result.checkpoint is not None and result.metrics is not None
     with result.checkpoint.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / "student", folder / "student", dirs_exist_ok=True)
