@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -42,18 +43,23 @@ OUTPUTS = {
 }
 PHASES = tuple(OUTPUTS)
 # The processes that a phase leaves its work to, as Ray names them.
-WORKERS = [
-    ("cache", r"ray::.*ShardWriter"),
-    ("align", r"ray::_align_task"),
-    ("probe", r"ray::ProbeActor"),
-    ("trials", r"ray::ImplicitFunc"),
-    ("trials", r"ray::TrialTable"),
-    ("finalists", r"ray::RayTrainWorker"),
-    ("finalists", r"ray::TrialTable"),
-    ("speech", r"ray::EvaluationWorker"),
-]
+WORKERS = {
+    "cache": [r"ray::.*ShardWriter"],
+    "align": [r"ray::_align_task"],
+    "probe": [r"ray::ProbeActor"],
+    "trials": [r"ray::ImplicitFunc", r"ray::TrialTable"],
+    "finalists": [r"ray::RayTrainWorker", r"ray::TrialTable"],
+    "speech": [r"ray::EvaluationWorker"],
+}
 RAYLET = r"\S*/raylet "
+SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 SECONDS = 900
+
+
+def each_and_every(phases: Iterable[str]) -> pytest.MarkDecorator:
+    """One phase, or one after the other in the same run: hardly dearer than one."""
+    phases = tuple(phases)
+    return pytest.mark.parametrize("phases", [*((phase,) for phase in phases), phases], ids=[*phases, "every"])
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +107,8 @@ def heading_of(phase: str) -> re.Pattern[str]:
 class Search:
     """A search in a process group of its own, and what it has printed."""
 
-    def __init__(self, space: Path, run: Path, *arguments: str, log: Path | None = None) -> None:
-        self.log = log or run.parent.with_name(f"log-{time.monotonic_ns()}.txt")
+    def __init__(self, space: Path, run: Path, *arguments: str, logs: Path) -> None:
+        self.log = logs / f"log-{time.monotonic_ns()}.txt"
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "mamtra_ray.search", "--space", str(space), "--run", str(run), *arguments],
@@ -127,7 +133,7 @@ class Search:
         self.family |= {process.pid: process for process in found}
         return found
 
-    def wait_for(self, phase: str, process: str | None = None, unlike: int | None = None) -> psutil.Process | None:
+    def wait_for(self, phase: str, process: str | None = None) -> psutil.Process | None:
         """Until ``phase`` has begun, and a process of its with this command line lives, which is returned.
 
         Raises:
@@ -141,7 +147,7 @@ class Search:
                     return None
                 for found in processes:
                     with contextlib.suppress(psutil.Error):
-                        if found.pid != unlike and re.match(process, " ".join(found.cmdline())):
+                        if re.match(process, " ".join(found.cmdline())):
                             return found
             if re.search(rf"^\[\d/\d\] {phase}: \d+:\d\d$", self.text, re.M):
                 break
@@ -180,7 +186,7 @@ def uninterrupted(space, place):
     """The folder of all runs after a search that nothing has stopped."""
     runs = place / "runs"
     if not (runs / "whole" / REPORT).exists():
-        search = Search(space, runs / "whole")
+        search = Search(space, runs / "whole", logs=place)
         # Random models do not stop speaking: complete, but nothing that can be used.
         assert search.end() == 3, search.text
         assert search.orphans() == []
@@ -217,111 +223,104 @@ def assert_stopped_with_one_line(search: Search, code: int, phase: str, says: st
     assert not any(re.search(rf"^\[\d/\d\] {name}:", search.text, re.M) for name in later), search.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
-def test_stopped_again_and_again(space, uninterrupted, tmp_path, phase):
-    """The search itself, by Ctrl-C, by SIGTERM and by kill -9; then the raylet under it; every time it goes on."""
-    run = copy_before(phase, uninterrupted, tmp_path / "runs")
-    before = 0.0
-    for session, signum in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL, None)):
-        search = Search(space, run, "--resume")
-        if signum is None:
-            search.wait_for(phase, RAYLET).kill()
-            assert_stopped_with_one_line(search, 2, phase, "Ray lost .* goes on where it stopped")
+def stop(search: Search, run: Path, phase: str, how: str) -> None:
+    """Stop it in a phase, and look at how it ends."""
+    search.wait_for(phase)
+    if how == "raylet":
+        search.wait_for(phase, RAYLET).kill()
+        assert_stopped_with_one_line(search, 2, phase, "^error: Ray lost .* goes on where it stopped$")
+    elif how == "disk full":
+        filler = run.parent / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+        assert_stopped_with_one_line(search, 2, phase, "^error: no space left to write .*/runs/")
+        filler.unlink()
+    else:
+        os.kill(search.process.pid, SIGNALS[how])
+        go_on = f"stopped by {how}; go on with: python -m mamtra_ray.search --resume --run {run}"
+        if how == "SIGKILL":
+            assert search.end() == -signal.SIGKILL
         else:
-            search.wait_for(phase)
-            time.sleep(0.5 * session)
-            os.kill(search.process.pid, signum)
-            if signum == signal.SIGKILL:
-                assert search.end() == -signum
-            else:
-                go_on = re.escape(
-                    f"stopped by {signum.name}; go on with: python -m mamtra_ray.search --resume --run {run}"
-                )
-                assert_stopped_with_one_line(search, 128 + signum, phase, go_on)
-        assert search.orphans() == []
-        if signum != signal.SIGKILL:  # which loses the last few seconds
-            seconds = Costs(run / COSTS).phases[phase]["seconds"]
-            assert seconds > before
-            before = seconds
-    resumed = Search(space, run, "--resume")
-    assert resumed.end() == 3, resumed.text
-    assert resumed.orphans() == []
-    assert_same(run, uninterrupted)
-    assert Costs(run / COSTS).phases[phase]["seconds"] > before
+            assert_stopped_with_one_line(search, 128 + SIGNALS[how], phase, re.escape(go_on))
+    assert search.orphans() == []
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """Mounted there."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)], check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("phase", "worker"), WORKERS, ids=[f"{phase}-{name[5:].strip('.*')}" for phase, name in WORKERS]
-)
-def test_worker(space, uninterrupted, tmp_path, phase, worker):
-    """Killed, and killed again once it has been replaced."""
-    run = copy_before(phase, uninterrupted, tmp_path / "runs")
-    search = Search(space, run)
-    killed = search.wait_for(phase, worker)
-    killed.kill()
-    with contextlib.suppress(PhaseIsOverError):
-        search.wait_for(phase, worker, unlike=killed.pid).kill()
+@pytest.mark.parametrize("how", [*SIGNALS, "raylet", "disk full"])
+@each_and_every(PHASES)
+def test_stopped(space, uninterrupted, tmp_path, phases, how):
+    runs = tmp_path / "runs"
+    with small_disk(runs) if how == "disk full" else contextlib.nullcontext():
+        run = copy_before(phases[0], uninterrupted, runs)
+        for phase in phases:
+            stop(Search(space, run, "--resume", logs=tmp_path), run, phase, how)
+        if how != "SIGKILL":  # which may come before the first seconds are noted
+            noted = {phase: Costs(run / COSTS).phases[phase]["seconds"] for phase in phases}
+        resumed = Search(space, run, "--resume", logs=tmp_path)
+        assert resumed.end() == 3, resumed.text
+        assert resumed.orphans() == []
+        assert_same(run, uninterrupted)
+        if how != "SIGKILL":
+            assert all(Costs(run / COSTS).phases[phase]["seconds"] >= noted[phase] > 0 for phase in phases)
+
+
+@pytest.mark.slow
+@each_and_every(WORKERS)
+def test_worker_killed(space, uninterrupted, tmp_path, phases):
+    run = copy_before(phases[0], uninterrupted, tmp_path / "runs")
+    search = Search(space, run, "--resume", logs=tmp_path)
+    for phase in phases:
+        for worker in WORKERS[phase]:
+            search.wait_for(phase, worker).kill()
     assert search.end() == 3, search.text
-    assert "Traceback" not in search.text
+    assert "Traceback" not in search.text, search.text
     assert search.orphans() == []
     assert_same(run, uninterrupted)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
-def test_disk_full(space, uninterrupted, tmp_path, phase):
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(runs)], check=False).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        run = copy_before(phase, uninterrupted, runs)
-        search = Search(space, run, "--resume", log=tmp_path / "log.txt")
-        search.wait_for(phase)
-        with contextlib.suppress(OSError), (runs / "filler").open("wb", buffering=0) as filler:
-            while filler.write(bytes(1 << 12)):
-                pass
-        assert_stopped_with_one_line(search, 2, phase, "^error: no space left to write .*/runs/")
-        assert search.orphans() == []
-        (runs / "filler").unlink()
-        resumed = Search(space, run, "--resume", log=tmp_path / "log2.txt")
-        assert resumed.end() == 3, resumed.text
-        assert_same(run, uninterrupted)
-    finally:
-        subprocess.run(["umount", "--lazy", str(runs)], check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
-def test_node_lost(space, uninterrupted, tmp_path, phase):
+@each_and_every(PHASES)
+def test_node_lost(space, uninterrupted, tmp_path, phases):
     """Of two nodes the one dies that the search does not run on; another one comes. (Both see the run's folder.)"""
-    run = copy_before(phase, uninterrupted, tmp_path / "runs")
+    run = copy_before(phases[0], uninterrupted, tmp_path / "runs")
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a socket's path has 107 bytes at most
         cluster = ray.cluster_utils.Cluster(
             initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": folder, "include_dashboard": False}
         )
         try:
-            lost = cluster.add_node(num_cpus=1)
+            node = cluster.add_node(num_cpus=1)
             cluster.wait_for_nodes()
-            search = Search(space, run, "--resume", "--address", cluster.address)
-            search.wait_for(phase)
-            cluster.remove_node(lost, allow_graceful=False)
-            cluster.add_node(num_cpus=1)
+            search = Search(space, run, "--resume", "--address", cluster.address, logs=tmp_path)
+            for phase in phases:
+                search.wait_for(phase)
+                cluster.remove_node(node, allow_graceful=False)
+                node = cluster.add_node(num_cpus=1)
             assert search.end() == 3, search.text
         finally:
             cluster.shutdown()
-    assert "Traceback" not in search.text
+    assert "Traceback" not in search.text, search.text
     assert_same(run, uninterrupted)
 
 
 @pytest.mark.slow
 def test_a_second_search_in_the_same_folder_is_refused_while_the_first_lives(space, tmp_path):
     run = tmp_path / "runs" / "busy"
-    first = Search(space, run)
+    first = Search(space, run, logs=tmp_path)
     first.wait_for("align")
-    second = Search(space, run, "--resume")
+    second = Search(space, run, "--resume", logs=tmp_path)
     assert second.end() == 2
     assert "another process is working on" in second.text
     os.kill(first.process.pid, signal.SIGINT)
