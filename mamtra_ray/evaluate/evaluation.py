@@ -35,6 +35,7 @@ from mamtra_ray.runtime.environment import versions
 from mamtra_ray.runtime.progress import table
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.speech.demo_codec import write_wav
+from mamtra_ray.speech.language import language_of
 from mamtra_ray.speech.wer import NORMALIZATIONS
 from mamtra_ray.teachers.shared import SharedTeacher
 
@@ -90,6 +91,7 @@ def evaluate_systems(
         GenerationCheckError: a system does not generate what it computes.
     """
     sentences, without_words, corpus_hash = test_sentences(config)
+    config = with_language(config, sentences)
     chosen = with_references(systems, sentences)
     made_by = {
         "teacher": teacher.fingerprint,
@@ -143,8 +145,8 @@ def check_evaluation(config: Config, teacher: SharedTeacher, worker: WorkerResou
     Raises:
         InputError: no test sentence, or something the recognizer, the codec or a metric needs is missing.
     """
-    test_sentences(config)
-    check_speech_stack(evaluation_settings(config, teacher), worker)
+    sentences, _, _ = test_sentences(config)
+    check_speech_stack(evaluation_settings(with_language(config, sentences), teacher), worker)
 
 
 def test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
@@ -162,6 +164,12 @@ def test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
     kept = {sentence.utterance_id for sentence in speakable}
     without_words = [sentence.utterance_id for sentence in first if sentence.utterance_id not in kept]
     return speakable, without_words, corpus_identity(test).corpus_hash
+
+
+def with_language(config: Config, sentences: Sequence[Utterance]) -> Config:
+    """``evaluate.language`` filled in from the sentences where it is not set."""
+    language = config.evaluate.language or language_of(sentence.text for sentence in sentences)
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"language": language})})
 
 
 def with_references(systems: Mapping[str, Path | None], sentences: Sequence[Utterance]) -> dict[str, Path | None]:

@@ -16,6 +16,7 @@ from mamtra_ray.config import EvaluateConfig, TeacherConfig
 from mamtra_ray.corpus.table import Utterance
 from mamtra_ray.errors import InputError
 from mamtra_ray.run.names import CODEC
+from mamtra_ray.speech.language import ENGLISH
 from mamtra_ray.teachers.shared import SharedTeacher
 
 Row = dict[str, Any]
@@ -98,7 +99,7 @@ class EvaluationWorker:
         torch.set_num_threads(self.num_threads)
         settings, source = self.settings.evaluate, self.settings.source
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.recognizer = recognizer_from_name(settings.recognizer, self.num_threads)
+        self.recognizer = recognizer_from_name(settings.recognizer, self.num_threads, settings.language or ENGLISH)
         self.metrics = [metric_from_name(name) for name in settings.metrics]
         self.vocoder = vocoder_of_teacher(
             source.kind,

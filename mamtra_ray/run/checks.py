@@ -26,6 +26,7 @@ from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.speech.language import ENGLISH, language_of
 from mamtra_ray.teachers.outline import TeacherOutline, teacher_outline
 
 
@@ -96,6 +97,12 @@ def _check_speech(config: Config, outline: TeacherOutline, corpus: pa.Table) -> 
     evaluate = config.evaluate
     test = split_of(read_corpus(evaluate.corpus) if evaluate.corpus else corpus, "test")
     check_vocabulary(test, outline.text_size, outline.speech_size)
+    language = evaluate.language or language_of(test["text"].to_pylist())
+    if evaluate.recognizer == "demo" and language != ENGLISH:
+        raise InputError(
+            f"evaluate.recognizer=demo hears English only, the sentences are {language!r}: give whisper:FOLDER of a "
+            "multilingual Whisper, or set evaluate.language"
+        )
     _folder(evaluate.recognizer.partition(":")[2], "evaluate.recognizer", "a folder with Whisper weights")
     for metric in evaluate.metrics:
         _exists(metric.partition(":")[2], f"evaluate.metrics={metric}")

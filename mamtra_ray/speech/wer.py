@@ -10,6 +10,7 @@ import numpy as np
 
 from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.speech.error_rate import ErrorRate
+from mamtra_ray.speech.language import is_without_blanks, split_characters
 from mamtra_ray.speech.normalization import PUBLISHED
 
 # fmt: off
@@ -74,6 +75,9 @@ class WerResult:
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normalize: str = "demo") -> WerResult:
     """Word and character error rates through jiwer's alignment.
 
+    Of a reference in a script without blanks between words, such as Chinese, every character counts as a word, and
+    blanks do not count as characters.
+
     Args:
         references: what was to be said.
         hypotheses: what was recognized, in the same order.
@@ -98,7 +102,11 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], normal
     for reference, hypothesis, original in zip(normal_references, normal_hypotheses, references, strict=True):
         if not reference.split():
             raise InputError(f"The reference {original!r} has no words after the {normalize!r} normalization.")
-        words = jiwer.process_words(reference, hypothesis)
+        pair = (reference, hypothesis)
+        if is_without_blanks(reference):
+            pair = (split_characters(reference), split_characters(hypothesis))
+            reference, hypothesis = ("".join(text.split()) for text in pair)
+        words = jiwer.process_words(*pair)
         characters = jiwer.process_characters(reference, hypothesis)
         counts.append(
             (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mamtra_ray.errors import InputError, nearest_name
+from mamtra_ray.speech.language import ENGLISH
 from mamtra_ray.speech.recognizer import SAMPLE_RATE, WHISPER_WINDOW_SECONDS, Recognizer, load_recognizer
 
 DEMO_WINDOW_SECONDS = 15
@@ -18,15 +19,17 @@ DEMO_WINDOW_SECONDS = 15
 _KINDS = ("demo", "whisper", "faster-whisper")
 
 
-def recognizer_from_name(name: str, num_threads: int = 1) -> Recognizer:
+def recognizer_from_name(name: str, num_threads: int = 1, language: str = ENGLISH) -> Recognizer:
     """The recognizer behind ``evaluate.recognizer``.
 
     Args:
         name: ``demo``, ``whisper:FOLDER`` (transformers) or ``faster-whisper:FOLDER`` (CTranslate2).
         num_threads: CPU threads of one transcription.
+        language: what is spoken, as Whisper abbreviates it.
 
     Raises:
-        InputError: unknown name, missing folder, or a package that is not installed.
+        InputError: unknown name, missing folder, a package that is not installed, or a model that does not hear the
+            language.
     """
     kind, separator, folder = name.partition(":")
     if kind not in _KINDS or (kind == "demo") == bool(separator):  # the demo takes no folder, the others need one
@@ -35,22 +38,33 @@ def recognizer_from_name(name: str, num_threads: int = 1) -> Recognizer:
             + ("" if kind in _KINDS else f": {nearest_name(kind, _KINDS)}")
         )
     if kind == "demo":
+        _check_language(language, [ENGLISH], name)
         return load_recognizer(num_threads=num_threads, window_seconds=DEMO_WINDOW_SECONDS)
     path = Path(folder)
     if not folder or not path.is_dir():
         raise InputError(f"evaluate.recognizer: {folder or 'no folder'} given, which is no folder with Whisper weights")
-    return _load_transformers(path) if kind == "whisper" else _load_ctranslate2(path, num_threads)
+    return _load_transformers(path, language) if kind == "whisper" else _load_ctranslate2(path, num_threads, language)
+
+
+def _check_language(language: str, heard: Sequence[str], name: str) -> None:
+    if language not in heard:
+        known = ", ".join(heard[:12]) + (", ..." if len(heard) > 12 else "")
+        raise InputError(
+            f"evaluate.recognizer={name} does not hear the sentences' language {language!r} (it hears {known}): give a "
+            "multilingual Whisper, or set evaluate.language"
+        )
 
 
 @dataclass(frozen=True)
 class WhisperTransformers:
-    """Whisper as Seed-TTS-eval runs it: transformers' generate, greedy, English, no temperature fallback."""
+    """Whisper as Seed-TTS-eval runs it: transformers' generate, greedy, no temperature fallback."""
 
     name: str
     model: Any
     """A `transformers.WhisperForConditionalGeneration` in evaluation mode."""
     processor: Any
     """Its `transformers.WhisperProcessor`."""
+    language: str = ENGLISH
     batch_size: int = 8
 
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
@@ -76,13 +90,13 @@ class WhisperTransformers:
         inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_timestamps": bool(long_form)}
         if getattr(self.model.generation_config, "is_multilingual", False):
-            settings |= {"language": "english", "task": "transcribe"}
+            settings |= {"language": self.language, "task": "transcribe"}
         with torch.inference_mode():
             ids = self.model.generate(**inputs, **settings)
         return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _load_transformers(path: Path) -> WhisperTransformers:
+def _load_transformers(path: Path, language: str) -> WhisperTransformers:
     import torch
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -94,7 +108,12 @@ def _load_transformers(path: Path) -> WhisperTransformers:
         processor = WhisperProcessor.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is no Hugging Face Whisper folder: {' '.join(str(error).split())}") from None
-    return WhisperTransformers(f"whisper {path.name}, transformers, greedy", model.eval().to(device), processor)
+    settings = model.generation_config
+    names = getattr(settings, "lang_to_id", None) or {}
+    heard = sorted(name.strip("<|>") for name in names) if getattr(settings, "is_multilingual", False) else [ENGLISH]
+    _check_language(language, heard, f"whisper:{path}")
+    name = f"whisper {path.name}, transformers, greedy"
+    return WhisperTransformers(name, model.eval().to(device), processor, language)
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,7 @@ class WhisperFaster:
     name: str
     model: Any
     """A `faster_whisper.WhisperModel`."""
+    language: str = ENGLISH
 
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[str]:
         """Text of every waveform (float32, 16 kHz, mono)."""
@@ -111,7 +131,7 @@ class WhisperFaster:
         for waveform in waveforms:
             segments, _ = self.model.transcribe(
                 np.asarray(waveform, np.float32),
-                language="en",
+                language=self.language,
                 beam_size=5,
                 temperature=0.0,
                 condition_on_previous_text=False,
@@ -120,7 +140,7 @@ class WhisperFaster:
         return texts
 
 
-def _load_ctranslate2(path: Path, num_threads: int) -> WhisperFaster:
+def _load_ctranslate2(path: Path, num_threads: int, language: str) -> WhisperFaster:
     try:
         from faster_whisper import WhisperModel
     except ImportError:
@@ -133,4 +153,5 @@ def _load_ctranslate2(path: Path, num_threads: int) -> WhisperFaster:
         joining = f"; join its parts in this folder: cat {' '.join(parts)} > model.bin" if parts else ""
         raise InputError(f"{path} is no CTranslate2 Whisper folder: model.bin is missing{joining}")
     model = WhisperModel(str(path), device="auto", cpu_threads=num_threads, local_files_only=True)
-    return WhisperFaster(f"whisper {path.name}, faster-whisper, beam 5", model)
+    _check_language(language, model.supported_languages, f"faster-whisper:{path}")
+    return WhisperFaster(f"whisper {path.name}, faster-whisper, beam 5", model, language)
