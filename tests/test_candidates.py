@@ -7,7 +7,14 @@ import pytest
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.layouts.candidates import Candidate, SearchSpace, paper_candidates, without_repeats
+from mamtra_ray.layouts.candidates import (
+    Candidate,
+    SearchSpace,
+    given_candidates,
+    own_candidates,
+    paper_candidates,
+    without_repeats,
+)
 from mamtra_ray.search.parameter_space import layout_from_params, param_space, params_from_layout, sampler
 
 
@@ -64,6 +71,20 @@ def test_papers_layouts_come_first_once_and_only_if_allowed():
     ]
     twice = [Candidate(Layout("AM"), "front"), Candidate(Layout("AM"), "probe"), Candidate(Layout("MA"), "probe")]
     assert without_repeats(twice) == [twice[0], twice[2]]
+
+
+def test_own_layouts_come_first_and_must_fit_the_search():
+    space = SearchSpace(4, ("1:1", "1:3"), frozenset({0}))
+    found = given_candidates(space, ("block_beginning",), ("AMMA", "AMAM", "AMMM"))
+    assert [(str(c.layout), c.origin) for c in found] == [("AMMA", "own"), ("AMAM", "own"), ("AMMM", "own")]
+    assert given_candidates(space, ("block_beginning",)) == paper_candidates(space, ("block_beginning",))
+    for layout, problem in {
+        "AMAMA": "has 5 layers, the teacher has 4",
+        "AAAM": r"has the ratio 3:1, which search.ratios does not have \(1:1, 1:3\)",
+        "MAMA": r"breaks search\.keep_attention",
+    }.items():
+        with pytest.raises(InputError, match=f"search.layouts: {layout} {problem}"):
+            own_candidates(space, (layout,))
 
 
 @pytest.mark.parametrize(

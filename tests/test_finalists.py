@@ -11,7 +11,7 @@ from mamtra_ray.distill.job import DistillData, DistillJob, Report
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.run_scores import choose_best
 from mamtra_ray.layouts import Layout
-from mamtra_ray.layouts.candidates import SearchSpace, paper_candidates
+from mamtra_ray.layouts.candidates import Candidate, SearchSpace, given_candidates, paper_candidates
 from mamtra_ray.run.rows import CurvePoint, FinalistRow, TrialRow
 from mamtra_ray.search import finalists
 from mamtra_ray.search.finalists import choose_finalists, distill_finalist, log_to_tensorboard
@@ -43,6 +43,8 @@ def test_papers_layouts_and_the_best_found_of_every_ratio_go_on():
     ]
     space = SearchSpace(4, ("1:1", "1:3"))
     chosen = choose_finalists(space, paper_candidates(space, ("block_beginning", "back")), rows, 1)
+    own = choose_finalists(space, given_candidates(space, ("back",), ("AMMA",)), rows, 1)
+    assert own[0] == Candidate(Layout("AMMA"), "own"), "it is distilled long whatever its short score"
     assert sorted((str(candidate.layout), candidate.origin) for candidate in chosen) == [
         ("AAMM", "optuna"),
         ("AMAM", "block_beginning"),
@@ -84,7 +86,9 @@ def test_a_finalist_with_an_alarm_is_chosen_only_where_all_have_one():
 
 def settings_with(distill: DistillConfig, calls: list) -> SimpleNamespace:
     """What `distill_finalist` needs of a search, with a cache that says what it is and holds nothing."""
-    cache = SimpleNamespace(manifest=SimpleNamespace(made_by={"corpus": "c", "format": {}}), speech_tokens=10)
+    cache = SimpleNamespace(
+        manifest=SimpleNamespace(made_by={"corpus": "c", "format": {}, "selection": {}}), speech_tokens=10
+    )
     data = DistillData(SimpleNamespace(fingerprint="t"), cache, cache, None)
     return SimpleNamespace(
         settings=distill,

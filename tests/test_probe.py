@@ -14,7 +14,7 @@ from mamtra_ray.align.mixer_library import LibraryManifest, save_library
 from mamtra_ray.config import Config
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.layouts.candidates import SearchSpace, paper_candidates
 from mamtra_ray.layouts.constraints import Constraints, layouts_to_matrix, sample_layouts
 from mamtra_ray.losses import HiddenTargets
 from mamtra_ray.models.transfer import mixer_from_attention
@@ -94,7 +94,7 @@ def probe(config, folder, data, **options):
     return probe_layouts(
         config.probe,
         search_space(config, 4),
-        config.search.strategies,
+        [candidate.layout for candidate in paper_candidates(search_space(config, 4), config.search.strategies)],
         folder,
         replace(data, validation_tokens=config.probe.validation_tokens),
         WorkerResources(),

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mamtra_ray.config.types import Count, CountOrZero, Layers, Section, Several
 from mamtra_ray.errors import InputError, nearest_name
-from mamtra_ray.layouts import PATTERNS, parse_ratio
+from mamtra_ray.layouts import PATTERNS, Layout, parse_ratio
 
 IMPORTANCE_CRITERIA = ("wer", "cosine", "kl")
 SEARCH_STRATEGIES = (*PATTERNS, *(f"importance_{criterion}" for criterion in IMPORTANCE_CRITERIA))
@@ -33,6 +33,14 @@ def _known_strategy(strategy: str) -> str:
     return strategy
 
 
+def _letters(layout: str) -> str:
+    try:
+        return str(Layout.from_string(layout))
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+OwnLayout = Annotated[str, AfterValidator(_letters)]
 Ratio = Annotated[str, AfterValidator(_lowest_terms)]
 Strategy = Annotated[str, AfterValidator(_known_strategy)]
 
@@ -44,11 +52,14 @@ class SearchConfig(Section):
     """The paper's placements that are always among the candidates, at every ratio: block_beginning, block_end, front,
     middle, back, sandwich; and importance_wer, importance_cosine, importance_kl, which keep the layers that lose most
     words when replaced, turn their input most, or have the highest KL divergence when replaced."""
+    layouts: Annotated[tuple[OwnLayout, ...], Several] = ()
+    """Layouts of your own, one letter per layer such as AMAM, that are candidates and finalists like the placements of
+    `search.strategies`; each of one of the `search.ratios`."""
     trials: Count = 32
     """Layouts that Tune starts in all, the paper's placements among them."""
     sampler: Literal["surrogate", "tpe", "nsga2", "gp", "random", "grid"] = "surrogate"
     """What proposes layouts to Optuna: the probe's scores corrected by the trials' own (surrogate), a sampler of
-    Optuna's for comparison, or nothing (grid): exactly the strategies at the ratios."""
+    Optuna's for comparison, or nothing (grid): exactly the strategies at the ratios, and the layouts."""
     rung_tokens: Annotated[tuple[Count, ...], Several] = Field((1_000_000, 4_000_000), min_length=1)
     """Training tokens at which successive halving compares trials, ascending; the last one ends a trial."""
     reduction_factor: Annotated[int, Field(ge=2, le=1000)] = 4
@@ -68,14 +79,14 @@ class SearchConfig(Section):
     def _consistent(self) -> SearchConfig:
         if list(self.rung_tokens) != sorted(set(self.rung_tokens)):
             raise ValueError(f"rung_tokens must ascend, such as [20000, 40000], not {list(self.rung_tokens)}")
-        for name in ("ratios", "strategies"):
+        for name in ("ratios", "strategies", "layouts"):
             values = getattr(self, name)
             if repeated := next((value for value in values if values.count(value) > 1), None):
                 raise ValueError(f"{name} has {repeated} twice")
         if both := sorted(set(self.keep_attention) & set(self.always_mamba)):
             raise ValueError(f"layer {both[0]} stands in both search.keep_attention and search.always_mamba")
-        if self.sampler == "grid" and not self.strategies:
-            raise ValueError("sampler grid tries search.strategies, and there are none")
-        if not self.strategies and not self.finalists:
-            raise ValueError("with no strategies and finalists=0 nothing would be distilled")
+        if self.sampler == "grid" and not (self.strategies or self.layouts):
+            raise ValueError("sampler grid tries search.strategies and search.layouts, and there are none")
+        if not (self.strategies or self.layouts) and not self.finalists:
+            raise ValueError("with no strategies, no layouts and finalists=0 nothing would be distilled")
         return self

@@ -43,7 +43,7 @@ class ResourcesConfig(Section):
 
 class TeacherConfig(Section):
     kind: str = "demo"
-    """Which loader: demo, cosyvoice2, llasa, huggingface, and causal_lm for a model of text."""
+    """Which loader: demo, cosyvoice2, llasa, huggingface, causal_lm (for text), or MODULE:FUNCTION of your own."""
     path: LocalPath | None = None
     """Folder of the checkpoint (causal_lm: or a GGUF file); none for the packaged demo teacher."""
 

@@ -1,6 +1,7 @@
 """Verb ``corpus``: prepare a corpus.
 
 python -m mamtra_ray.corpus libritts LibriTTS --output corpora/libritts --space search_spaces/cosyvoice2.yaml
+python -m mamtra_ray.corpus check corpora/libritts --space cosyvoice2
 python -m mamtra_ray.corpus text FILE... --output corpora/text --space search_spaces/smollm2.yaml
 """
 
@@ -27,10 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["text"]:
         return _text(given[1:])
+    if given[:1] == ["check"]:
+        return _check(given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m mamtra_ray.corpus", description="Prepare a corpus: recordings with transcripts to Parquet."
     )
-    known = f"{', '.join(SOURCES)} (LibriTTS-R is libritts too; text has options of its own: text --help)"
+    known = f"{', '.join(SOURCES)} (LibriTTS-R is libritts too; text and check have options of their own: check --help)"
     parser.add_argument("source", metavar="SOURCE", help=known)
     parser.add_argument("path", type=Path, metavar="PATH", help="its folder, meta.lst or data.list")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the corpus folder")
@@ -92,6 +95,33 @@ def main(arguments: list[str] | None = None) -> int:
     for reason, count in report["reasons"].items():
         print(f"left out: {count:,} x {reason}")
     print(f"details in {options.output / REPORT}; use it with corpus.path={options.output}")
+    return 0
+
+
+def _check(arguments: list[str]) -> int:
+    """``corpus check``: read one whole and compare it with a teacher."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mamtra_ray.corpus check",
+        description="Read a corpus whole, check every row, and compare it with a teacher's tokenizers if one is given.",
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="a Parquet file or a folder of them")
+    parser.add_argument("--space", metavar="FILE_OR_NAME", help="whose teacher to compare it with")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. teacher.kind=llasa teacher.path=MODEL")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.space, [*options.overrides, f"corpus.path={json.dumps(str(options.path))}"])
+
+    from mamtra_ray.corpus.check import check_against_teacher, corpus_summary, fitting_summary
+    from mamtra_ray.corpus.table import read_corpus
+
+    print(corpus_summary(options.path))
+    if options.space is None and not options.overrides:
+        return 0
+    from mamtra_ray.teachers.outline import teacher_outline
+
+    outline = teacher_outline(config.teacher.kind, config.teacher.path, config.student.state_sharing)
+    table = read_corpus(options.path)
+    check_against_teacher(table, outline, config.teacher)
+    print(fitting_summary(table, outline))
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mamtra_ray.artifacts import content_hash, file_hash
 from mamtra_ray.config import Config
+from mamtra_ray.corpus.check import check_text_tokens
 from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import Utterance, corpus_identity, read_corpus, utterances
 from mamtra_ray.errors import InputError
@@ -156,6 +157,7 @@ def test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
     if not settings.sentences:
         raise InputError("evaluate.sentences is 0: there is nothing to speak")
     test = read_corpus(settings.corpus or config.corpus.path, "test")
+    check_text_tokens(test, config.teacher)
     normalize = NORMALIZATIONS[settings.normalization]
     first = utterances(drawn(test, config.corpus.seed).slice(0, settings.sentences))
     speakable = [sentence for sentence in first if normalize(sentence.text).split()]

@@ -20,7 +20,8 @@ class Candidate:
 
     layout: Layout
     origin: str
-    """``block_beginning``, ``back``, ... (the paper), ``probe`` (the surrogate's optimum) or ``optuna``."""
+    """``own`` (the user), ``block_beginning``, ``back``, ... (the paper), ``probe`` (the surrogate's optimum) or
+    ``optuna``."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,48 @@ class SearchSpace:
         return layout.num_attention in counts and self.meets_constraints(layout)
 
 
+OWN = "own"
+"""Origin of a layout that the user gave."""
+
+
+def own_candidates(space: SearchSpace, layouts: Sequence[str]) -> list[Candidate]:
+    """The user's own layouts (``search.layouts``), in their order.
+
+    Raises:
+        InputError: one of another number of layers, of a ratio that is not searched, or against a constraint.
+    """
+    candidates = [Candidate(Layout.from_string(letters), OWN) for letters in layouts]
+    for layout in (candidate.layout for candidate in candidates):
+        if layout.num_layers != space.num_layers:
+            raise InputError(
+                f"search.layouts: {layout} has {layout.num_layers} layers, the teacher has {space.num_layers}"
+            )
+        if layout.num_attention not in {space.num_attention(ratio) for ratio in space.ratios}:
+            raise InputError(
+                f"search.layouts: {layout} has the ratio {layout.ratio}, which search.ratios does not have "
+                f"({', '.join(space.ratios)})"
+            )
+        if not space.meets_constraints(layout):
+            raise InputError(f"search.layouts: {layout} breaks search.keep_attention or search.always_mamba")
+    return candidates
+
+
 def importance_criteria(strategies: Sequence[str]) -> list[str]:
     """The criteria by which strategies ask for layer importance: ``wer`` of ``importance_wer``."""
     return [name.removeprefix(_IMPORTANCE) for name in strategies if name.startswith(_IMPORTANCE)]
+
+
+def given_candidates(
+    space: SearchSpace,
+    strategies: Sequence[str],
+    layouts: Sequence[str] = (),
+    importance: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> list[Candidate]:
+    """What a search tries and distills in any case: the user's own layouts, then the paper's placements.
+
+    Arguments and errors as of :func:`own_candidates` and :func:`paper_candidates`.
+    """
+    return without_repeats([*own_candidates(space, layouts), *paper_candidates(space, strategies, importance)])
 
 
 def paper_candidates(

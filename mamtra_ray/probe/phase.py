@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mamtra_ray.layouts.candidates import given_candidates
 from mamtra_ray.probe.pool import ProbeData
 from mamtra_ray.probe.probing import outcome_table, probe_layouts
 from mamtra_ray.run.rows import ProbeRow
@@ -22,11 +23,12 @@ def probe_data(session: Session, library: Path, validation: SharedCache) -> Prob
 def run_probe(session: Session, library: Path, validation: SharedCache) -> list[ProbeRow]:
     """Score layouts and say what came of it."""
     config = session.config
+    given = given_candidates(session.space, config.search.strategies, config.search.layouts)
     with session.screen.phase("probe", f"at most {config.probe.num_layouts} layouts by forward passes"):
         rows = probe_layouts(
             config.probe,
             session.space,
-            config.search.strategies,
+            [candidate.layout for candidate in given],
             session.folder,
             probe_data(session, library, validation),
             session.worker,

@@ -16,7 +16,7 @@ import numpy as np
 from mamtra_ray.config import ProbeConfig
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.layouts.candidates import SearchSpace, paper_candidates
+from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.layouts.constraints import Constraints, sample_layouts
 from mamtra_ray.probe.pool import ProbeData, ProbePool
 from mamtra_ray.run.rows import ProbeRow
@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 def probe_layouts(
     config: ProbeConfig,
     space: SearchSpace,
-    strategies: Sequence[str],
+    given: Sequence[Layout],
     folder: Path,
     data: ProbeData,
     worker: WorkerResources,
@@ -60,7 +60,7 @@ def probe_layouts(
     Args:
         config: how many layouts.
         space: the layouts that may be scored.
-        strategies: the paper's placements that are scored in any case.
+        given: what is scored in any case: the user's own layouts and the paper's placements.
         folder: run folder; ``probe.parquet`` is written there after every few layouts.
         data: what is scored with.
         worker: what an actor asks Ray for.
@@ -72,11 +72,10 @@ def probe_layouts(
     """
     by_ratio = ratio_constraints(space)
     rng = np.random.default_rng(seed)
-    paper_placements = [candidate.layout for candidate in paper_candidates(space, strategies)]
     with ProbePool(data, folder, worker) as pool:
         total = config.num_layouts
         before_last, confirms = total - int(total * _LAST_SHARE), False
-        wanted = first_layouts(list(by_ratio.values()), paper_placements, round(total * _FIRST_SHARE), rng)
+        wanted = first_layouts(list(by_ratio.values()), given, round(total * _FIRST_SHARE), rng)
         while True:
             new = [layout for layout in wanted if layout not in pool.rows]
             base = _inside(by_ratio, pool.rows)

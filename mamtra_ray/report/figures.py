@@ -37,6 +37,7 @@ MARKERS = {
     "importance_kl": "h",
     "wer": "X",
     "cosine": "p",
+    "own": "d",
     "probe": "*",
     "optuna": "*",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mamtra_ray.efficiency import cache_bytes, parameters, prefill_flops
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
+from mamtra_ray.layouts.candidates import OWN
 from mamtra_ray.report import paper_results
 from mamtra_ray.report.content import (
     AudioRow,
@@ -59,7 +60,8 @@ def layouts(runs: Sequence[Run]) -> Section:
         for row in as_rows(run.finalists):
             if row["layout"] not in placed:
                 placed.add(row["layout"])
-                rows.append({"ratio": row["ratio"], "origin": f"found ({row['origin']})", "layout": row["layout"]})
+                origin = OWN if row["origin"] == OWN else f"found ({row['origin']})"
+                rows.append({"ratio": row["ratio"], "origin": origin, "layout": row["layout"]})
     columns = (Column("ratio", "ratio"), Column("origin", "placement"), LAYOUT)
     return Section(
         "layouts",

@@ -12,11 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from mamtra_ray.config import Config
+from mamtra_ray.corpus.check import check_against_teacher
 from mamtra_ray.corpus.selection import usable
 from mamtra_ray.corpus.table import (
     CorpusIdentity,
-    check_tokenizer,
-    check_vocabulary,
     corpus_identity,
     read_corpus,
     split_of,
@@ -25,7 +24,7 @@ from mamtra_ray.efficiency import closed_form
 from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
-from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.layouts.candidates import SearchSpace, own_candidates
 from mamtra_ray.speech.language import ENGLISH, language_of
 from mamtra_ray.teachers.outline import TeacherOutline, teacher_outline
 
@@ -67,11 +66,11 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
     outline = teacher_outline(config.teacher.kind, config.teacher.path, config.student.state_sharing)
     layers = outline.architecture.num_layers
     space = search_space(config, layers)
+    own_candidates(space, config.search.layouts)
     if outside := [layer for layer in config.cache.layers if layer >= layers]:
         raise InputError(f"cache.layers has layer {outside[0]}, the teacher only 0 to {layers - 1}")
     corpus = read_corpus(config.corpus.path)
-    check_tokenizer(corpus, outline.tokenizer)
-    check_vocabulary(corpus, outline.text_size, outline.speech_size)
+    check_against_teacher(corpus, outline, config.teacher)
     splits = {split: split_of(corpus, split) for split in ("train", "validation")}
     overhead, longest = outline.sequence_overhead, outline.max_length
     train, validation = (usable(rows, split, overhead, longest, config.corpus.seed) for split, rows in splits.items())
@@ -96,7 +95,7 @@ def search_space(config: Config, num_layers: int) -> SearchSpace:
 def _check_speech(config: Config, outline: TeacherOutline, corpus: pa.Table) -> None:
     evaluate = config.evaluate
     test = split_of(read_corpus(evaluate.corpus) if evaluate.corpus else corpus, "test")
-    check_vocabulary(test, outline.text_size, outline.speech_size)
+    check_against_teacher(test, outline, config.teacher)
     language = evaluate.language or language_of(test["text"].to_pylist())
     if evaluate.recognizer == "demo" and language != ENGLISH:
         raise InputError(

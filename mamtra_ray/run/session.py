@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from mamtra_ray import efficiency
 from mamtra_ray.config import Config, save_config
+from mamtra_ray.corpus.check import check_text_tokens
 from mamtra_ray.corpus.table import CorpusIdentity, corpus_identity, read_corpus
 from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.errors import InputError
@@ -81,7 +82,9 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
     config, folder = run.config, run.folder
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
     search_space(config, teacher.model.layout.num_layers)
-    identity = corpus_identity(read_corpus(config.corpus.path))
+    corpus = read_corpus(config.corpus.path)
+    check_text_tokens(corpus, config.teacher)
+    identity = corpus_identity(corpus)
     cluster = connect(address)
     take_stop_signals()
     worker = worker_resources(config.resources, cluster.resources)

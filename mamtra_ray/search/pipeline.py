@@ -19,7 +19,7 @@ from mamtra_ray.distill.learning_rate import with_learning_rate
 from mamtra_ray.evaluate.evaluation import check_evaluation
 from mamtra_ray.evaluate.run_scores import choose
 from mamtra_ray.export.checkpoint import export_note
-from mamtra_ray.layouts.candidates import Candidate, importance_criteria, paper_candidates
+from mamtra_ray.layouts.candidates import Candidate, given_candidates, importance_criteria, paper_candidates
 from mamtra_ray.probe.phase import probe_data, run_probe
 from mamtra_ray.probe.probing import propose
 from mamtra_ray.report.report import write_report
@@ -68,14 +68,14 @@ def _run_phases(session: Session, metrics: SearchMetrics) -> int:
     library = make_library(session, train, validation)
     proposals = probe(session, library, validation)
     measured = importance(session, library, validation)
-    paper_placements = paper_candidates(session.space, config.search.strategies, measured)
+    given = given_candidates(session.space, config.search.strategies, config.search.layouts, measured)
     data = distill_data(config, session.shared_teacher, train, validation, str(library) if library else None)
     if config.distill.learning_rate == "auto":
-        session = with_learning_rate(session, data, [*proposals, *paper_placements, *fallback(session)][0].layout)
+        session = with_learning_rate(session, data, [*proposals, *given, *fallback(session)][0].layout)
     settings = trial_settings(session, data, start_trial_table(session, data))
-    rows, failures = run_the_trials(session, settings, paper_placements, proposals, metrics)
+    rows, failures = run_the_trials(session, settings, given, proposals, metrics)
     note_costs(session, train, library, rows, [])
-    finalists = distill_the_finalists(session, settings, paper_placements, rows)
+    finalists = distill_the_finalists(session, settings, given, rows)
     note_costs(session, train, library, rows, finalists)
     finalists, reference = measure_wer(session, finalists, validation, metrics)
     finalists, best = choose(finalists, config.search.ratios)

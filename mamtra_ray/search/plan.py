@@ -9,7 +9,7 @@ import numpy as np
 
 from mamtra_ray.config import Config
 from mamtra_ray.corpus.table import token_counts
-from mamtra_ray.layouts.candidates import importance_criteria, paper_candidates
+from mamtra_ray.layouts.candidates import given_candidates, importance_criteria
 from mamtra_ray.run.checks import CheckedInputs
 from mamtra_ray.runtime.progress import duration, table
 from mamtra_ray.teacher_cache.plan import left_out_note
@@ -29,9 +29,9 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     train = min(train, config.corpus.train_tokens or train)
     validation = config.corpus.validation_tokens
     search, distill = config.search, config.distill
-    paper_placements = paper_candidates(inputs.space, search.strategies)
+    given = given_candidates(inputs.space, search.strategies, search.layouts)
     ranked = importance_criteria(search.strategies)
-    placements = len(paper_placements) + len(ranked) * len(search.ratios)
+    placements = len(given) + len(ranked) * len(search.ratios)
     trials = placements if search.sampler == "grid" else max(search.trials, placements)
     trials = min(trials, inputs.space.num_layouts)
     halving = _halving_tokens(trials, search.rung_tokens, search.reduction_factor)
@@ -62,7 +62,7 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     print(f"plan for {folder}: teacher {name}, {layers} layers, {body / 1e6:.1f} M parameters without the table")
     print(left_out_note(inputs).removeprefix("\n"), end="\n" * bool(inputs.left_out))
     print(f"ratios {', '.join(search.ratios)}; always among the candidates:")
-    for candidate in paper_placements:
+    for candidate in given:
         print(f"  {candidate.layout}  {candidate.layout.ratio}  {candidate.origin}")
     for criterion in ranked:
         print(f"  {'measured first':{layers}}  {', '.join(search.ratios)}  importance_{criterion}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def load_teacher(
     """Load a teacher, in evaluation mode.
 
     Args:
-        kind: one of :data:`LOADERS`.
+        kind: one of :data:`LOADERS`, or ``package.module:function`` of your own.
         path: its checkpoint folder, or GGUF file; None for the packaged demo teacher.
         dtype: of the parameters; float32 if None.
         device: where to put it.
@@ -41,11 +42,36 @@ def load_teacher(
     """
     import torch
 
+    from mamtra_ray.teachers.teacher import Teacher
+
     check_kind(kind, path)
-    module = importlib.import_module(LOADERS[kind])
-    teacher: Teacher = module.load(None if path is None else Path(path), dtype or torch.float32, device)
+    load = _loader(kind)
+    teacher: Teacher = load(None if path is None else Path(path), dtype or torch.float32, device)
+    if not isinstance(teacher, Teacher):
+        raise InputError(f"teacher.kind={kind} must return a Teacher, not {type(teacher).__name__}")
     teacher.model.eval()
     return teacher
+
+
+def _loader(kind: str) -> Callable[..., Teacher]:
+    """The function behind a kind: a shipped one, or ``package.module:function`` of the user's."""
+    module_name, separator, function = kind.partition(":")
+    if not separator:
+        loader: Callable[..., Teacher] = importlib.import_module(LOADERS[kind]).load
+        return loader
+    try:
+        found: object = importlib.import_module(module_name)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except ImportError as error:
+        raise InputError(
+            f"teacher.kind={kind} cannot be imported ({error}): give MODULE:FUNCTION, its folder on PYTHONPATH"
+        ) from None
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"teacher.kind={kind}: {error}; expected is MODULE:FUNCTION") from None
+    if not callable(found):
+        raise InputError(f"teacher.kind={kind} is no function but {type(found).__name__}")
+    return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,8 +86,12 @@ def check_kind(kind: str, path: Path | str | None) -> None:
     Raises:
         InputError: one of these.
     """
-    if kind not in LOADERS:
-        raise InputError(f"teacher.kind: unknown teacher {kind!r}: {nearest_name(kind, LOADERS)}")
+    if ":" in kind:
+        _loader(kind)
+    elif kind not in LOADERS:
+        raise InputError(
+            f"teacher.kind: unknown teacher {kind!r}: {nearest_name(kind, LOADERS)}; or MODULE:FUNCTION of your own"
+        )
     if path is None and kind != "demo":
         raise InputError(f"teacher {kind!r} needs teacher.path, the folder of its checkpoint")
     if path is not None and not Path(path).is_dir():

@@ -16,6 +16,8 @@ _COSYVOICE2_SPECIAL_TOKENS = (
     "[vocalized-noise]", "[lipsmack]", "[mn]",
 )  # fmt: skip
 
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
 TextTokenizer = Callable[[str], list[int]]
 
 
@@ -73,7 +75,7 @@ def transformers_tokenizer(kind: str, path: Path | None) -> Any:
     Raises:
         InputError: unknown kind, or no tokenizer there.
     """
-    if kind not in LOADERS or path is None:
+    if (kind not in LOADERS and ":" not in kind) or path is None:
         raise InputError(f"teacher {kind!r} has no text tokenizer without teacher.path (kinds: {', '.join(LOADERS)})")
     if kind != "cosyvoice2":
         return _auto_tokenizer(path)
@@ -89,6 +91,9 @@ def transformers_tokenizer(kind: str, path: Path | None) -> Any:
 
 
 def _auto_tokenizer(folder: Path) -> Any:
+    if folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
+        # transformers would make an empty one, which reads every text as nothing.
+        raise InputError(f"{folder} has no tokenizer ({', '.join(_FILES)})")
     from transformers import AutoTokenizer
 
     try:
