@@ -84,7 +84,8 @@ def test_files_of_folders_once(tmp_path):
 def place(tmp_path):
     write_text_folder(tmp_path / "model", text_model())
     for index in range(8):
-        (tmp_path / f"{index}.txt").write_text(f"abc {index}\n\n" * (4 + index))
+        # The name of a special token in a text is text.
+        (tmp_path / f"{index}.txt").write_text(f"abc {index}\n\n" * (4 + index) + "<|im_end|>" * (index % 2))
     (tmp_path / "zipped.txt.gz").write_bytes(gzip.compress(b"packed abc"))
     (tmp_path / "same.txt").write_text((tmp_path / "3.txt").read_text())
     (tmp_path / "empty.txt").write_text(" \n")
@@ -109,7 +110,8 @@ def test_the_verb_from_files_to_rows(place):
     for name in FILES[:8]:
         documents[name] = (place / name).read_text()
     documents["zipped.txt.gz"] = "packed abc"
-    lengths = {name: len(tokenizer(text).input_ids) + 1 for name, text in documents.items()}
+    lengths = {name: len(tokenizer(text, split_special_tokens=True).input_ids) + 1 for name, text in documents.items()}
+    assert any("<|im_end|>" in text for text in documents.values())
     rows = {split: utterances(read_corpus(place / "corpus", split)) for split in ("train", "validation")}
     held_out = {line.split("/")[-1] for line in reported(place)["validation_files"]}
     assert len(held_out) == 3 and held_out < set(lengths)

@@ -194,8 +194,10 @@ def make_text_corpus(
     counts = {}
 
     def tokenize(text: str) -> list[int]:
-        # verbose: a document may be longer than the model's context, its rows are not.
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        # A special token's name in a text is text: a file that says <|im_end|> does not end there. No warning that
+        # a document is longer than the model's context, as its rows are not.
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return list(ids)
 
     for split, own in splits.items():
         if settings.cut == "documents":
