@@ -44,12 +44,12 @@ INHERITED = {
     "paper_grid": [
         *(key for key in NEUTRAL if key != "search.sampler"),
         *("search.finalists", "search.reduction_factor", "distill.precision"),
-        *("probe.validation_tokens", "evaluate.codec"),
+        *("probe.validation_tokens", "search.sentences", "evaluate.codec"),
     ],
     "smollm2": [
         *(key for key in NEUTRAL if key != "cache.utterances_per_shard"),
         *("cache.format", "cache.bits", "student.initialization", "align.workers", "search.finalists"),
-        *("distill.workers", "distill.precision"),
+        *("search.sentences", "distill.workers", "distill.precision"),
         *(f"evaluate.{key}" for key in ("corpus", "recognizer", "codec", "normalization")),
     ],
 }

@@ -84,6 +84,7 @@ def speaking_space(tmp_path):
         search__trials=1,
         search__rung_tokens=[200],
         search__finalists=1,
+        search__sentences=3,
         distill__tokens=200,
         distill__workers=1,
         distill__checkpoint_every_tokens=200,
@@ -103,6 +104,10 @@ def test_a_search_with_alarms_is_complete_but_no_success(speaking_space, ray_clu
         for name in ("teacher", *[row["layout"] for row in rows])
     }
     not_stopped = {name: sum(not one["stopped"] for one in sentences) / 4 for name, sentences in spoken.items()}
+    (trial,) = read_run(run).trials
+    heard = json.loads((run / "trial_speech.json").read_text())["rows"]
+    assert len(heard) == 3 and {row["utterance_id"].partition("-")[0] for row in heard} == {"validation"}
+    assert trial.wer is not None and trial.token_error_rate > 0 and trial.evaluation
     assert all(not_stopped.values()), "random models run into the length limit, else this test says nothing"
     assert code == EXIT_UNUSABLE == 3
     for finalist in rows:

@@ -68,6 +68,9 @@ class SearchConfig(Section):
     """Layers (0-based) that must keep attention."""
     always_mamba: Layers = ()
     """Layers (0-based) that must be replaced."""
+    sentences: CountOrZero = 0
+    """Validation sentences that a trial speaks at the last rung; finalists are then chosen by WER and CE. 0: by CE, as
+    with `evaluate.sentences=0`, which switches off all speech."""
     finalists: CountOrZero = 1
     """Found layouts of each ratio that are distilled longer and heard, beside the paper's placements."""
     cost: Literal["cache_bytes", "decode_flops", "parameters"] = "cache_bytes"
@@ -85,6 +88,8 @@ class SearchConfig(Section):
                 raise ValueError(f"{name} has {repeated} twice")
         if both := sorted(set(self.keep_attention) & set(self.always_mamba)):
             raise ValueError(f"layer {both[0]} stands in both search.keep_attention and search.always_mamba")
+        if self.sentences and self.workers_per_trial > 1:
+            raise ValueError("sentences above 0 needs workers_per_trial=1: a trial speaks where it trains")
         if self.sampler == "grid" and not (self.strategies or self.layouts):
             raise ValueError("sampler grid tries search.strategies and search.layouts, and there are none")
         if not (self.strategies or self.layouts) and not self.finalists:

@@ -94,13 +94,7 @@ def evaluate_systems(
     sentences, without_words, corpus_hash = test_sentences(config)
     config = with_language(config, sentences)
     chosen = with_references(systems, sentences)
-    made_by = {
-        "teacher": teacher.fingerprint,
-        "corpus": corpus_hash,
-        "settings": _settings_hash(config),
-        "code": CODE_VERSION,
-        "versions": deciding_versions(config),
-    }
+    made_by = evaluation_made_by(config, teacher, corpus_hash)
     examples = [sentence.utterance_id for sentence in sentences[: config.evaluate.audio_examples]]
     hashes = {name: content_hash([made_by, _model_hash(name, model)]) for name, model in chosen.items()}
     finished = {name: _reusable_rows(folder, name, hashes[name], examples) for name in chosen}
@@ -133,6 +127,17 @@ def evaluate_systems(
     write_summary(folder, evaluations, made_by, without_words)
     write_audio(folder, evaluations, examples)
     return evaluations
+
+
+def evaluation_made_by(config: Config, teacher: SharedTeacher, corpus_hash: str) -> dict[str, Any]:
+    """What the words that are heard of a model depend on, beside the model and the sentences."""
+    return {
+        "teacher": teacher.fingerprint,
+        "corpus": corpus_hash,
+        "settings": _settings_hash(config),
+        "code": CODE_VERSION,
+        "versions": deciding_versions(config),
+    }
 
 
 def evaluation_settings(config: Config, teacher: SharedTeacher) -> EvaluationSettings:

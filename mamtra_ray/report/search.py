@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Sequence
 
 from mamtra_ray.layouts import Layout
-from mamtra_ray.report.content import Column, Figure, Row, Section, Table, as_rows, with_interval
+from mamtra_ray.report.content import Column, Figure, Row, Section, Table, as_rows, percent, with_interval
 from mamtra_ray.report.figures import by_rung, cost_front
-from mamtra_ray.report.sections import LAYOUT, correlation_columns
+from mamtra_ray.report.sections import LAYOUT, WER, correlation_columns
 from mamtra_ray.run.folder import Run
 from mamtra_ray.run.rows import is_worse_than_start
 from mamtra_ray.surrogate.correlations import spearman
@@ -37,11 +37,14 @@ def search(runs: Sequence[Run]) -> Section:
         description = f"Scatter plot of {len(front)} layouts, CE against {cost}."
         figures.append(Figure("search_front", caption, description, cost_front(front, cost), front))
     run_column = (Column("run", "run"),) if len(runs) > 1 else ()
+    # At the last rung, where trials speak (search.sentences).
+    spoken = any(row.get("wer") is not None for row in trials)
+    heard = (WER, Column("token_error_rate", "token errors %", percent("token_error_rate"))) if spoken else ()
     columns = (
         *run_column, LAYOUT, Column("origin", "from"), Column("ratio", "ratio"), Column("rung", "rung", "d"),
         Column("tokens", "tokens", ",d"), Column("ce_start", "CE at start", ".3f"), Column("ce", "CE", ".3f"),
         Column("kl_start", "KL at start", ".3f"), Column("kl", "KL", ".3f"), Column("remark", "remark"),
-        Column("seconds", "seconds", ".0f"),
+        *heard, Column("seconds", "seconds", ".0f"),
     )  # fmt: skip
     rank_columns = (
         *run_column, Column("scores", "scores"), Column("ratio", "ratio"), Column("n", "layouts", "d"),

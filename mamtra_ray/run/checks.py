@@ -79,6 +79,10 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
         raise InputError(f"cache.top_k={config.cache.top_k} must be below the {outline.speech_size} ids it is of")
     if speech and config.evaluate.sentences:
         _check_speech(config, outline, corpus)
+        if config.search.sentences and not any(text.strip() for text in validation["text"].to_pylist()):
+            raise InputError(
+                f"search.sentences={config.search.sentences}, but the validation split has no text to speak"
+            )
     return CheckedInputs(outline, corpus_identity(corpus), train, validation, left_out, space)
 
 

@@ -85,6 +85,12 @@ class TrialRow(TableRow):
     """``running`` or ``finished``: whether successive halving is done with the layout."""
     settings_hash: str
     """Identifies what the score depends on beside layout and rung."""
+    wer: ErrorRate | None = None
+    """Of validation sentences, at the last rung; None where nothing was spoken, like the next one."""
+    token_error_rate: float | None = None
+    """Edits between its free-running speech tokens and the teacher's, over the teacher's."""
+    evaluation: str = ""
+    """Identifies sentences and settings of what was heard."""
 
 
 @dataclass(frozen=True)

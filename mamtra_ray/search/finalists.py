@@ -28,12 +28,24 @@ _RESULT_VERSION = 3
 
 
 def choose_finalists(
-    space: SearchSpace, paper_placements: Sequence[Candidate], rows: Sequence[TrialRow], found_per_ratio: int
+    space: SearchSpace,
+    paper_placements: Sequence[Candidate],
+    rows: Sequence[TrialRow],
+    found_per_ratio: int,
+    evaluation: str = "",
 ) -> list[Candidate]:
     """The paper's placements of every ratio, then the best found layouts of every ratio.
 
     Rows are compared at the highest rung they reached first, then by CE: a layout that successive halving let go on
-    is ahead of one it stopped.
+    is ahead of one it stopped. Where trials were heard, their WER rules out: those whose WER lies above the interval
+    of the lowest one come after the others of their rung.
+
+    Args:
+        space: the layouts of the search.
+        paper_placements: always finalists.
+        rows: of the trials.
+        found_per_ratio: how many others.
+        evaluation: identifies what was heard; a WER of other sentences or settings does not compare.
     """
     from_paper = {candidate.layout for candidate in paper_placements}
     finalists = list(paper_placements)
@@ -43,7 +55,14 @@ def choose_finalists(
         for row in sorted(rows, key=lambda row: row.rung):
             if row.layout.num_attention == kept and row.layout not in from_paper:
                 best[row.layout] = row
-        ranked = sorted(best.values(), key=lambda row: (-row.rung, row.ce))
+        heard = [row.wer for row in best.values() if row.wer and row.evaluation == evaluation]
+        most = min(heard, key=lambda wer: wer.value).high if heard else math.inf
+
+        def rank(row: TrialRow, most: float = most) -> tuple[int, bool, float]:
+            is_heard = row.wer is not None and row.evaluation == evaluation
+            return -row.rung, is_heard and row.wer is not None and row.wer.value > most, row.ce
+
+        ranked = sorted(best.values(), key=rank)
         finalists += [Candidate(row.layout, row.origin) for row in ranked[:found_per_ratio]]
     return without_repeats(finalists)
 
@@ -96,7 +115,8 @@ def distill_the_finalists(
     session: Session, settings: TrialSettings, paper_placements: list[Candidate], rows: list[TrialRow]
 ) -> list[FinalistRow]:
     """Every finalist with the full token budget; rows of ``finalists.parquet`` without their WER."""
-    finalists = choose_finalists(settings.space, paper_placements, rows, settings.search.finalists)
+    evaluation = settings.speech.identity if settings.speech else ""
+    finalists = choose_finalists(settings.space, paper_placements, rows, settings.search.finalists, evaluation)
     tokens = settings.settings.tokens
     results = []
     with session.screen.phase(

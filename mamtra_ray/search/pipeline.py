@@ -7,6 +7,7 @@ the same command goes on after any stop.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from mamtra_ray.search.importance import layer_importance
 from mamtra_ray.search.metrics import SECONDS_BETWEEN_EXPORTS, SearchMetrics
 from mamtra_ray.search.outcome import export, measure_wer, print_summary
 from mamtra_ray.search.trial_phase import run_the_trials, start_trial_table, trial_settings
+from mamtra_ray.search.trial_speech import prepare_trial_speech
 from mamtra_ray.search.verdict import EXIT_UNUSABLE, is_unusable
 from mamtra_ray.teacher_cache.phase import make_cache
 from mamtra_ray.teacher_cache.shared import SharedCache
@@ -72,7 +74,8 @@ def _run_phases(session: Session, metrics: SearchMetrics) -> int:
     data = distill_data(config, session.shared_teacher, train, validation, str(library) if library else None)
     if config.distill.learning_rate == "auto":
         session = with_learning_rate(session, data, [*proposals, *given, *fallback(session)][0].layout)
-    settings = trial_settings(session, data, start_trial_table(session, data))
+    table = start_trial_table(session, data)
+    settings = dataclasses.replace(trial_settings(session, data, table), speech=prepare_trial_speech(session))
     rows, failures = run_the_trials(session, settings, given, proposals, metrics)
     note_costs(session, train, library, rows, [])
     finalists = distill_the_finalists(session, settings, given, rows)

@@ -26,6 +26,7 @@ from mamtra_ray.run.rows import RUNNING, TrialRow
 from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.runtime.training import is_state_of
+from mamtra_ray.search.trial_speech import SpeechScore, TrialSpeech, speech_score
 from mamtra_ray.search.trial_table import TrialFailure
 
 
@@ -46,6 +47,8 @@ class TrialSettings:
     """Where a trial leaves its training state after a rung; on a cluster, a folder that all nodes share."""
     table: Any
     """Handle of the :class:`mamtra_ray.search.trial_table.TrialTable` actor."""
+    speech: TrialSpeech | None = None
+    """What a trial speaks at the last rung; None: nothing."""
     origins: Mapping[Layout, str] = field(default_factory=dict)
     """Where layouts come from; all others are Optuna's."""
 
@@ -94,7 +97,10 @@ def _run_rungs(reporter: _RungReporter) -> None:
     start = latest_state(reporter.state, job)
     for report, training in distill(job, device, start=start):
         save_rung(training, reporter.state)
-        reporter.report(report)
+        student = reporter.state / str(training.position.step) / "student"
+        is_last = report.tokens >= search.rung_tokens[-1]
+        heard = speech_score(settings.speech, str(layout), student) if settings.speech and is_last else None
+        reporter.report(report, heard)
 
 
 def save_rung(training: Distillation, states: Path) -> None:
@@ -145,8 +151,8 @@ class _RungReporter:
         self.first_rung_ce = self.first_rung_kl = math.nan
         self.state = settings.states / str(layout)
 
-    def report(self, report: Report) -> None:
-        """Record and report a freshly trained rung."""
+    def report(self, report: Report, heard: SpeechScore | None = None) -> None:
+        """Record and report a freshly trained rung, and what was heard of it."""
         if not math.isfinite(report.ce):
             raise FloatingPointError(f"held-out CE of {self.layout} is {report.ce} after {report.tokens} tokens")
         row = TrialRow(
@@ -164,6 +170,9 @@ class _RungReporter:
             kl_start=report.kl_start,
             status=RUNNING,
             settings_hash="",
+            wer=heard.wer if heard else None,
+            token_error_rate=heard.token_error_rate if heard else None,
+            evaluation=self.settings.speech.identity if heard and self.settings.speech else "",
             **self.settings.costs[self.layout.num_attention],
         )
         if row.rung >= self.rungs_reported:
@@ -179,8 +188,13 @@ class _RungReporter:
         if row.rung == 0:
             self.first_rung_ce, self.first_rung_kl = row.ce, row.kl
         self.rungs_reported = row.rung + 1
+        spoken: dict[str, float | None] = {}
+        if row.wer is not None:
+            spoken = {"wer": row.wer.value, "wer_low": row.wer.low, "wer_high": row.wer.high}
+            spoken["token_error_rate"] = row.token_error_rate
         tune.report(
             {
+                **spoken,
                 "layout": str(row.layout),
                 "ratio": row.layout.ratio,
                 "origin": row.origin,

@@ -86,6 +86,11 @@ def run_the_trials(
     every_one = f", all there are (search.trials={asked})" if plan.total < asked else ""
     heading = f"{plan.total} layouts by Tune + Optuna ({search.sampler}){every_one}{goes_on}"
     with session.screen.phase("trials", heading):
+        if settings.speech is not None:
+            session.screen.say(
+                f"    the teacher's WER on the trials' {len(settings.speech.sentences)} sentences: "
+                f"{settings.speech.teacher_wer}"
+            )
         run_trials(settings, plan, session.folder, progress)
         result_of(table.compact.remote())
     rows, failures = result_of(table.all_rows.remote()), progress.failures
