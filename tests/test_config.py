@@ -199,7 +199,9 @@ def test_contradictory_layers():
         load_config(None, ["search.keep_attention=[1, 3]", "search.always_mamba=[3]"])
 
 
-@pytest.mark.parametrize("content", [None, "- a list\n", "a: [\n", "seed: 1\nseed: 2\n", "seed: !!int abc\n", "\x00"])
+@pytest.mark.parametrize(
+    "content", [None, "", "- a list\n", "a: [\n", "seed: 1\nseed: 2\n", "seed: !!int abc\n", "\x00"]
+)
 def test_bad_file(tmp_path, content):
     path = tmp_path / "space.yaml"
     if content is not None:

@@ -118,6 +118,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"search space {path} does not exist") from None
     except (OSError, ValueError, KeyError, YAMLError, RecursionError) as error:
         raise InputError(f"search space {_printable(path)} cannot be read: {_one_line(error)}") from None
+    if not text.strip():
+        raise InputError(f"search space {path} is empty")
     first, _, rest = text.partition("\n")
     if first.startswith(_SEAL) and first.removeprefix(_SEAL).removesuffix(_SEAL_END) != _hash(rest):
         raise InputError(

@@ -7,13 +7,12 @@ returns; a line cut off by a crash was never acknowledged and is dropped.
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Generic
 
-from mamtra_ray.artifacts import disk_full_is_said
+from mamtra_ray.artifacts import checked_lines, disk_full_is_said, row_of_line
 from mamtra_ray.errors import InputError
 from mamtra_ray.run.rows import Row, columns, read_table, row_from_columns, write_table
 
@@ -43,7 +42,7 @@ class Journal(Generic[Row]):
             DiskFullError: there is no space left.
         """
         rows = list(rows)
-        lines = "".join(json.dumps(columns(row)) + "\n" for row in rows).encode()
+        lines = checked_lines(map(columns, rows)).encode()
         path = _journal_of(self.path)
         with disk_full_is_said(path), path.open("ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
@@ -76,10 +75,12 @@ def read_journal(path: Path, kind: type[Row], key: tuple[str, ...] = ()) -> list
     lines = journal.read_bytes().split(b"\n")
     added = []
     for number, line in enumerate(lines[:-1]):  # what follows the last line end was cut off
+        where = f"{journal}, line {number + 1},"
+        content = row_of_line(line, where)
         try:
-            added.append(row_from_columns(kind, json.loads(line)))
+            added.append(row_from_columns(kind, content))
         except (ValueError, KeyError, TypeError, InputError) as error:
-            raise InputError(f"{journal}, line {number + 1}, is damaged: {error}") from None
+            raise InputError(f"{where} is damaged: {error}") from None
     return _merged(rows, added, key)
 
 
