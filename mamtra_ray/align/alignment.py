@@ -28,6 +28,7 @@ from mamtra_ray.artifacts import content_hash
 from mamtra_ray.config import AlignConfig
 from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.runtime.actor_pool import result_of
+from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.runtime.train_run import fit
@@ -207,7 +208,7 @@ def _align_in_a_task(job: AlignJob, worker: WorkerResources, report: Progress) -
 
 @ray.remote(num_returns="streaming", max_retries=0)
 def _align_task(job: AlignJob) -> Iterator[int]:
-    yield from align(job, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    yield from align(job, device_of_this_process())
 
 
 def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Progress) -> None:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import ray
-import torch
 
 from mamtra_ray.artifacts import check_made_by, read_manifest, write_manifest
 from mamtra_ray.config import DistillConfig
@@ -23,6 +22,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.actor_pool import result_of
+from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.runtime.progress import table
 
 FILE = "learning_rate.json"
@@ -87,7 +87,7 @@ def next_rates(values: Mapping[int, float]) -> list[int]:
 @ray.remote(max_retries=2)
 def _score_of_rate(job: DistillJob, half_decades: int) -> RateScore:
     settings = job.settings.model_copy(update={"learning_rate": rate_of(half_decades)})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_this_process()
     try:
         *_, (report, _) = distill(replace(job, settings=settings), device)
     except FloatingPointError:

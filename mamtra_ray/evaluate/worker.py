@@ -98,7 +98,9 @@ class EvaluationWorker:
 
         torch.set_num_threads(self.num_threads)
         settings, source = self.settings.evaluate, self.settings.source
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        from mamtra_ray.runtime.device import device_of_this_process
+
+        self.device = device_of_this_process().type
         self.recognizer = recognizer_from_name(settings.recognizer, self.num_threads, settings.language or ENGLISH)
         self.metrics = [metric_from_name(name) for name in settings.metrics]
         self.vocoder = vocoder_of_teacher(

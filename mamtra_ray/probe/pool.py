@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from mamtra_ray.align.mixer_library import MANIFEST, load_library
 from mamtra_ray.artifacts import content_hash, file_hash
@@ -19,6 +18,7 @@ from mamtra_ray.probe.layout_scoring import LayoutScorer, cosine_importance
 from mamtra_ray.run.names import PROBE
 from mamtra_ray.run.rows import ProbeRow, read_table, write_table
 from mamtra_ray.runtime.actor_pool import ActorPool
+from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teacher_cache.batches import DistillBatch, batches
@@ -117,7 +117,7 @@ class ProbeActor:
         """Load teacher, library and batches."""
         if self.scorer is not None:
             return
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of_this_process()
         teacher = self.data.teacher.load()
         library = load_library(self.data.library, teacher_fingerprint=teacher.fingerprint)
         self.scorer = LayoutScorer(teacher.model, library, self.data.state_sharing, device)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 from ray.exceptions import RayTaskError
 
@@ -24,6 +23,7 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.run.rows import RUNNING, TrialRow
 from mamtra_ray.runtime.actor_pool import result_of
+from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.runtime.training import is_state_of
 from mamtra_ray.search.trial_speech import SpeechScore, TrialSpeech, speech_score
@@ -93,7 +93,7 @@ def _run_rungs(reporter: _RungReporter) -> None:
     if search.workers_per_trial > 1:
         _run_on_train_workers(job, reporter)
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_this_process()
     start = latest_state(reporter.state, job)
     for report, training in distill(job, device, start=start):
         save_rung(training, reporter.state)

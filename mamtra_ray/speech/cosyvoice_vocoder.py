@@ -100,7 +100,9 @@ def load_cosyvoice_vocoder(folder: Path) -> CosyVoiceVocoder:
         InputError: a package or file is missing, or weights do not fit.
     """
     flow_class, hift_class = _network_classes()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from mamtra_ray.runtime.device import device_of_this_process
+
+    device = device_of_this_process().type
     flow, hift = flow_class(), hift_class()
     _load_weights(flow, folder / "flow.pt")
     # Training saves HiFT as part of a GAN.

@@ -109,7 +109,6 @@ def load_s3_tokenizer(path: Path | None) -> S3Tokenizer:
     Raises:
         InputError: the package or the file is missing, or the file is another tokenizer's.
     """
-    import torch
 
     if path is None or not path.is_file():
         raise InputError(f"{path or 'no file'} is no speech tokenizer: expected CosyVoice 2's speech_tokenizer_v2.onnx")
@@ -121,7 +120,9 @@ def load_s3_tokenizer(path: Path | None) -> S3Tokenizer:
     except Exception as error:  # onnx, protobuf and torch errors of many types
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged or no speech tokenizer of CosyVoice 2: {reason}") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from mamtra_ray.runtime.device import device_of_this_process
+
+    device = device_of_this_process().type
     return S3Tokenizer(s3tokenizer, model.eval().to(device), device)
 
 

@@ -93,14 +93,17 @@ def load_versa_suite(path: Path) -> VersaSuite:
             f"VERSA is not installed ({error}); it is not on PyPI (versa there is something else): "
             "pip install git+https://github.com/wavlab-speech/versa"
         ) from None
-    import torch
 
     scorer = VersaScorer()
     metadata = {entry["name"]: scorer.registry.get_metadata(entry["name"]) for entry in wanted}
     if unknown := sorted(name for name, found in metadata.items() if found is None):
         raise InputError(f"{path}: VERSA has no metric {unknown[0]!r}")
     needs_prompt = any(found.requires_reference for found in metadata.values())
-    suite = scorer.load_metrics(wanted, use_gt=needs_prompt, use_gt_text=True, use_gpu=torch.cuda.is_available())
+    from mamtra_ray.runtime.device import device_of_this_process
+
+    suite = scorer.load_metrics(
+        wanted, use_gt=needs_prompt, use_gt_text=True, use_gpu=device_of_this_process().type == "cuda"
+    )
     if missing := sorted(set(metadata) - set(suite.metrics)):
         raise InputError(
             f"{path}: VERSA did not load {', '.join(missing)}; its log says which package or file it lacks"

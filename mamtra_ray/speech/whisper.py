@@ -100,7 +100,9 @@ def _load_transformers(path: Path, language: str) -> WhisperTransformers:
     import torch
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from mamtra_ray.runtime.device import device_of_this_process
+
+    device = device_of_this_process().type
     try:
         model = WhisperForConditionalGeneration.from_pretrained(
             path, local_files_only=True, dtype=torch.float16 if device == "cuda" else torch.float32

@@ -80,7 +80,6 @@ def load_xcodec2_vocoder(path: Path) -> Xcodec2Vocoder:
     Raises:
         InputError: no such folder, or its weights are not Xcodec2's.
     """
-    import torch
     from transformers import Xcodec2Model
 
     try:
@@ -91,5 +90,7 @@ def load_xcodec2_vocoder(path: Path) -> Xcodec2Vocoder:
         raise InputError(f"{path} is no Xcodec2 folder of transformers: {reason}") from None
     if report["missing_keys"]:
         raise InputError(f"{path} is no whole Xcodec2 model: {sorted(report['missing_keys'])[0]} is missing")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from mamtra_ray.runtime.device import device_of_this_process
+
+    device = device_of_this_process().type
     return Xcodec2Vocoder(model.eval().to(device))

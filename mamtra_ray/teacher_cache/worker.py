@@ -18,6 +18,7 @@ from torch import Tensor
 from mamtra_ray.corpus.table import Utterance, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE
+from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.teacher_cache.formats import row_format
 from mamtra_ray.teacher_cache.manifest import NEXT_TOKEN, PlannedShard, encode_shard, finished_shard, shard_table
 from mamtra_ray.teacher_cache.quantizer import QUANTIZER_FILE, calibrate, quantizer_bytes, token_context
@@ -94,7 +95,7 @@ class TeacherPass:
         # Measured: with several workers on a machine one thread each is fastest; it also fixes the summation order.
         torch.set_num_threads(1)
         self.job = job
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of_this_process()
         self.teacher = job.teacher.load()
         self.teacher.model.to(device)
 

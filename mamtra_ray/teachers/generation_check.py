@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from mamtra_ray.layouts import from_strategy
 from mamtra_ray.models.mamba import StateSharing
+from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.speech_lm.generation_check import Difference, check_generation, disturb
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers.shared import SharedTeacher
@@ -30,5 +29,5 @@ def check_teacher_and_hybrid(teacher: Teacher, ratio: str, state_sharing: StateS
 def check_shared_teacher(teacher: SharedTeacher, ratio: str, state_sharing: StateSharing) -> Difference:
     """:func:`check_teacher_and_hybrid` in a Ray worker, on its GPU if it has one."""
     loaded = teacher.load()
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.model.to(device_of_this_process().type)
     return check_teacher_and_hybrid(loaded, ratio, state_sharing)
