@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+from mamtra_ray.errors import DiskFullError
 from mamtra_ray.runtime.progress import Costs
 
 KILLED_IN_A_PHASE = """
@@ -41,3 +44,15 @@ def test_a_killed_phase_keeps_its_seconds_over_all_sessions(tmp_path):
         costs.add("align", padding="1 %")
     assert costs.phases["align"]["padding"] == "1 %"
     assert kept <= Costs(path).phases["align"]["seconds"] < kept + 60
+
+
+def test_on_a_full_disk_the_phase_says_what_it_could_not_write(tmp_path, monkeypatch):
+    def full(*_):
+        raise DiskFullError("no space left to write costs.json")
+
+    costs = Costs(tmp_path / "costs.json")
+    monkeypatch.setattr("mamtra_ray.runtime.progress.write_checked_json", full)
+    with pytest.raises(DiskFullError, match="checkpoint"), costs.timed("align"):
+        raise DiskFullError("no space left to write checkpoint")
+    with pytest.raises(DiskFullError, match="costs"), costs.timed("align"):
+        pass

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mamtra_ray.artifacts import read_manifest, write_checked_json
+from mamtra_ray.errors import InputError
 
 SECONDS_BETWEEN_NOTES = 5.0
 
@@ -38,8 +39,12 @@ class Costs:
         try:
             with repeatedly(note, SECONDS_BETWEEN_NOTES):
                 yield
-        finally:
-            note()
+        except BaseException:
+            # Where the disk is full, the error that says what could not be written is the block's own.
+            with suppress(InputError):
+                note()
+            raise
+        note()
 
     def add(self, phase: str, **amounts: float | str) -> None:
         """Add numbers to a phase's totals (texts replace) and write the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ def run_trials(settings: TrialSettings, plan: TrialPlan, folder: Path, on_result
     folder = folder.resolve()
     search = settings.search
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Scores are in the trials table; Tune's own files of them only trip over a full disk.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # Failures are said by `on_result`, in one line each.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     shutil.rmtree(folder / "tune", ignore_errors=True)
