@@ -17,6 +17,10 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message says what, where, and what was expected."""
 
 
+class DivergedError(InputError):
+    """A training whose numbers are no longer finite: its learning rate or precision does not do."""
+
+
 class DiskFullError(InputError):
     """No space is left. Not worth another try, unlike other failures of one trial or worker."""
 

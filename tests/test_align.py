@@ -16,7 +16,7 @@ from mamtra_ray.align.mixer_library import MANIFEST, WEIGHTS, load_library, read
 from mamtra_ray.align.mixer_training import MixerTraining, Position, attention_taps
 from mamtra_ray.align.phase import one_writer
 from mamtra_ray.config import AlignConfig, Config
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import DivergedError, InputError
 from mamtra_ray.models.transfer import mixer_from_attention
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.speech_lm.student import make_student
@@ -146,7 +146,7 @@ def test_an_alignment_that_diverges_is_named_before_it_spoils_the_mixers(teacher
         norm = training.mixers[2].norm.weight
         norm[0] = torch.inf
         before[2]["norm.weight"] = norm.clone()
-    with pytest.raises(InputError, match=r"the alignment of layer 2 has diverged at step 0: .*align\.learning_rate"):
+    with pytest.raises(DivergedError, match=r"the alignment of layer 2 has diverged at step 0: .*align\.learning_rate"):
         training.step(STEPS[0])
     for layer, tensors in training.library().items():
         for name, tensor in tensors.items():

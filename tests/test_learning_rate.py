@@ -8,8 +8,10 @@ import torch
 from test_training import CONFIG, CPU, make_batch, student_of, teacher  # noqa: F401 (a fixture)
 from tiny_search import write_search_space
 
-from mamtra_ray.config import DistillConfig
+from mamtra_ray.config import DistillConfig, StudentConfig
 from mamtra_ray.distill import __main__ as distill_verb
+from mamtra_ray.distill import learning_rate
+from mamtra_ray.distill.job import DistillJob
 from mamtra_ray.distill.learning_rate import (
     FIRST_RATES,
     HIGHEST,
@@ -22,7 +24,8 @@ from mamtra_ray.distill.learning_rate import (
     report_lines,
 )
 from mamtra_ray.distill.training import Distillation, parameter_groups
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import DivergedError, InputError
+from mamtra_ray.layouts import Layout
 from mamtra_ray.models.mamba import MambaMixer
 
 ALL_RATES = range(LOWEST, HIGHEST + 1)
@@ -63,6 +66,17 @@ def test_where_every_rate_diverges_the_run_ends_with_all_of_them():
     assert set(values) == set(range(LOWEST, FIRST_RATES[-1] + 1)), "only lower ones could help"
     with pytest.raises(InputError, match=r"diverged at every rate tried \(1e-06, .*0.00032\)"):
         chosen(DistillConfig(), [score(rate, None) for rate in values])
+
+
+def test_a_training_that_diverges_is_a_rate_without_a_score(monkeypatch):
+    def diverges(job, device):
+        raise DivergedError(f"with {job.settings.learning_rate}")
+        yield
+
+    monkeypatch.setattr(learning_rate, "distill", diverges)
+    job = DistillJob(Layout("AM"), DistillConfig(), StudentConfig(), None, (100,))
+    found = learning_rate._score_of_rate._function(job, -8)
+    assert (found.half_decades, found.ce, found.kl) == (-8, None, None)
 
 
 def test_the_weights_of_the_loss_decide_what_is_best():

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from mamtra_ray.artifacts import write_json
 from mamtra_ray.config import DistillConfig
 from mamtra_ray.distill.training import Distillation, validate
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import DivergedError, InputError
 from mamtra_ray.losses import IGNORE, HiddenTargets
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
@@ -172,7 +172,7 @@ def test_an_exploded_step_is_refused_before_it_spoils_the_weights(teacher):
         batch.input_ids_BL, batch.labels_BL, HiddenTargets(batch.teacher_targets.hidden_ND * math.inf), batch.num_tokens
     )
     before = [parameter.clone() for parameter in training.student.parameters()]
-    with pytest.raises(InputError, match="has diverged: its gradient's norm is nan at step"):
+    with pytest.raises(DivergedError, match="has diverged: its gradient's norm is nan at step"):
         training.step(spoiled)
     assert all(torch.equal(a, b) for a, b in zip(before, training.student.parameters(), strict=True))
 

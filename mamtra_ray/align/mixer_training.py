@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mamtra_ray.config import AlignConfig
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import DivergedError
 from mamtra_ray.models.mamba import MambaMixer, StateSharing
 from mamtra_ray.models.transfer import mixer_from_attention
 from mamtra_ray.runtime.training import (
@@ -120,7 +120,7 @@ class MixerTraining:
         Processes that share a batch take the step that one process takes on all of it, up to rounding.
 
         Raises:
-            InputError: a gradient is not finite; no mixer is changed.
+            DivergedError: a gradient is not finite; no mixer is changed.
         """
         errors: dict[int, Tensor] = {}
         pending: list[tuple[int, Tensor, list[nn.Parameter], Any]] = []
@@ -162,7 +162,7 @@ class MixerTraining:
         wrong = (~norms.isfinite()).nonzero()
         if len(wrong):
             index = int(wrong[0])
-            raise InputError(
+            raise DivergedError(
                 f"the alignment of layer {list(self.mixers)[index]} has diverged at step {self.position.step}: its "
                 f"gradient's norm is {float(norms[index])}; lower align.learning_rate, or use align.precision=float32"
             )

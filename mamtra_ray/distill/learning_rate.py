@@ -18,7 +18,7 @@ from mamtra_ray.artifacts import check_made_by, read_manifest, write_manifest
 from mamtra_ray.config import DistillConfig
 from mamtra_ray.distill.job import DistillData, DistillJob, student_made_by
 from mamtra_ray.distill.workers import distill
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import DivergedError, InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.actor_pool import result_of
@@ -90,7 +90,7 @@ def _score_of_rate(job: DistillJob, half_decades: int) -> RateScore:
     device = device_of_this_process()
     try:
         *_, (report, _) = distill(replace(job, settings=settings), device)
-    except FloatingPointError:
+    except DivergedError:
         return RateScore(half_decades, None, None, None, None, 0.0)
     if not (math.isfinite(report.ce) and math.isfinite(report.kl)):
         return RateScore(half_decades, None, None, report.ce_start, report.kl_start, report.seconds)

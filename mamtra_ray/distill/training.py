@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mamtra_ray.config import DistillConfig
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import DivergedError
 from mamtra_ray.losses import IGNORE, LossWeights, distillation_loss
 from mamtra_ray.models.mamba import MambaMixer
 from mamtra_ray.runtime.training import (
@@ -152,7 +152,7 @@ class Distillation:
         """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token.
 
         Raises:
-            InputError: the gradient is not finite; the student is not changed.
+            DivergedError: the gradient is not finite; the student is not changed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate() * group["learning_rate_factor"]
@@ -165,7 +165,7 @@ class Distillation:
             [p for p in self.student.parameters() if p.requires_grad], self.config.max_grad_norm
         )
         if not torch.isfinite(norm):
-            raise InputError(
+            raise DivergedError(
                 f"the training of {self.student.layout} has diverged: its gradient's norm is {norm.item()} at step "
                 f"{self.position.step} (loss {float(total.detach())}); lower distill.learning_rate, or use "
                 "distill.precision=float32"

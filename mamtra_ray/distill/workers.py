@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torch import Tensor
 from mamtra_ray.align.mixer_library import load_library
 from mamtra_ray.distill.job import DistillJob, Report
 from mamtra_ray.distill.training import Distillation, Stopwatch, validate
+from mamtra_ray.errors import DivergedError
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.runtime.train_run import fit
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
@@ -66,6 +68,9 @@ def distill(
         start: folder of a saved :class:`Distillation` of the same job to go on from. The report that was saved with it
             comes first, since a kill may have come between the saving and the noting of it.
 
+    Raises:
+        DivergedError: a gradient or a held-out score that is not finite.
+
     Yields:
         every process yields at the same steps; the held-out scores are computed by each process itself.
     """
@@ -110,6 +115,11 @@ def distill(
             else:
                 training.next_epoch()
         scores = validate(training.student, held_out(device=device))
+        if not (math.isfinite(scores.ce) and math.isfinite(scores.kl)):
+            raise DivergedError(
+                f"the held-out CE of {job.layout} is {scores.ce} and its KL {scores.kl} after "
+                f"{training.position.tokens:,} tokens: lower distill.learning_rate, or use distill.precision=float32"
+            )
         seconds = stopwatch.seconds
         training.seconds = seconds_before + seconds
         report = Report(
