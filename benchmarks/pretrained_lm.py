@@ -35,6 +35,7 @@ from mamtra_ray import efficiency
 from mamtra_ray.align.mixer_library import MANIFEST, load_library, read_library_manifest
 from mamtra_ray.artifacts import file_hash
 from mamtra_ray.config import Config
+from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import read_corpus, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout, from_strategy
@@ -158,7 +159,7 @@ def cache_formats(run: Run, work: Path) -> list[dict[str, Any]]:
     library = library_folder(run)
     splits = []
     for name, limit in (("train", 12_000), ("validation", 1_100)):
-        rows = utterances(read_corpus(config.corpus.path, name, max_speech_tokens=limit))
+        rows = utterances(drawn(read_corpus(config.corpus.path, name), config.corpus.seed, limit))
         splits.append(Split(name, rows, teacher_rows(teacher.model, teacher, rows)))
     held_out = splits[1]
     labels_N = torch.from_numpy(token_context(held_out.speech_tokens, 0)[1])

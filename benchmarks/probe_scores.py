@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mamtra_ray.align.mixer_library import load_library
 from mamtra_ray.align.phase import make_library
+from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import Utterance, read_corpus, utterances
 from mamtra_ray.evaluate.evaluation import evaluation_settings
 from mamtra_ray.evaluate.worker import Chunk, EvaluationWorker
@@ -196,9 +197,8 @@ def main() -> int:
         assert folder is not None
         libraries[name] = load_library(folder, teacher_fingerprint=session.teacher.fingerprint)
     teacher = session.teacher
-    held_out = utterances(read_corpus(config.corpus.path, "validation"))
-    count = np.searchsorted(np.cumsum([len(x.speech_tokens) for x in held_out]), config.corpus.validation_tokens)
-    held_out = held_out[: int(count)]
+    validation = read_corpus(config.corpus.path, "validation")
+    held_out = utterances(drawn(validation, config.corpus.seed, config.corpus.validation_tokens))
     texts, speech = [x.text_tokens.tolist() for x in held_out], [x.speech_tokens.tolist() for x in held_out]
     worker = EvaluationWorker(evaluation_settings(config, session.shared_teacher))
     by_teacher = spoken(worker, None, held_out[:num_sentences])

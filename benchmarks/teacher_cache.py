@@ -128,6 +128,7 @@ def write_cache(
         "tokenizer": identity.tokenizer,
         "corpus": identity.corpus_hash,
         "format": settings,
+        "selection": {"seed": 0, "longest": teacher.max_length},
     }
     storage = Storage.of(folder)
     files, content = {}, None
