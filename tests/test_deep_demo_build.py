@@ -1,5 +1,6 @@
 """The build of the deep demo teacher at its tiny scale, with stand-ins for the voice and for the recognizer."""
 
+import copy
 import dataclasses
 import json
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from test_demo_build import OneSentence, beep, beep_ends
 
+from mamtra_ray.artifacts import file_hash
 from mamtra_ray.assets import demo_asset
 from mamtra_ray.demo_assets import deep_stages
 from mamtra_ray.demo_assets import language_model as demo_lm
@@ -109,22 +111,40 @@ def test_word_ends_are_shifted_by_the_clauses_before():
     assert joined_word_ends([[0.2, 0.5], [0.1], [0.3]], [0.6, 0.25, 1.0]) == pytest.approx([0.2, 0.5, 0.7, 1.15])
 
 
-def test_the_grown_teacher_computes_what_the_trained_one_does():
+def test_a_grown_teacher_nearly_computes_what_the_trained_one_does():
+    """A pair differs from its layer by how the first half changes what the second reads: by the square of its size."""
     shape = SCALES["tiny"].teacher
     sequence = demo_lm.sequence_format(32)
     trained = demo_lm.new_teacher(sequence, dataclasses.replace(shape, seed=4)).eval()
-    deeper = dataclasses.replace(shape, num_layers=4, max_length=512)
-    grown = grow(trained, sequence, deeper).eval()
+    input_ids = torch.randint(sequence.vocabulary.size, (2, 40))
+
+    def hidden(model):
+        with torch.inference_mode():
+            return model.model(input_ids).last_hidden_state
+
+    differences = []
+    for scale in (0.2, 0.1):
+        small = copy.deepcopy(trained)
+        with torch.no_grad():
+            for layer in small.model.layers:
+                layer.self_attn.o_proj.weight *= scale
+                layer.mlp.down_proj.weight *= scale
+        grown = grow(small, sequence, dataclasses.replace(shape, num_layers=4)).eval()
+        differences.append((hidden(grown) - hidden(small)).norm())
+    assert differences[1] > 0
+    assert differences[0] / differences[1] == pytest.approx(4, rel=0.15)
+
+
+def test_a_longer_teacher_computes_what_the_trained_one_does():
+    shape = SCALES["tiny"].teacher
+    sequence = demo_lm.sequence_format(32)
+    trained = demo_lm.new_teacher(sequence, dataclasses.replace(shape, seed=4)).eval()
+    longer = grow(trained, sequence, dataclasses.replace(shape, max_length=512)).eval()
     input_ids = torch.randint(sequence.vocabulary.size, (2, 40))
     with torch.inference_mode():
-        assert torch.equal(grown(input_ids).logits, trained(input_ids).logits)
-    assert grown.generation_config.max_length == 512
-    # Every new layer learns from the first step on.
-    grown(input_ids).logits.square().mean().backward()
-    for layer in grown.model.layers[1::2]:
-        assert layer.self_attn.o_proj.weight.grad.abs().max() > 0
-        assert layer.mlp.down_proj.weight.grad.abs().max() > 0
-    with pytest.raises(InputError, match="grows to 4, not to 6"):
+        assert torch.equal(longer(input_ids).logits, trained(input_ids).logits)
+    assert longer.generation_config.max_length == longer.config.max_position_embeddings == 512
+    with pytest.raises(InputError, match="of 2 layers grows to 4, not to 6"):
         grow(trained, sequence, dataclasses.replace(shape, num_layers=6))
 
 
@@ -159,6 +179,28 @@ def test_a_second_build_does_nothing_again(built, demo, monkeypatch):
     monkeypatch.setattr(demo_lm, "speech_loss", None)
     monkeypatch.setattr(deep_stages, "speak_with_transformers", None)
     assert build(folder, demo)["bands"] == measured["bands"]
+
+
+def test_a_stopped_build_goes_on_to_the_same_teacher(built, demo, tmp_path, monkeypatch):
+    folder, _ = built
+    real, calls = demo_lm.speech_loss, []
+
+    def stop_in_the_second_training(*args):
+        calls.append(args)
+        # Six steps and the scoring of two checkpoints in the first training; the second stands at its fifth step.
+        if len(calls) > 13:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(demo_lm, "speech_loss", stop_in_the_second_training)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, demo)
+    steps = [torch.load(path, weights_only=True)["step"] for path in (tmp_path / "work").glob("training-*.pt")]
+    assert sorted(steps) == [3, 6]
+    monkeypatch.setattr(demo_lm, "speech_loss", real)
+    build(tmp_path, demo)
+    model = ("out", "teacher", "model.safetensors")
+    assert file_hash(tmp_path.joinpath(*model)) == file_hash(folder.joinpath(*model))
 
 
 def test_a_band_that_costs_too_many_words_stops_the_build(built, demo, tmp_path):

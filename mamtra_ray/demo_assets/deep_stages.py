@@ -42,21 +42,33 @@ from mamtra_ray.speech.recognizer import Recognizer, load_recognizer
 class DeepSettings:
     """Everything the deep teacher depends on, beside the demo's assets."""
 
-    train: JoinedCounts = field(default_factory=lambda: JoinedCounts(1_600, (300, 700, 900, 1_100, 1_200)))
+    train: JoinedCounts = field(default_factory=lambda: JoinedCounts(4_000, (700, 1_200, 1_500, 1_800, 1_800)))
     validation: JoinedCounts = field(default_factory=lambda: JoinedCounts(100, (10, 20, 20, 20, 20)))
     test: JoinedCounts = field(default_factory=lambda: JoinedCounts(1_000, (200, 200, 200, 200, 200)))
+    lengthened: TeacherSettings = field(
+        default_factory=lambda: TeacherSettings(
+            max_length=1_024,
+            cycles=(400, 400),
+            constant_steps=200,
+            learning_rate=2e-3,
+            tokens_per_batch=6_000,
+            tracking_from_step=0,
+            tracking=TrackingSettings(layer=8, max_words=64),
+        )
+    )
+    """First the demo's teacher learns long sentences as it is, at half the cost of a step."""
     teacher: TeacherSettings = field(
         default_factory=lambda: TeacherSettings(
             num_layers=24,
             max_length=1_024,
-            cycles=(400,),
-            constant_steps=2_000,
+            cycles=(900,),
+            learning_rate=1e-3,
             tokens_per_batch=6_000,
-            learning_rate=2e-3,
             tracking_from_step=0,
             tracking=TrackingSettings(layer=16, max_words=64),
         )
     )
+    """Then that one grows and goes on."""
     measured_per_band: int = 200
     """The error rates are of the first so many test sentences of each band."""
     gated: bool = True
@@ -64,15 +76,17 @@ class DeepSettings:
     seed: int = 2027
 
 
+_SMALLEST = dataclasses.replace(
+    DEMO_SCALES["tiny"].teacher, tracking_from_step=0, tracking=TrackingSettings(layer=1, max_words=64)
+)
 SCALES = {
     "full": DeepSettings(),
     "tiny": DeepSettings(
         train=JoinedCounts(40, (4, 4, 4)),
         validation=JoinedCounts(20, (2, 1, 1)),
         test=JoinedCounts(20, (2, 1, 1)),
-        teacher=dataclasses.replace(
-            DEMO_SCALES["tiny"].teacher, num_layers=4, max_length=512, tracking=TrackingSettings(layer=2, max_words=64)
-        ),
+        lengthened=dataclasses.replace(_SMALLEST, max_length=512),
+        teacher=dataclasses.replace(_SMALLEST, num_layers=4, max_length=512),
         measured_per_band=1,
         gated=False,
     ),
@@ -80,12 +94,13 @@ SCALES = {
 """`full` makes what the package ships; `tiny` runs every stage in seconds and makes nothing of use. It grows a demo of
 the tiny scale."""
 
+_TRAINING = ("train", "validation")
 _PLAN = (
-    ("clauses", "clauses-*/*.npz", 10),
+    ("clauses", "clauses-*/*.npz", 14),
     ("word times", "clause-ends-*.json", 3),
     ("corpus", "sentences-*.parquet", 4),
-    ("teacher", "teacher-*", 75),
-    ("error rates", "heard-*.json", 45),
+    ("teacher", "teacher-*", 110),
+    ("error rates", "heard-*.json", 26),
 )
 
 
@@ -148,19 +163,10 @@ def build_deep(
         made_by = {
             "corpus": content_hash([file_hash(corpora[split]) for split in _TRAINING]),
             "word_ends": content_hash(ends),
-            "grown_from": file_hash(grown_from / "model.safetensors"),
         }
-        trained, _ = load_with_transformers(grown_from)
-        codec = load_codec(codec_path)
-        teacher = build_teacher(
-            training["train"],
-            training["validation"],
-            made_by,
-            codec.num_tokens,
-            work,
-            settings.teacher,
-            lambda sequence: grow(trained, sequence, settings.teacher),
-        )
+        teacher, codec = grown_from, load_codec(codec_path)
+        for shape in (settings.lengthened, settings.teacher):
+            teacher = _train_on(teacher, shape, training, made_by, codec.num_tokens, work)
     with cpu_time(work, "error rates"):
         bands = bands_of(examples(corpora["test"], "test"), settings.measured_per_band)
         model, sequence = load_with_transformers(teacher)
@@ -186,7 +192,10 @@ def build_deep(
         "normalization": "demo",
         "voice": voice_name,
         "bands": measured_bands,
-        "training": {"steps": settings.teacher.steps, "tokens_per_batch": settings.teacher.tokens_per_batch},
+        "training": [
+            {"layers": shape.num_layers, "steps": shape.steps, "tokens_per_batch": shape.tokens_per_batch}
+            for shape in (settings.lengthened, settings.teacher)
+        ],
         "cpu_minutes": {stage: round(seconds / 60, 1) for stage, seconds in cpu_seconds(work).items()},
     }
     write_json(work / "measured.json", measured)
@@ -197,4 +206,22 @@ def build_deep(
     return measured
 
 
-_TRAINING = ("train", "validation")
+def _train_on(
+    begun_with: Path,
+    settings: TeacherSettings,
+    training: dict[str, list[Example]],
+    made_by: dict[str, str],
+    codebook_size: int,
+    work: Path,
+) -> Path:
+    """The teacher of `settings` that the one in the folder `begun_with` becomes."""
+    trained, _ = load_with_transformers(begun_with)
+    return build_teacher(
+        training["train"],
+        training["validation"],
+        {**made_by, "begun_with": file_hash(begun_with / "model.safetensors")},
+        codebook_size,
+        work,
+        settings,
+        lambda sequence: grow(trained, sequence, settings),
+    )

@@ -171,6 +171,14 @@ Sampled: {", ".join(f"{name} {value}" for name, value in measured["sampling"].it
 """
 
 
+def _trained(measured: dict[str, Any]) -> str:
+    """What was trained how long, such as `12 layers for 1,000 steps of 6,000 padded tokens, 24 layers for ...`."""
+    return ", ".join(
+        f"{stage['layers']} layers for {stage['steps']:,} steps of {stage['tokens_per_batch']:,} padded tokens"
+        for stage in measured["training"]
+    )
+
+
 def _deep_card(settings: dict[str, Any], shape: TeacherSettings, measured: dict[str, Any], rows: pa.Table) -> str:
     splits = rows["split"].to_pylist()
     counts = ", ".join(f"{splits.count(split)} {split}" for split in ("train", "validation", "test"))
@@ -191,9 +199,8 @@ A deep stack that speaks the demo's language in sentences of up to {longest} wor
 and others for validation and test; a sentence is the sounds of its clauses end to end. Splits share no clause, so no
 clause of a test sentence was heard in training; within a split a clause serves several sentences.
 
-The teacher began as the demo's teacher, each layer followed by a copy that added nothing at first, and was trained
-for {shape.steps:,} steps of about {shape.tokens_per_batch:,} padded tokens. The test sentences were not used for any
-choice.
+The teacher began as the demo's teacher and was trained on sentences of all lengths ({_trained(measured)}). Then each
+layer became two. The test sentences were not used for any choice.
 
 Measured greedy, recognizer {measured["recognizer"]}, normalization `{measured["normalization"]}`; bootstrap intervals
 over utterances; at most {100 * TEACHER_LIMIT:.0f} points over the codec's round trip are allowed in each band:
