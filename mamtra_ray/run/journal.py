@@ -7,6 +7,7 @@ returns; a line cut off by a crash was never acknowledged and is dropped.
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,9 +73,12 @@ def read_journal(path: Path, kind: type[Row], key: tuple[str, ...] = ()) -> list
     rows, journal = read_table(path, kind), _journal_of(path)
     if not journal.exists():
         return rows
-    lines = journal.read_bytes().split(b"\n")
+    *lines, rest = journal.read_bytes().split(b"\n")
+    # A crash leaves the beginning of a row there, never more than one.
+    if rest and (not rest.startswith(b"{") or _is_more_than_a_row(rest)):
+        raise InputError(f"{journal}, line {len(lines) + 1}, is damaged: it is no beginning of a row")
     added = []
-    for number, line in enumerate(lines[:-1]):  # what follows the last line end was cut off
+    for number, line in enumerate(lines):
         where = f"{journal}, line {number + 1},"
         content = row_of_line(line, where)
         try:
@@ -82,6 +86,14 @@ def read_journal(path: Path, kind: type[Row], key: tuple[str, ...] = ()) -> list
         except (ValueError, KeyError, TypeError, InputError) as error:
             raise InputError(f"{where} is damaged: {error}") from None
     return _merged(rows, added, key)
+
+
+def _is_more_than_a_row(line: bytes) -> bool:
+    try:
+        text = line.decode(errors="replace")
+        return json.JSONDecoder().raw_decode(text)[1] < len(text)
+    except ValueError:
+        return False
 
 
 def _journal_of(path: Path) -> Path:
