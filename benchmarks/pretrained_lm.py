@@ -57,6 +57,9 @@ LAYOUTS = 156
 CONTEXTS, DECODED = (512, 2048, 8192), 8
 """Tokens in the cache, and how many are decoded after them."""
 
+CACHED_TOKENS = {"train": 6_000, "validation": 600}
+"""Of the comparison of the cache's formats: what a quantizer learns from, and what gradients are compared on."""
+
 Part = Callable[[Run, Path], Any]
 
 
@@ -158,7 +161,7 @@ def cache_formats(run: Run, work: Path) -> list[dict[str, Any]]:
     teacher, config = teacher_of(run), run.config
     library = library_folder(run)
     splits = []
-    for name, limit in (("train", 12_000), ("validation", 1_100)):
+    for name, limit in CACHED_TOKENS.items():
         rows = utterances(drawn(read_corpus(config.corpus.path, name), config.corpus.seed, limit))
         splits.append(Split(name, rows, teacher_rows(teacher.model, teacher, rows)))
     held_out = splits[1]
@@ -273,7 +276,7 @@ def main() -> None:
     if (found := file_hash(model)) != MODEL_SHA256:
         sys.exit(f"{model} is another file: its SHA-256 is {found}, expected {MODEL_SHA256}")
     if not options.collect:
-        run_verbs(work, run_folder, options.sources, options.overrides)
+        run_verbs(work, run_folder, options.sources.absolute(), options.overrides)
     os.chdir(work)
     run, results, missing = read_run(run_folder), {}, {}
     for name in options.part or PARTS:

