@@ -92,6 +92,19 @@ def test_too_few_clauses_are_refused():
         join_clauses(draw_clauses({"train": 20}, 5)["train"], {BANDS[0]: 500}, 0)
 
 
+def test_the_full_build_has_its_sentences():
+    settings = deep_stages.SCALES["full"]
+    counts = {"train": settings.train, "validation": settings.validation, "test": settings.test}
+    splits = draw_joined(counts, settings.seed)
+    assert [len(split.texts) for split in splits.values()] == [sum(count.sentences) for count in counts.values()]
+    assert len({text for split in splits.values() for text in split.texts}) == sum(
+        sum(count.sentences) for count in counts.values()
+    )
+    lengths = [len(text.split()) for text in splits["test"].texts]
+    assert [sum(length in band for length in lengths) for band in BANDS] == [200] * 5
+    assert (min(lengths), max(lengths)) == (1, 62)
+
+
 def test_joined_words_end_where_the_joined_sound_says(tmp_path, built):
     """Every word of the stand-in voice lasts 0.1 s, so word ends and tokens of a sentence are known beforehand."""
     joined = draw_joined(COUNTS, SETTINGS.seed)["train"]

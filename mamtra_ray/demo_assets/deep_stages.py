@@ -44,7 +44,7 @@ class DeepSettings:
 
     train: JoinedCounts = field(default_factory=lambda: JoinedCounts(4_000, (700, 1_200, 1_500, 1_800, 1_800)))
     validation: JoinedCounts = field(default_factory=lambda: JoinedCounts(100, (10, 20, 20, 20, 20)))
-    test: JoinedCounts = field(default_factory=lambda: JoinedCounts(1_000, (200, 200, 200, 200, 200)))
+    test: JoinedCounts = field(default_factory=lambda: JoinedCounts(1_500, (200, 200, 200, 200, 200)))
     lengthened: TeacherSettings = field(
         default_factory=lambda: TeacherSettings(
             max_length=1_024,
@@ -96,7 +96,7 @@ the tiny scale."""
 
 _TRAINING = ("train", "validation")
 _PLAN = (
-    ("clauses", "clauses-*/*.npz", 14),
+    ("clauses", "clauses-*/*.npz", 15),
     ("word times", "clause-ends-*.json", 3),
     ("corpus", "sentences-*.parquet", 4),
     ("teacher", "teacher-*", 110),
