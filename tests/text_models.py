@@ -49,7 +49,7 @@ def text_model(kind: str = "llama", tied: bool = True, **settings: Any) -> Any:
         "num_hidden_layers": NUM_LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": GROUPS,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 1024,
         "tie_word_embeddings": tied,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
         "bos_token_id": START,
