@@ -29,7 +29,7 @@ LONG_DEMO = [
     "distill.checkpoint_every_tokens=40000",
     "evaluate.temperature=0",
 ]
-"""The demo with budgets that leave less to chance than the five minutes of `make search`: what results here are of."""
+"""The demo with budgets that leave less to chance than the few minutes of `make search`: what results here are of."""
 
 
 @dataclass(frozen=True)
