@@ -190,6 +190,18 @@ def read_manifest(path: Path, kind: str, schema_version: int, *, by_hand: bool =
     return manifest
 
 
+def read_manifest_of(path: Path, kind: str, schema_version: int, made_by: Mapping[str, Any]) -> dict[str, Any] | None:
+    """:func:`read_manifest` of what was made from ``made_by``; None where nothing is, or something made from else.
+
+    Raises:
+        InputError: as :func:`read_manifest`, if there is a file.
+    """
+    if not path.exists():
+        return None
+    manifest = read_manifest(path, kind, schema_version)
+    return manifest if manifest["made_by"] == dict(made_by) else None
+
+
 def checked_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as JSON lines, each with its checksum."""
     return "".join(json.dumps(with_checksum(row), ensure_ascii=False) + "\n" for row in rows)

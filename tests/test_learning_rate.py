@@ -21,7 +21,9 @@ from mamtra_ray.distill.learning_rate import (
     next_rates,
     objective,
     rate_of,
+    read_scores,
     report_lines,
+    write_scores,
 )
 from mamtra_ray.distill.training import Distillation, parameter_groups
 from mamtra_ray.errors import DivergedError, InputError
@@ -138,3 +140,11 @@ def test_a_distillation_tries_rates_once_and_trains_with_the_best(tmp_path, ray_
     # Again, as after a stop: nothing is tried anew.
     monkeypatch.setattr("mamtra_ray.distill.learning_rate._score_of_rate", None)
     assert distill_verb.main(["--run", str(run), "--layout", "AMAM"]) == 0
+
+
+def test_rates_tried_with_other_settings_do_not_count_and_do_not_stand_in_the_way(tmp_path):
+    """A run without a trial may go on with changed settings."""
+    tried = [score(-8, 1.0)]
+    write_scores(tmp_path, {"settings": "a"}, Layout("AM"), tried)
+    assert read_scores(tmp_path, {"settings": "a"}) == tried
+    assert read_scores(tmp_path, {"settings": "b"}) == [] == read_scores(tmp_path / "nothing", {"settings": "a"})

@@ -2,19 +2,22 @@
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 from test_evaluate import config_of, place, shared_teacher, worker_of  # noqa: F401 (place is a fixture)
 from test_finalists import row
 
 from mamtra_ray.config import load_config
-from mamtra_ray.corpus.table import read_corpus, utterances
+from mamtra_ray.corpus.table import read_corpus, utterances, write_corpus
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.evaluation import evaluation_settings
 from mamtra_ray.evaluate.results import scored
 from mamtra_ray.evaluate.worker import Chunk
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.runtime.progress import Costs, Screen
+from mamtra_ray.search import trial_speech
 from mamtra_ray.search.finalists import choose_finalists
 from mamtra_ray.search.trial_speech import TrialSpeech, speech_score, token_error_rate, validation_sentences
 from mamtra_ray.speech.error_rate import ErrorRate
@@ -97,3 +100,43 @@ def test_the_wer_of_trials_rules_out_and_ce_decides():
     mixed = [*rows[1:], dataclasses.replace(rows[0], evaluation="before")]
     assert found(1, mixed) == ["AAMM"], "heard under other settings: its CE counts"
     assert Layout("MAAM") not in found(3)
+
+
+def test_trials_are_heard_in_the_language_of_their_sentences(tmp_path, monkeypatch):
+    rows = [
+        {
+            "utterance_id": f"{split}-{n}",
+            "text": "你好世界",
+            "text_tokens": [n],
+            "speech_tokens": [n, 1],
+            "split": split,
+        }
+        for split in ("train", "validation", "test")
+        for n in range(3)
+    ]
+    write_corpus(tmp_path / "corpus.parquet", rows, tokenizer="mine", made_by={"test": True})
+    config = load_config("demo", [f"corpus.path={tmp_path / 'corpus.parquet'}", "evaluate.normalization=whisper_basic"])
+    asked = []
+
+    def evaluated(settings, chunks, worker):
+        asked.append(settings.evaluate.language)
+        for chunk in chunks:
+            heard = [{"utterance_id": x.utterance_id, "text": x.text, "hypothesis": x.text} for x in chunk.utterances]
+            rest = {"failure": None, "stopped": True, "speech_tokens": [1], "audio_seconds": 1.0}
+            yield chunk, [row | rest for row in heard], {}, 16_000
+
+    monkeypatch.setattr(trial_speech, "evaluated", evaluated)
+    session = SimpleNamespace(
+        config=config,
+        folder=tmp_path,
+        shared_teacher=SimpleNamespace(fingerprint="t"),
+        worker=SimpleNamespace(num_threads=1),
+        screen=Screen(("trials",), Costs(tmp_path / "costs.json")),
+    )
+    speech = trial_speech.prepare_trial_speech(session)
+    assert asked == [speech.settings.evaluate.language] == ["zh"]
+    assert speech.teacher_wer.value == 0 and session.screen.costs.phases["trials"]["seconds"] >= 0
+    # The teacher speaks once in a run, and again where something else decides what is heard.
+    assert trial_speech.prepare_trial_speech(session).identity == speech.identity and len(asked) == 1
+    session.shared_teacher.fingerprint = "another"
+    assert trial_speech.prepare_trial_speech(session).identity != speech.identity and len(asked) == 2

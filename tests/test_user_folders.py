@@ -1,25 +1,21 @@
 """No verb deletes or overwrites what it did not write, wherever it is told to write."""
 
-import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from made_run import finalist_row, made_run
+from made_run import made_run
+from test_export_check import exported, place  # noqa: F401 (place is a fixture)
 from tiny_cosyvoice import write_cosyvoice
-from tiny_models import transformers_model, write_folder
 
 from mamtra_ray.artifacts import OUTPUTS, check_outputs, write_output
-from mamtra_ray.config import TeacherConfig
 from mamtra_ray.corpus.__main__ import main as corpus
 from mamtra_ray.corpus.preparation import check_output_folder
 from mamtra_ray.corpus.table import write_corpus
 from mamtra_ray.demo_assets.stages import check_folders
 from mamtra_ray.errors import InputError
-from mamtra_ray.export.checkpoint import check_replaceable, export_student
+from mamtra_ray.export.checkpoint import check_replaceable
 from mamtra_ray.listening_test.__main__ import main as listening_test
-from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import cosyvoice2, load_teacher
 
 
@@ -57,22 +53,7 @@ def test_what_is_noted_may_be_replaced(tmp_path):
         check_outputs(tmp_path, ["a.txt"])
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    write_folder(folder / "teacher", transformers_model())
-    teacher = load_teacher("huggingface", folder / "teacher")
-    make_student(teacher.model, "AMMA").save(folder / "student")
-    source = TeacherConfig(kind="huggingface", path=str(folder / "teacher"))
-    return SimpleNamespace(folder=folder, teacher=teacher, source=source)
-
-
-def exported(place, folder: Path, **changes) -> None:
-    row = dataclasses.replace(finalist_row("AMMA"), **changes)
-    export_student(place.folder / "student", folder, row, place.teacher, place.source)
-
-
-def test_an_export_replaces_an_unchanged_export_only(place, theirs, tmp_path):
+def test_an_export_replaces_an_unchanged_export_only(place, theirs, tmp_path):  # noqa: F811
     before = content_of(theirs)
     with pytest.raises(InputError, match=r"theirs is there and holds no export \(no layout\.json\)"):
         exported(place, theirs)

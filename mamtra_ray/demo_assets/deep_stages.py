@@ -31,7 +31,7 @@ from mamtra_ray.demo_assets.joined_corpus import (
 )
 from mamtra_ray.demo_assets.language_model import TeacherSettings, load_with_transformers
 from mamtra_ray.demo_assets.measure import decoded_chunks, speak_with_transformers, table_of_bands
-from mamtra_ray.demo_assets.stages import SCHEMA_VERSION, check_gates, cpu_seconds, cpu_time
+from mamtra_ray.demo_assets.stages import SCHEMA_VERSION, check_gates, cpu_seconds, cpu_time, plan_of
 from mamtra_ray.demo_assets.tracking import TrackingSettings
 from mamtra_ray.demo_assets.voice import Voice, WordTimer
 from mamtra_ray.speech.demo_codec import load_codec
@@ -105,11 +105,8 @@ _PLAN = (
 
 
 def plan(work: Path) -> str:
-    """The stages, whether the work folder holds any output of them, and their CPU minutes at full scale."""
-    lines = [f"{'stage':<24}{'CPU minutes':>12}  found in {work}"]
-    for stage, pattern, minutes in _PLAN:
-        lines.append(f"{stage:<24}{minutes:>12}  {len(list(work.glob(pattern))) or 'nothing'}")
-    return "\n".join(lines)
+    """See :func:`mamtra_ray.demo_assets.stages.plan_of`."""
+    return plan_of(_PLAN, work)
 
 
 def build_deep(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,19 @@ _OF_OUTPUT = (MANIFEST, "corpus_all_phases.parquet", "measured.json")
 
 
 def plan(work: Path) -> str:
-    """The stages, whether the work folder holds any output of them, and their CPU minutes at full scale."""
+    """See :func:`plan_of`."""
+    return plan_of(_PLAN, work)
+
+
+def plan_of(stages: Sequence[tuple[str, str, int]], work: Path) -> str:
+    """The stages, whether the work folder holds any output of them, and their CPU minutes at full scale.
+
+    Args:
+        stages: name, pattern of its outputs, minutes.
+        work: where the outputs lie.
+    """
     lines = [f"{'stage':<24}{'CPU minutes':>12}  found in {work}"]
-    for stage, pattern, minutes in _PLAN:
+    for stage, pattern, minutes in stages:
         lines.append(f"{stage:<24}{minutes:>12}  {len(list(work.glob(pattern))) or 'nothing'}")
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     from mamtra_ray.distill.job import DistillJob, distill_data
     from mamtra_ray.distill.learning_rate import with_learning_rate
     from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
+    from mamtra_ray.run.rows import is_worse_than_start
     from mamtra_ray.run.session import start_session
     from mamtra_ray.teacher_cache.phase import make_cache
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"held-out CE {report.ce:.4f} (from {report.ce_start:.4f}), KL {report.kl:.4f} (from {report.kl_start:.4f}); "
         f"student in {folder / 'student'}"
     )
-    if report.ce > report.ce_start or report.kl > report.kl_start:
+    if is_worse_than_start(report):
         print("warning: the student is worse than before its training; a lower distill.learning_rate should train it")
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 
-from mamtra_ray.artifacts import check_made_by, read_manifest, write_manifest
+from mamtra_ray.artifacts import read_manifest_of, write_manifest
 from mamtra_ray.config import DistillConfig
 from mamtra_ray.distill.job import DistillData, DistillJob, student_made_by
 from mamtra_ray.distill.workers import distill
@@ -92,8 +92,6 @@ def _score_of_rate(job: DistillJob, half_decades: int) -> RateScore:
         *_, (report, _) = distill(replace(job, settings=settings), device)
     except DivergedError:
         return RateScore(half_decades, None, None, None, None, 0.0)
-    if not (math.isfinite(report.ce) and math.isfinite(report.kl)):
-        return RateScore(half_decades, None, None, report.ce_start, report.kl_start, report.seconds)
     return RateScore(half_decades, report.ce, report.kl, report.ce_start, report.kl_start, report.seconds)
 
 
@@ -108,7 +106,7 @@ def with_learning_rate(session: Session, data: DistillData, layout: Layout) -> S
         layout: is trained, up to the tokens of the first rung.
 
     Raises:
-        InputError: the training diverged at every rate, or the file in the run folder is of other settings.
+        InputError: the training diverged at every rate.
     """
     config, folder = session.config, session.folder
     if config.distill.learning_rate != "auto":
@@ -171,16 +169,15 @@ def write_scores(folder: Path, made_by: Mapping[str, str], layout: Layout, score
 
 
 def read_scores(folder: Path, made_by: Mapping[str, str]) -> list[RateScore]:
-    """What this run has tried so far.
+    """What this run has tried so far with these settings.
 
     Raises:
-        InputError: a damaged file, or one of other settings.
+        InputError: a damaged file.
     """
     path = folder / FILE
-    if not path.exists():
+    manifest = read_manifest_of(path, _KIND, _SCHEMA_VERSION, made_by)
+    if manifest is None:
         return []
-    manifest = read_manifest(path, _KIND, _SCHEMA_VERSION)
-    check_made_by(path, manifest["made_by"], made_by)
     try:
         return [RateScore(**score) for score in manifest["scores"]]
     except (KeyError, TypeError) as error:

@@ -193,9 +193,8 @@ class Distillation:
         """
         state, position, content = read_state(folder, self.made_by, self.device)
         self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
-        # The first 0.2 kept the optimizer alone.
-        self.optimizer.load_state_dict(state.get("optimizer", state))
-        self.position, self.seconds, self.report = position, float(content["seconds"]), state.get("report")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.position, self.seconds, self.report = position, float(content["seconds"]), state["report"]
 
 
 def parameter_groups(student: SpeechLM, config: DistillConfig) -> list[dict[str, Any]]:

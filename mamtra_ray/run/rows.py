@@ -136,7 +136,20 @@ class FinalistRow(TableRow):
     """Identifies the evaluation that heard it; empty where no speech was generated."""
 
 
-def is_worse_than_start(row: TrialRow | FinalistRow) -> bool:
+class Trained(typing.Protocol):
+    """A row or report of a training: held-out scores now and before the first step, nats per token."""
+
+    @property
+    def ce(self) -> float: ...
+    @property
+    def kl(self) -> float: ...
+    @property
+    def ce_start(self) -> float: ...
+    @property
+    def kl_start(self) -> float: ...
+
+
+def is_worse_than_start(row: Trained) -> bool:
     """Whether its training has left a layout with a higher held-out CE or KL than it began with."""
     return row.ce > row.ce_start or row.kl > row.kl_start
 

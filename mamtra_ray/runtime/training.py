@@ -14,11 +14,17 @@ from typing import Any
 
 import torch
 
-from mamtra_ray.artifacts import check_made_by, file_hash, read_manifest, write_manifest, written_atomically
+from mamtra_ray.artifacts import (
+    check_made_by,
+    file_hash,
+    read_manifest,
+    read_manifest_of,
+    write_manifest,
+    written_atomically,
+)
 from mamtra_ray.errors import InputError
 
 STATE_MANIFEST = "training.json"
-_STATE = "training.pt"
 _KIND, _SCHEMA_VERSION = "training state", 3
 
 
@@ -119,7 +125,7 @@ def has_state(folder: Path) -> bool:
 
 def is_state_of(folder: Path, made_by: Mapping[str, Any]) -> bool:
     """Whether there is one of this very training."""
-    return has_state(folder) and read_manifest(folder / STATE_MANIFEST, _KIND, _SCHEMA_VERSION)["made_by"] == made_by
+    return read_manifest_of(folder / STATE_MANIFEST, _KIND, _SCHEMA_VERSION, made_by) is not None
 
 
 def remove_state(folder: Path) -> None:
@@ -142,7 +148,7 @@ def read_state(
     """
     manifest = read_manifest(folder / STATE_MANIFEST, _KIND, _SCHEMA_VERSION)
     check_made_by(folder / STATE_MANIFEST, manifest["made_by"], made_by)
-    file = folder / manifest.get("file", _STATE)  # the first 0.2 had one name for all
+    file = folder / manifest["file"]
     if file_hash(file) != manifest["sha256"]:
         raise InputError(f"{file} is damaged, or not the file that {STATE_MANIFEST} describes")
     state = torch.load(file, weights_only=True, map_location=device)

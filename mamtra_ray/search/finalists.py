@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,20 @@ def choose_finalists(
         for row in sorted(rows, key=lambda row: row.rung):
             if row.layout.num_attention == kept and row.layout not in from_paper:
                 best[row.layout] = row
-        heard = [row.wer for row in best.values() if row.wer and row.evaluation == evaluation]
-        most = min(heard, key=lambda wer: wer.value).high if heard else math.inf
-
-        def rank(row: TrialRow, most: float = most) -> tuple[int, bool, float]:
-            is_heard = row.wer is not None and row.evaluation == evaluation
-            return -row.rung, is_heard and row.wer is not None and row.wer.value > most, row.ce
-
-        ranked = sorted(best.values(), key=rank)
+        ranked = _ranked(best.values(), evaluation)
         finalists += [Candidate(row.layout, row.origin) for row in ranked[:found_per_ratio]]
     return without_repeats(finalists)
+
+
+def _ranked(rows: Collection[TrialRow], evaluation: str) -> list[TrialRow]:
+    """Trials of one ratio, the best one first: see :func:`choose_finalists`."""
+    heard = {row.layout: row.wer for row in rows if row.wer is not None and row.evaluation == evaluation}
+    most = min(heard.values(), key=lambda wer: wer.value).high if heard else math.inf
+
+    def is_ruled_out(row: TrialRow) -> bool:
+        return row.layout in heard and heard[row.layout].value > most
+
+    return sorted(rows, key=lambda row: (-row.rung, is_ruled_out(row), row.ce))
 
 
 def distill_finalist(

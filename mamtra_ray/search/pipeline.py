@@ -20,7 +20,8 @@ from mamtra_ray.distill.learning_rate import with_learning_rate
 from mamtra_ray.evaluate.evaluation import check_evaluation
 from mamtra_ray.evaluate.run_scores import choose
 from mamtra_ray.export.checkpoint import export_note
-from mamtra_ray.layouts.candidates import Candidate, given_candidates, importance_criteria, paper_candidates
+from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import Candidate, given_candidates, importance_criteria
 from mamtra_ray.probe.phase import probe_data, run_probe
 from mamtra_ray.probe.probing import propose
 from mamtra_ray.report.report import write_report
@@ -36,6 +37,7 @@ from mamtra_ray.search.finalists import distill_the_finalists
 from mamtra_ray.search.importance import layer_importance
 from mamtra_ray.search.metrics import SECONDS_BETWEEN_EXPORTS, SearchMetrics
 from mamtra_ray.search.outcome import export, measure_wer, print_summary
+from mamtra_ray.search.proposals import UniformLayouts
 from mamtra_ray.search.trial_phase import run_the_trials, start_trial_table, trial_settings
 from mamtra_ray.search.trial_speech import prepare_trial_speech
 from mamtra_ray.search.verdict import EXIT_UNUSABLE, is_unusable
@@ -72,8 +74,7 @@ def _run_phases(session: Session, metrics: SearchMetrics) -> int:
     measured = importance(session, library, validation)
     given = given_candidates(session.space, config.search.strategies, config.search.layouts, measured)
     data = distill_data(config, session.shared_teacher, train, validation, str(library) if library else None)
-    if config.distill.learning_rate == "auto":
-        session = with_learning_rate(session, data, [*proposals, *given, *fallback(session)][0].layout)
+    session = with_learning_rate(session, data, layout_for_rates(session, [*proposals, *given]))
     table = start_trial_table(session, data)
     settings = dataclasses.replace(trial_settings(session, data, table), speech=prepare_trial_speech(session))
     rows, failures = run_the_trials(session, settings, given, proposals, metrics)
@@ -140,9 +141,11 @@ def probe(session: Session, library: Path | None, validation: SharedCache) -> li
     ]
 
 
-def fallback(session: Session) -> list[Candidate]:
-    """A layout to try learning rates on where there is neither a probe nor a placement."""
-    return paper_candidates(session.space, ("block_beginning",))
+def layout_for_rates(session: Session, candidates: Sequence[Candidate]) -> Layout:
+    """The layout on which learning rates are tried: the first candidate; where there is none, any allowed one."""
+    if candidates:
+        return candidates[0].layout
+    return UniformLayouts(session.space, session.config.seed).next_untried(set())
 
 
 def importance(session: Session, library: Path | None, validation: SharedCache) -> dict[str, list[float]]:

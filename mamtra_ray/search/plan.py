@@ -57,6 +57,9 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
         # What generation and recognition take depends on lengths, codec and recognizer.
         spoken = f"{finalists + 1} systems x {config.evaluate.sentences} sentences"
         rows.append(["speech", spoken, "", "", "not estimated"])
+        if search.sentences:
+            of_trials = f"{search.sentences} sentences by the teacher and by each trial of the last rung"
+            rows.insert(-2, ["trials' speech", of_trials, "", "", "not estimated"])
     total = sum(tokens * body * factor for _, _, tokens, factor in phases)
     name = inputs.teacher.name
     print(f"plan for {folder}: teacher {name}, {layers} layers, {body / 1e6:.1f} M parameters without the table")

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import jiwer
 
-from mamtra_ray.artifacts import check_made_by, content_hash, read_manifest, write_manifest
+from mamtra_ray.artifacts import content_hash, read_manifest_of, write_manifest
 from mamtra_ray.corpus.selection import drawn
 from mamtra_ray.corpus.table import Utterance, corpus_identity, read_corpus, utterances
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate.evaluation import SENTENCES_PER_CHUNK, evaluation_made_by, evaluation_settings
+from mamtra_ray.evaluate.evaluation import SENTENCES_PER_CHUNK, evaluation_made_by, evaluation_settings, with_language
 from mamtra_ray.evaluate.pool import evaluated
 from mamtra_ray.evaluate.results import scored
 from mamtra_ray.evaluate.worker import Chunk, EvaluationSettings, EvaluationWorker, Row
@@ -69,14 +69,17 @@ def prepare_trial_speech(session: Session) -> TrialSpeech | None:
     sentences = validation_sentences(
         utterances(drawn(validation, config.corpus.seed)), config.search.sentences, config.evaluate.normalization
     )
+    config = with_language(config, sentences)
     made_by = evaluation_made_by(config, session.shared_teacher, corpus_identity(validation).corpus_hash)
     made_by |= {"sentences": content_hash([sentence.utterance_id for sentence in sentences])}
     settings = evaluation_settings(config, session.shared_teacher)
-    rows = _rows_of_teacher(folder / FILE, made_by)
-    if rows is None:
+    if manifest := read_manifest_of(folder / FILE, _KIND, _SCHEMA_VERSION, made_by):
+        rows: list[Row] = manifest["rows"]
+    else:
         session.screen.say(f"    the teacher speaks {len(sentences)} validation sentences, as the trials will")
         chunks = [Chunk(TEACHER, None, part, frozenset()) for part in _parts(sentences)]
-        rows = [row for _, heard, *_ in evaluated(settings, chunks, session.worker) for row in heard]
+        with session.screen.costs.timed("trials"):
+            rows = [row for _, heard, *_ in evaluated(settings, chunks, session.worker) for row in heard]
         write_manifest(folder / FILE, _KIND, _SCHEMA_VERSION, made_by, rows=rows)
     if not any(row["speech_tokens"] for row in rows):
         raise InputError(f"the teacher said nothing for the trials' sentences: {rows[0]['failure']}")
@@ -146,16 +149,3 @@ def _parts(sentences: Sequence[Utterance]) -> list[tuple[Utterance, ...]]:
     ordered = sorted(sentences, key=lambda sentence: len(sentence.text_tokens))
     starts = range(0, len(ordered), SENTENCES_PER_CHUNK)
     return [tuple(ordered[start : start + SENTENCES_PER_CHUNK]) for start in starts]
-
-
-def _rows_of_teacher(path: Path, made_by: Mapping[str, object]) -> list[Row] | None:
-    """What an earlier session wrote; None where there is nothing, or it is of other sentences or settings."""
-    if not path.exists():
-        return None
-    manifest = read_manifest(path, _KIND, _SCHEMA_VERSION)
-    try:
-        check_made_by(path, manifest["made_by"], made_by)
-    except InputError:
-        return None
-    rows: list[Row] = manifest["rows"]
-    return rows

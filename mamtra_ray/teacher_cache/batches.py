@@ -71,7 +71,7 @@ def plan_epoch(
     array) of a batch that has fewer utterances than there are ranks.
     """
     random = np.random.default_rng([seed, epoch, 0x6D61])
-    lengths = len(sequence.prefix) + shared.num_text + len(sequence.separator) + shared.num_speech
+    lengths = sequence.overhead + shared.num_text + shared.num_speech
     num_blocks = len(shared.blocks)
     windows = [np.arange(num_blocks)]
     if shared.window_blocks < num_blocks:
@@ -132,7 +132,7 @@ def batches_holding(
 
 def padding_waste(shared: SharedCache, sequence: SequenceFormat, *, tokens_per_batch: int, seed: int = 0) -> float:
     """Share of an epoch's tokens that is padding, from the lengths alone."""
-    lengths = len(sequence.prefix) + shared.num_text + len(sequence.separator) + shared.num_speech
+    lengths = sequence.overhead + shared.num_text + shared.num_speech
     plan = plan_epoch(shared, sequence, tokens_per_batch=tokens_per_batch, seed=seed, epoch=0)
     padded = sum(len(rows) * int(lengths[rows].max()) for window in plan for rows in window)
     return 1 - int(lengths.sum()) / padded
@@ -208,14 +208,15 @@ def _batch(
     texts = [value.view("<i4") for value in values["text_tokens"]]
     speeches = [value.view("<i4") for value in values["speech_tokens"]]
     prefix, separator = np.array(sequence.prefix, np.int64), np.array(sequence.separator, np.int64)
-    fixed = len(prefix) + len(separator)
-    lengths = np.array([fixed + len(text) + len(speech) for text, speech in zip(texts, speeches, strict=True)])
+    lengths = np.array(
+        [sequence.overhead + len(text) + len(speech) for text, speech in zip(texts, speeches, strict=True)]
+    )
     shape = (len(lengths), int(lengths.max()))
     input_ids_BL = np.zeros(shape, np.int64)
     labels_BL = np.full(shape, IGNORE, np.int64)
     following = [value.view("<i4") for value in values[NEXT_TOKEN]]
     for ids, labels, text, speech, after in zip(input_ids_BL, labels_BL, texts, speeches, following, strict=True):
-        speech_start = fixed + len(text)
+        speech_start = sequence.overhead + len(text)
         ids[: len(prefix)] = prefix
         ids[len(prefix) : len(prefix) + len(text)] = text
         ids[len(prefix) + len(text) : speech_start] = separator

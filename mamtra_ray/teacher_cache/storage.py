@@ -22,8 +22,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs
 
-from mamtra_ray.artifacts import is_disk_full, written_atomically
-from mamtra_ray.errors import DiskFullError, InputError
+from mamtra_ray.artifacts import disk_full_is_said, written_atomically
+from mamtra_ray.errors import InputError
 
 LOCK_FILE = "writer.lock"
 # A remote file system has no lock that dies with its holder, so the holder renews it every few seconds.
@@ -211,14 +211,10 @@ class Storage:
     def _clear_errors(self, action: str, name: str | None = None) -> Iterator[None]:
         where = str(self) if name is None else self.child(name)
         try:
-            yield
+            with disk_full_is_said(where, action):
+                yield
         except FileNotFoundError:
             raise
         except (OSError, pa.ArrowException) as error:
-            if is_disk_full(error):
-                raise DiskFullError(
-                    f"no space left to {action} {where}: what was finished before is intact; free some space and run "
-                    "the same command again"
-                ) from None
             reason = re.sub(r"\s+", " ", str(error))
             raise InputError(f"cannot {action} {where}: {reason}") from None
