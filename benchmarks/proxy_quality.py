@@ -24,7 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import ray
-import torch
 from measurement import LONG_DEMO, print_table, write_result
 from scipy.stats import spearmanr
 
@@ -40,6 +39,7 @@ from mamtra_ray.probe.phase import probe_data
 from mamtra_ray.probe.pool import ProbePool
 from mamtra_ray.run.open_run import open_run
 from mamtra_ray.run.session import Session, start_session
+from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.teacher_cache.phase import make_cache
 
 RATIOS = ("1:1", "1:3")
@@ -68,7 +68,7 @@ def chosen_layouts(kl: dict[Layout, float], patterns: Sequence[Layout], count: i
 @ray.remote(max_retries=1)
 def distilled(job: DistillJob, rung_tokens: tuple[int, ...], folder: str) -> dict[str, Any]:
     """Distill on one process, short and then anew to the end, and keep the final student."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_this_process()
     *_, (short, _) = distill(dataclasses.replace(job, report_at=rung_tokens), device)
     *_, (final, training) = distill(job, device)
     training.student.save(Path(folder) / "student")

@@ -15,12 +15,12 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ray
-import torch
 from measurement import print_table, write_result
 
 from mamtra_ray.align.phase import make_library
@@ -30,7 +30,9 @@ from mamtra_ray.distill.workers import distill
 from mamtra_ray.evaluate.evaluation import evaluate_systems
 from mamtra_ray.layouts import Layout, from_strategy
 from mamtra_ray.run.open_run import open_run
+from mamtra_ray.run.rows import is_worse_than_start
 from mamtra_ray.run.session import Session, start_session
+from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.teacher_cache.phase import make_cache
 
 
@@ -60,7 +62,7 @@ QUICK = ["corpus.train_tokens=20000", "corpus.validation_tokens=600", "align.tok
 def trained(job: DistillJob, folder: str) -> None:
     """One training on one process; its reports and its student end in ``folder``."""
     reports: list[dict[str, Any]] = []
-    for report, training in distill(job, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+    for report, training in distill(job, device_of_this_process()):
         content = vars(report)
         reports.append({name: content[name] for name in ("tokens", "ce", "kl", "ce_start", "kl_start", "seconds")})
         training.student.save(Path(folder) / "student")
@@ -99,7 +101,7 @@ def measure(
     for folder, (name, recipe, kind, job) in jobs.items():
         for report in read_manifest(folder / "reports.json", "recipe", 1)["reports"]:
             row = {"layout": str(job.layout), "from": name, "recipe": recipe.name, "kind": kind, **report}
-            row["better than its start"] = row["ce"] <= row["ce_start"] and row["kl"] <= row["kl_start"]
+            row["worse than its start"] = is_worse_than_start(SimpleNamespace(**report))
             rows.append(row)
     if sentences:
         with session.screen.phase("speech", f"{sentences} sentences by each finalist"):
