@@ -8,7 +8,8 @@ import torch
 from test_training import CONFIG, CPU, make_batch, student_of, teacher  # noqa: F401 (a fixture)
 from tiny_search import write_search_space
 
-from mamtra_ray.config import DistillConfig, StudentConfig
+from mamtra_ray.artifacts import write_manifest
+from mamtra_ray.config import DistillConfig, StudentConfig, load_config, save_config
 from mamtra_ray.distill import __main__ as distill_verb
 from mamtra_ray.distill import learning_rate
 from mamtra_ray.distill.job import DistillJob
@@ -148,3 +149,18 @@ def test_rates_tried_with_other_settings_do_not_count_and_do_not_stand_in_the_wa
     write_scores(tmp_path, {"settings": "a"}, Layout("AM"), tried)
     assert read_scores(tmp_path, {"settings": "a"}) == tried
     assert read_scores(tmp_path, {"settings": "b"}) == [] == read_scores(tmp_path / "nothing", {"settings": "a"})
+
+
+def test_a_second_layout_in_one_run_is_refused_at_once_and_told_where_to_go(tmp_path, capsys):
+    space, run = write_search_space(tmp_path), tmp_path / "runs" / "one"
+    save_config(load_config(space), run / "config.yaml")
+    write_manifest(run / "train" / "checkpoint_1" / "training.json", "training state", 3, {"layout": "AMAM"})
+    assert distill_verb.main(["--run", str(run), "--layout", "AMAM", "--dry-run"]) == 0
+    capsys.readouterr()
+    for dry in ([], ["--dry-run"]):
+        assert distill_verb.main(["--run", str(run), "--layout", "MAAM", *dry]) == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert "holds the distillation of AMAM" in sentence
+    # What it says works.
+    command = sentence.partition("mamtra_ray.distill ")[2].split()
+    assert distill_verb.main([*command, "--dry-run"]) == 0

@@ -1,9 +1,13 @@
 """What the last lines of a search say, word by word."""
 
+import dataclasses
+
 import pytest
+from made_run import finalist_row
+from test_finalists import row as trial_row
 
 from mamtra_ray.evaluate.alarms import Measured
-from mamtra_ray.search.verdict import Outcome, is_unusable, verdict
+from mamtra_ray.search.verdict import Outcome, is_unusable, training_warnings, verdict
 from mamtra_ray.speech.error_rate import ErrorRate
 
 TEACHER = Measured("teacher", 1.164, ErrorRate(0.014, 0.003, 0.03))
@@ -91,3 +95,21 @@ def test_where_the_teacher_is_not_understood_nothing_is_good():
 )
 def test_exit_code(alarms, teacher_alarm, unusable):
     assert is_unusable(alarms, teacher_alarm) is unusable
+
+
+def test_trainings_that_did_harm_are_counted_at_their_last_rung():
+    def trained(layout, rung, ce, kl):
+        return dataclasses.replace(trial_row(layout, rung, ce), kl=kl)
+
+    # trial_row begins with a CE of 2.0 and a KL of 1.0.
+    trials = [
+        trained("AMAM", 0, 2.1, 0.5),  # worse at first, better in the end
+        trained("AMAM", 1, 1.9, 0.5),
+        trained("AMMA", 0, 1.9, 1.1),  # a better CE does not make up for the KL
+        trained("MAAM", 0, 2.0, 1.0),  # no worse
+    ]
+    finalists = [finalist_row("AAMM", ce=3.2, ce_start=3.1), finalist_row("AMAM", ce=3.0, ce_start=3.1)]
+    of_trials, of_finalist = training_warnings(trials, finalists)
+    assert of_trials.startswith("1 of 3 trials ended worse than they began") and "AMMA" in of_trials
+    assert of_finalist.startswith("AAMM ended worse than it began: CE 3.100 -> 3.200")
+    assert training_warnings(trials[:2], finalists[1:]) == []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+from mamtra_ray.artifacts import read_json
 from mamtra_ray.config.command_line import verb_parser
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.layouts import Layout, from_strategy
+from mamtra_ray.run.names import CONFIG, DISTILLED
 from mamtra_ray.run.open_run import open_run
 
 
@@ -24,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     from mamtra_ray.run.checks import check_inputs
 
     layout = layout_from_argument(options.layout, check_inputs(config, speech=False).num_layers)
+    check_no_other_layout(folder, layout)
     if options.dry_run:
         print(f"distill {layout} ({layout.ratio}) with {config.distill.tokens:,} tokens into {folder / 'student'}")
         return 0
@@ -59,6 +63,21 @@ def main(arguments: list[str] | None = None) -> int:
     if is_worse_than_start(report):
         print("warning: the student is worse than before its training; a lower distill.learning_rate should train it")
     return 0
+
+
+def check_no_other_layout(folder: Path, layout: Layout) -> None:
+    """Refuse a run that holds the distillation of another layout: its student and its checkpoints are in the way.
+
+    Raises:
+        InputError: says which one, and how to distill this one beside it.
+    """
+    for path in sorted(folder.glob(DISTILLED)):
+        found = read_json(path).get("made_by", {}).get("layout")
+        if found != str(layout):
+            raise InputError(
+                f"{folder} holds the distillation of {found}, and a run has room for one; beside it: "
+                f"python -m mamtra_ray.distill --space {folder / CONFIG} --run {folder}-{layout} --layout {layout}"
+            )
 
 
 def layout_from_argument(text: str, num_layers: int) -> Layout:

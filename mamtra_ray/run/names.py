@@ -38,6 +38,8 @@ AUDIO_INDEX = "audio/index.json"
 BEST = "best"
 EXPORTED_LAYOUT = "layout.json"
 """In ``best/`` and every other exported checkpoint."""
+DISTILLED = "train/*/training.json"
+"""What a checkpoint of ``python -m mamtra_ray.distill`` is of."""
 REPORT = "report.html"
 LOCK = ".lock"
 
