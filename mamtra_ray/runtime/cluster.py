@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from mamtra_ray.errors import InputError
+from mamtra_ray.runtime.local_processes import end_with_this_process
 
 # Worker output and Ray's own notices stay in its logs, which the dashboard shows.
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -53,6 +54,7 @@ def connect(address: str | None = None) -> Cluster:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         _keep_token_private()
     _check_reachable(address)
+    is_ours = address == "local" and not ray.is_initialized()
     try:
         context = ray.init(
             address=address,
@@ -65,6 +67,8 @@ def connect(address: str | None = None) -> Cluster:
         if address == "local":
             raise InputError(f"Ray does not start on this machine; try again when it is less busy: {reason}") from None
         raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
+    if is_ours:
+        end_with_this_process(context.address_info["session_dir"])
     return Cluster(ray.cluster_resources(), context.dashboard_url or "off")
 
 
