@@ -68,7 +68,8 @@ def connect(address: str | None = None) -> Cluster:
             raise InputError(f"Ray does not start on this machine; try again when it is less busy: {reason}") from None
         raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
     if is_ours:
-        end_with_this_process(context.address_info["session_dir"])
+        # Ray's annotation names the base class, which has none: that is a client's, not of a local cluster.
+        end_with_this_process(context.address_info["session_dir"])  # type: ignore[attr-defined]
     return Cluster(ray.cluster_resources(), context.dashboard_url or "off")
 
 

@@ -1,8 +1,8 @@
 """No process of a local Ray cluster outlives the driver that started it by more than seconds, however the driver ends.
 
 Where the kernel ends a process with its parent (Linux), Ray relies on that. It does so for the head and the raylet; the
-raylet's agents see that it is gone, and try for a minute to tell a head that is gone too. So a process of ours waits for
-the driver's end and ends them. Elsewhere Ray has such a process of its own.
+raylet's agents see that it is gone, and try for a minute to tell a head that is gone too. So a process of ours waits
+for the driver's end and ends them. Elsewhere Ray has such a process of its own.
 """
 
 from __future__ import annotations
