@@ -65,7 +65,7 @@ def nearest_name(name: str, valid_names: Iterable[str]) -> str:
 
 
 def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a verb's ``main``: an :class:`InputError`, or what :func:`explain_also` knows, becomes one line on stderr and
+    """Wrap a verb's ``main``: an :class:`InputError` or what :func:`explain_also` knows becomes one line on stderr and
     exit code 2, a signal one line and 130 or 143.
 
     A reader that closes the pipe early (``... | head``) is no error.

@@ -18,7 +18,7 @@ def ending_with(error: Exception) -> int:
 @pytest.mark.parametrize(
     "error",
     [
-        ray.exceptions.ActorDiedError("gone"),
+        ray.exceptions.ActorDiedError(),
         ray.exceptions.RaySystemError("the raylet\nis gone"),
         ray.exceptions.WorkerCrashedError(),
         ray.exceptions.ObjectLostError("1" * 56, None, ""),
