@@ -261,6 +261,8 @@ class Config(Section):
             raise ValueError(f"teacher.kind={self.teacher.kind} needs teacher.path, the folder of its checkpoint")
         if self.corpus.path is None and self.teacher.kind != "demo":
             raise ValueError(f"teacher.kind={self.teacher.kind} needs corpus.path: the packaged corpus is the demo's")
+        if "wer" in search.objectives and not self.evaluate.sentences:
+            raise ValueError("search.objectives has wer, but evaluate.sentences=0 switches off all speech")
         if not self.teacher.speaks:
             if self.evaluate.sentences:
                 raise ValueError("teacher.kind=causal_lm writes text, which is not spoken: set evaluate.sentences=0")
