@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mamtra_ray.evaluate.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms
 from mamtra_ray.evaluate.results import Evaluation
+from mamtra_ray.run.distilled import distilled_system, read_distilled, write_distilled
 from mamtra_ray.run.folder import Reference, Score, read_reference, write_reference
 from mamtra_ray.run.names import CODEC, FINALISTS, TEACHER
 from mamtra_ray.run.rows import FinalistRow, read_table, write_table
@@ -91,6 +92,18 @@ def update_run(folder: Path, heard: Mapping[str, Evaluation], ratios: Sequence[s
     write_table(folder / FINALISTS, finalists, FinalistRow)
     write_reference(folder, reference)
     return best
+
+
+def update_distilled(folder: Path, heard: Mapping[str, Evaluation]) -> FinalistRow | None:
+    """Write what was heard of the run's distilled student into its row; None where it has none, or was not heard."""
+    row, name = read_distilled(folder), distilled_system(folder)
+    if row is None or name is None or name not in heard:
+        return None
+    row = _with_speech(row, heard[name])
+    teacher = heard[TEACHER].measured()
+    row = dataclasses.replace(row, alarm=alarm_text(finalist_alarms(measured_of(row), teacher)))
+    write_distilled(folder, row)
+    return row
 
 
 def measured_of(row: FinalistRow) -> Measured:
