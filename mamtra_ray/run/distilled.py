@@ -21,7 +21,7 @@ def saved_layout(folder: Path) -> Layout:
     Raises:
         InputError: the folder holds none.
     """
-    content = read_json(folder / "config.json") if folder.is_dir() else None
+    content = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     model = content.get("model") if isinstance(content, dict) and content.get("kind") == "speech_lm" else None
     layout = model.get("layout") if isinstance(model, dict) else None
     if not isinstance(layout, str):
