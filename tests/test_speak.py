@@ -1,6 +1,7 @@
 """Text to sound: the same tokens and sound as generation and codec give, while it is spoken, in files and in a pipe."""
 
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from made_run import finalist_row
 
 from mamtra_ray import efficiency
 from mamtra_ray.artifacts import write_checked_json
-from mamtra_ray.config import load_config, save_config
+from mamtra_ray.config import TeacherConfig, load_config, save_config
 from mamtra_ray.corpus.table import write_corpus
+from mamtra_ray.export.checkpoint import export_student
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.names import BEST, CONFIG, EXPORTED_LAYOUT, FINALISTS, distilled_student, student_folder
 from mamtra_ray.run.rows import FinalistRow, write_table
@@ -212,13 +214,34 @@ def test_which_models_speak(place, capsys, arguments, names):
     assert not (place / "speech").exists()
 
 
-def test_an_exported_checkpoint_speaks_as_the_student_does(place, teacher):
-    make_student(teacher.model, OTHER).save_granite(place / "exported")
-    content = {"kind": "layout", "schema_version": 1, "layout": OTHER}
-    write_checked_json(place / "exported" / EXPORTED_LAYOUT, content)
-    exported = load_speaker(student=place / "exported").say(TEXT)
-    student = load_speaker("runs/demo", layout=OTHER).say(TEXT)
-    assert exported.tokens == student.tokens and len(student.tokens) > 20
+def test_an_exported_checkpoint_speaks_by_the_command_on_its_card(place, teacher):
+    student = Path("runs/demo/finalists") / OTHER / "student"
+    export_student(student, place / "exported", finalist_row(OTHER), teacher, TeacherConfig(kind="demo"))
+    card = (place / "exported" / "README.md").read_text()
+    (command,) = re.findall(r"python -m mamtra_ray\.speak (.*)", card)
+    arguments = shlex.split(command.replace("PATH", str(place / "exported")).replace("YOUR TEXT", TEXT))
+    assert speak(arguments) == 0
+    said = load_speaker("runs/demo", layout=OTHER).say(TEXT)
+    assert len(said.tokens) > 20
+    assert np.array_equal(samples_of("speech.wav"), np.round(said.waveform * 32767).astype("<i2"))
+
+
+def test_a_model_that_cannot_speak_is_named_and_the_others_are_heard(place, teacher, capsys, monkeypatch):
+    diverged = make_student(teacher.model, BEST_ONE)
+    with torch.no_grad():
+        diverged.body.norm.weight[0] = torch.nan
+    diverged.save(place / "diverged")
+    assert speak(["--student", "diverged", "watch the camera"]) == 2
+    assert f"{BEST_ONE}" in (error := capsys.readouterr().err) and "not finite" in error
+    assert speak(["--student", "diverged", "--teacher", "watch the camera"]) == 0
+    said = capsys.readouterr()
+    assert "alarm: " in said.err and "not finite" in said.err
+    assert [line.split()[0] for line in said.out.splitlines()[2:]] == ["teacher"]
+    assert [path.name for path in Path("speech").glob("*.wav")] == ["watch_the_camera-teacher.wav"]
+    monkeypatch.setattr("mamtra_ray.speak.speaker.drawn", lambda *_: iter(()))
+    assert speak(["--teacher", "open the window"]) == 2
+    assert "teacher said nothing" in capsys.readouterr().err
+    assert len(list(Path("speech").glob("*.wav"))) == 1
 
 
 def test_an_alarm_of_what_speaks_is_said(place, capsys):

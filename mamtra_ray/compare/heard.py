@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
-from mamtra_ray.artifacts import content_hash, read_manifest
+from mamtra_ray.artifacts import content_hash, read_json, read_manifest
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.results import SCHEMA_VERSION, SUMMARY, Evaluation, compare, read_rows, rows_file, scored
 from mamtra_ray.run.distilled import distilled_system, read_distilled
@@ -98,19 +97,10 @@ def _read_summary(run: Run) -> dict[str, Any]:
     again = f"python -m mamtra_ray.evaluate --run {run.path}"
     if not path.exists():
         raise InputError(f"{run.path} has no evaluation to compare ({SUMMARY}): {again}")
-    summary = read_manifest(path, "evaluation", summary_version(path))
-    if summary["schema_version"] != SCHEMA_VERSION:
-        raise InputError(f"{path} is of an earlier version, which did not say how was heard: {again} writes it anew")
-    return summary
-
-
-def summary_version(path: Path) -> int:
-    """This or an earlier one: what was written then is named, not called damaged."""
-    from mamtra_ray.artifacts import read_json
-
     content = read_json(path)
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    return version if isinstance(version, int) and version < SCHEMA_VERSION else SCHEMA_VERSION
+    if isinstance(content, dict) and content.get("schema_version") in range(1, SCHEMA_VERSION):
+        raise InputError(f"{path} is of an earlier version, which did not say how was heard: {again} writes it anew")
+    return read_manifest(path, "evaluation", SCHEMA_VERSION)
 
 
 def _students(run: Run, summary: dict[str, Any], all_finalists: bool) -> dict[str, FinalistRow | None]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mamtra_ray.speak.models import Chosen, Settings
     from mamtra_ray.speak.prompts import Prompt
-    from mamtra_ray.speak.speaker import Speaker, Speaking, Stack
+    from mamtra_ray.speak.speaker import Speaking, Stack
     from mamtra_ray.teachers.text import TextTokenizer
 
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--speaker", metavar="NAME", help="continue the voice of a speaker of the corpus")
     add("--prompt-audio", type=Path, metavar="FILE", help="continue the voice of a recording; with --prompt-text")
     add("--prompt-text", metavar="TEXT", help="what is said in it")
-    add("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
+    add("--dry-run", action="store_true", help="check text, models and output, print the plan, do nothing")
     parser.epilog = "key=value among the words is a setting, such as evaluate.temperature=0.5 or evaluate.codec=FOLDER."
     return parser
 
@@ -135,7 +135,9 @@ def _speak(
             print(f"{one.name}: {len(sentences)} to say, into {folder / name if sound is None else name}")
         return
 
-    from mamtra_ray.speak.speaker import Speaker, Stack
+    from mamtra_ray.speak.sound import SilentError
+    from mamtra_ray.speak.speaker import Speaker, Speaking, Stack
+    from mamtra_ray.speech_lm.generation_check import NonFiniteLogitsError
 
     stack = Stack.of(settings.config)
     in_blocks = options.stream or sound is not None
@@ -143,39 +145,41 @@ def _speak(
         print(f"{_codec_name(stack)} needs a whole sentence at once: sound comes sentence by sentence", file=sys.stderr)
     rows = []
     for one, name in zip(chosen, names, strict=True):
-        speaker = Speaker.of(one, stack)
         if one.alarm:
             print(f"alarm: {one.name} {one.alarm}", file=sys.stderr)
-        if len(chosen) > 1:
-            speaker.say(sentences[0], prompt)  # what is measured beside others is no first time
-        speaking = [speaker.stream(text, prompt) if in_blocks else _whole(speaker, text, prompt) for text in sentences]
-        _write(speaking, stack, folder, name, sound, options.raw)
+        try:
+            speaker = Speaker.of(one, stack)
+            if len(chosen) > 1:
+                speaker.say(sentences[0], prompt)  # what is measured beside others is no first time
+            speaking = [Speaking(speaker, text, prompt, in_blocks) for text in sentences]
+            _write(speaking, stack, folder, name, sound, options.raw)
+        except (NonFiniteLogitsError, SilentError) as error:
+            if len(chosen) == 1:
+                raise
+            print(f"alarm: {error}", file=sys.stderr)
+            continue
         rows.append(_row(one.name, speaking, str(folder / name)))
         _warn(one.name, speaking)
+    if not rows:
+        raise InputError("none of the models said anything")
     print(_table(rows))
 
 
 def _write(speaking: Sequence[Speaking], stack: Stack, folder: Path, name: str, sound: object, is_raw: bool) -> None:
     from mamtra_ray.artifacts import write_output
-    from mamtra_ray.speak.sound import with_pauses, write_file, write_stream
+    from mamtra_ray.speak.sound import SilentError, with_pauses, write_file, write_stream
 
     rate = stack.vocoder.sample_rate
 
     def waveforms() -> Iterator[np.ndarray]:
         yield from with_pauses(speaking, rate)
         if not any(one.samples for one in speaking):
-            raise InputError(f"{speaking[0].speaker.name} said nothing: it stopped at once in every sentence")
+            raise SilentError(f"{speaking[0].speaker.name} said nothing: it stopped at once in every sentence")
 
     if sound is None:
         write_output(folder, name, lambda path: write_file(path, waveforms(), rate))
     else:
         write_stream(sound, waveforms(), rate, header=not is_raw)  # type: ignore[arg-type]
-
-
-def _whole(speaker: Speaker, text: str, prompt: Prompt) -> Speaking:
-    from mamtra_ray.speak.speaker import Speaking
-
-    return Speaking(speaker, text, prompt, in_blocks=False)
 
 
 def _check_sentence(tokenize: TextTokenizer, sentence: str, number: int | None) -> None:

@@ -21,6 +21,10 @@ _UNKNOWN = 0xFFFFFFFF
 """The size in the header of a WAV stream whose end is not known yet, as sox and ffmpeg write it."""
 
 
+class SilentError(InputError):
+    """A model that did not make a single sound."""
+
+
 def with_pauses(sentences: Iterable[Iterable[np.ndarray]], sample_rate: int) -> Iterator[np.ndarray]:
     """The waveforms of all sentences, silence between two of them."""
     is_first = True
