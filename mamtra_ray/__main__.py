@@ -16,6 +16,8 @@ VERBS = {
     "tradeoff": "the best layout under a cost bound or a weight on the cost, from the probe's scores",
     "distill": "distill one layout",
     "evaluate": "WER, CER and more of generated speech",
+    "compare": "students of several runs side by side, with paired tests over the same sentences",
+    "speak": "say a text with the teacher, a run's best layout or any student",
     "export": "write a finalist as a Hugging Face checkpoint",
     "report": "tables, figures and audio of runs",
     "efficiency": "parameters, FLOPs and cache bytes in closed form",

@@ -23,11 +23,11 @@ from mamtra_ray.corpus.table import read_corpus, utterances, write_corpus
 from mamtra_ray.distill.__main__ import main as distill
 from mamtra_ray.efficiency.__main__ import main as efficiency
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate.worker import sampling_of
 from mamtra_ray.layouts.candidates import given_candidates
 from mamtra_ray.run import checks
 from mamtra_ray.search import plan
 from mamtra_ray.search.__main__ import main as search
+from mamtra_ray.speech_lm.sampling import sampling_of
 from mamtra_ray.teacher_cache.formats import format_settings
 
 

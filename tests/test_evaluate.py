@@ -24,7 +24,7 @@ from mamtra_ray.evaluate import evaluation as evaluate
 from mamtra_ray.evaluate import pool as evaluation_pool
 from mamtra_ray.evaluate.evaluation import check_evaluation, evaluate_systems, evaluation_settings
 from mamtra_ray.evaluate.results import RATES, audio_file, compare, scored, write_summary
-from mamtra_ray.evaluate.worker import Chunk, EvaluationWorker, sampling_of
+from mamtra_ray.evaluate.worker import Chunk, EvaluationWorker
 from mamtra_ray.run.folder import read_audio_index
 from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.environment import versions
@@ -34,6 +34,7 @@ from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder, loa
 from mamtra_ray.speech.whisper import recognizer_from_name
 from mamtra_ray.speech_lm.generate import COSYVOICE2, Sampling, generate
 from mamtra_ray.speech_lm.generation_check import GenerationCheckError
+from mamtra_ray.speech_lm.sampling import sampling_of
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import llasa, load_teacher
@@ -570,7 +571,7 @@ def test_an_utterance_without_a_score_is_listed_and_ends_nothing(place, ray_clus
     assert [row.get("opinion") for row in rows] == [4.0, None, None, 4.0] and not any(row["failure"] for row in rows)
     evaluations = scored({"codec": rows}, "whisper_basic")
     assert evaluations["codec"].metrics == {"opinion": 4.0} and evaluations["codec"].metric_utterances == {"opinion": 2}
-    write_summary(tmp_path, evaluations, {}, [])
+    write_summary(tmp_path, evaluations, {}, [], {})
     summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())["systems"]["codec"]
     assert [(one["utterance_id"], one["score"], one["reason"]) for one in summary["unscored"]] == [
         ("test/2", "dnsmos", "opinion is nan"), ("test/3", "dnsmos", "kernel is larger than the sound")

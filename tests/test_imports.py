@@ -47,7 +47,7 @@ LAYERS = """
     align surrogate
     probe distill tradeoff
     evaluate
-    export listening_test
+    export listening_test speak compare
     report
     search
     demo_assets

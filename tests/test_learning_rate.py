@@ -30,6 +30,7 @@ from mamtra_ray.distill.training import Distillation, parameter_groups
 from mamtra_ray.errors import DivergedError, InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.mamba import MambaMixer
+from mamtra_ray.run.distilled import read_distilled
 
 ALL_RATES = range(LOWEST, HIGHEST + 1)
 
@@ -135,12 +136,16 @@ def test_a_distillation_tries_rates_once_and_trains_with_the_best(tmp_path, ray_
     best = min(tried, key=lambda row: row["ce"] + row["kl"])
     assert f"distill.learning_rate={rate_of(best['half_decades']):g}" in printed
     assert len(tried) >= 3 and next_rates({row["half_decades"]: row["ce"] + row["kl"] for row in tried}) == []
-    state = torch.load(next(run.glob("train/checkpoint*/training.pt")), weights_only=True)
+    state = torch.load(next(run.glob("train/checkpoint*/training-*.pt")), weights_only=True)
     # Cosine ends at a tenth of the peak, and the last step stands before the end.
-    assert 0.1 < state["param_groups"][0]["lr"] / rate_of(best["half_decades"]) < 1
+    assert 0.1 < state["optimizer"]["param_groups"][0]["lr"] / rate_of(best["half_decades"]) < 1
+    row = read_distilled(run)
+    assert f"held-out CE {row.ce:.4f}" in printed and str(row.layout) == "AMAM" and row.tokens >= 600
+    assert "\n".join(distill_verb.what_next(run, speaks=True)) in printed
     # Again, as after a stop: nothing is tried anew.
     monkeypatch.setattr("mamtra_ray.distill.learning_rate._score_of_rate", None)
     assert distill_verb.main(["--run", str(run), "--layout", "AMAM"]) == 0
+    assert read_distilled(run) == row
 
 
 def test_rates_tried_with_other_settings_do_not_count_and_do_not_stand_in_the_way(tmp_path):

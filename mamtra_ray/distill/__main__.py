@@ -9,7 +9,7 @@ from mamtra_ray.artifacts import read_json
 from mamtra_ray.config.command_line import verb_parser
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.layouts import Layout, from_strategy
-from mamtra_ray.run.names import CONFIG, DISTILLED
+from mamtra_ray.run.names import CONFIG, DISTILLED, DISTILLED_ROW, distilled_student
 from mamtra_ray.run.open_run import open_run
 
 
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     from mamtra_ray.distill.job import DistillJob, distill_data
     from mamtra_ray.distill.learning_rate import with_learning_rate
     from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
+    from mamtra_ray.run.distilled import distilled_row, write_distilled
     from mamtra_ray.run.rows import is_worse_than_start
     from mamtra_ray.run.session import start_session
     from mamtra_ray.teacher_cache.phase import make_cache
@@ -54,15 +55,29 @@ def main(arguments: list[str] | None = None) -> int:
         seed=config.seed,
     )
     workers = config.distill.workers
+    # Scores of a student that is about to be replaced; the same command writes them again.
+    (folder / DISTILLED_ROW).unlink(missing_ok=True)
     with session.screen.phase("distill", f"{layout} on {workers} Ray Train workers"):
         report = distill_on_workers(job, folder, workers=workers, worker=session.worker)
+    write_distilled(folder, distilled_row(layout, report, session.costs(layout)))
     print(
         f"held-out CE {report.ce:.4f} (from {report.ce_start:.4f}), KL {report.kl:.4f} (from {report.kl_start:.4f}); "
         f"student in {folder / 'student'}"
     )
     if is_worse_than_start(report):
         print("warning: the student is worse than before its training; a lower distill.learning_rate should train it")
+    print("\n".join(what_next(folder, config.teacher.speaks)))
     return 0
+
+
+def what_next(folder: Path, speaks: bool) -> list[str]:
+    """What can be done with the student, as with a finalist."""
+    to_hear = [
+        f'hear it:     python -m mamtra_ray.speak --student {distilled_student(folder)} --compare "SOME TEXT"',
+        f"evaluate it: python -m mamtra_ray.evaluate --run {folder}",
+        f"compare it:  python -m mamtra_ray.compare {folder} OTHER_RUN   (both evaluated on the same sentences)",
+    ]
+    return ["", *(to_hear if speaks else []), f"export it:   python -m mamtra_ray.export --run {folder}"]
 
 
 def check_no_other_layout(folder: Path, layout: Layout) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mamtra_ray.config.command_line import verb_parser
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
-from mamtra_ray.run.names import FINALISTS, best_folder
+from mamtra_ray.run.names import DISTILLED_ROW, FINALISTS, best_folder, distilled_student
 from mamtra_ray.run.open_run import open_run
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from mamtra_ray.evaluate.evaluation import comparison_lines, evaluate_systems, evaluation_alarms, result_table
     from mamtra_ray.evaluate.results import silent_systems
-    from mamtra_ray.evaluate.run_scores import update_run
+    from mamtra_ray.evaluate.run_scores import update_distilled, update_run
     from mamtra_ray.run.session import start_session
 
     session = start_session(run, ("evaluate",), options.address)
@@ -71,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     if (best := update_run(folder, evaluations, config.search.ratios)) is not None:
         print(f"\nwritten into {folder / FINALISTS}; a new report: python -m mamtra_ray.report --run {folder}")
         print("\n".join(overtaken(folder, best)) or "what is exported is still the best of its ratio")
+    if update_distilled(folder, evaluations) is not None:
+        print(f"\nwritten into {folder / DISTILLED_ROW}; beside other runs: python -m mamtra_ray.compare RUN {folder}")
     if silent := silent_systems(evaluations):
         name, reason = next(iter(silent.items()))
         raise InputError(f"no sentence of system {name!r} could be spoken: {reason}")
@@ -78,22 +80,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def systems_from_arguments(given: Sequence[str], folder: Path) -> dict[str, Path | None]:
-    """The finalists of the run and ``--system``: rates that are compared are made together.
+    """The finalists of the run, its distilled student, and ``--system``: rates that are compared are made together.
 
     Raises:
         InputError: an argument that is no NAME=FOLDER, a finalist's name for another model, or nothing to hear.
     """
+    from mamtra_ray.run.distilled import distilled_system
+
     finalists = {student.parent.name: student for student in sorted(folder.glob("finalists/*/student"))}
     systems: dict[str, Path | None] = dict(finalists)
+    if (distilled := distilled_system(folder)) is not None:
+        systems[distilled] = distilled_student(folder)
     for text in given:
         name, separator, path = text.partition("=")
         if not separator:
             raise InputError(f"--system is NAME=FOLDER, such as found=runs/demo/finalists/AMAM/student, not {text!r}")
-        if name in finalists and Path(path).resolve() != finalists[name].resolve():
-            raise InputError(f"--system {text}: {name} is a finalist of {folder}; give the model another name")
+        if (own := systems.get(name)) is not None and Path(path).resolve() != own.resolve():
+            what = "a finalist" if name in finalists else "the student"
+            raise InputError(f"--system {text}: {name} is {what} of {folder}; give the model another name")
         systems[name] = Path(path)
     if not systems:
-        raise InputError(f"{folder} has no finalists to hear: run the search first, or give --system NAME=FOLDER")
+        raise InputError(f"{folder} has no student to hear: run search or distill first, or give --system NAME=FOLDER")
     return systems
 
 

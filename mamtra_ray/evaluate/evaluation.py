@@ -128,7 +128,7 @@ def evaluate_systems(
         # Sentences of an earlier, longer evaluation stay in the file, after the ones scored now.
         now = {row["utterance_id"]: row for row in evaluation.rows}
         write_rows(folder, name, (now | {key: row for key, row in finished[name].items() if key not in now}).values())
-    write_summary(folder, evaluations, made_by, without_words)
+    write_summary(folder, evaluations, made_by, without_words, comparable_settings(config))
     write_audio(folder, evaluations, examples)
     return evaluations
 
@@ -199,6 +199,14 @@ def sentences_of(system: str, sentences: Sequence[Utterance]) -> list[Utterance]
     if system != CODEC:
         return list(sentences)
     return [sentence for sentence in sentences if len(sentence.speech_tokens)]
+
+
+def comparable_settings(config: Config) -> dict[str, Any]:
+    """How was spoken and heard: what must be equal where rates of two runs are to be compared. The seed need not."""
+    settings = config.evaluate.model_dump(mode="json", exclude={"corpus", "sentences", "metrics", "audio_examples"})
+    codec = Path(config.evaluate.codec) if config.evaluate.codec else None
+    settings["codec"] = file_hash(codec) if codec and codec.is_file() else codec and codec.name
+    return settings
 
 
 def _settings_hash(config: Config) -> str:

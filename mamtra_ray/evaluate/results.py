@@ -22,8 +22,9 @@ from mamtra_ray.speech.error_rate import ErrorRate
 from mamtra_ray.speech.normalization import MEAN_OVER_UTTERANCES
 from mamtra_ray.speech.wer import PairedDifference, WerResult, bootstrap_interval, paired_difference, word_error_rate
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FOLDER = "evaluation"
+SUMMARY = f"{FOLDER}/summary.json"
 RATES = ("corpus_wer", "mean_utterance_wer", "corpus_cer", "mean_utterance_cer")
 """Words or characters; errors of all utterances over their length, or the unweighted mean of the utterances' rates."""
 _OWN_COLUMNS = {"audio_seconds"}
@@ -235,21 +236,29 @@ def read_rows(folder: Path, system: str) -> list[Row]:
 
 
 def write_summary(
-    folder: Path, evaluations: Mapping[str, Evaluation], made_by: Mapping[str, Any], without_words: Sequence[str]
+    folder: Path,
+    evaluations: Mapping[str, Evaluation],
+    made_by: Mapping[str, Any],
+    without_words: Sequence[str],
+    settings: Mapping[str, Any],
 ) -> None:
-    """``evaluation/summary.json``: every system's rates and failures, all pairs compared, sentences left out."""
+    """``evaluation/summary.json``: every system's rates and failures, all pairs compared, sentences left out.
+
+    ``settings`` is what a comparison with another run depends on, in words.
+    """
     pairs = [
         {"a": a, "b": b, **{rate: asdict(compare(evaluations[a], evaluations[b], rate)) for rate in RATES}}
         for a, b in combinations(evaluations, 2)
     ]
     write_manifest(
-        folder / FOLDER / "summary.json",
+        folder / SUMMARY,
         "evaluation",
         SCHEMA_VERSION,
         made_by,
         systems={name: evaluation.summary() for name, evaluation in evaluations.items()},
         paired_differences=pairs,
         left_out_no_words_after_normalization=list(without_words),
+        settings=dict(settings),
     )
 
 

@@ -15,6 +15,7 @@ from mamtra_ray.artifacts import read_manifest_of, write_manifest
 from mamtra_ray.evaluate.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms
 from mamtra_ray.evaluate.race import Race
 from mamtra_ray.evaluate.results import Evaluation
+from mamtra_ray.run.distilled import distilled_system, read_distilled, write_distilled
 from mamtra_ray.run.folder import Reference, Score, read_reference, write_reference
 from mamtra_ray.run.names import CODEC, FINALISTS, RACE, TEACHER
 from mamtra_ray.run.rows import FinalistRow, read_table, write_table
@@ -123,6 +124,18 @@ def read_race(folder: Path, evaluation: str) -> Race | None:
     """The race that followed an evaluation, if there was one."""
     found = read_manifest_of(folder / RACE, _RACE, _RACE_VERSION, {"evaluation": evaluation})
     return None if found is None else Race(found["lost"], found["sentences"])
+
+
+def update_distilled(folder: Path, heard: Mapping[str, Evaluation]) -> FinalistRow | None:
+    """Write what was heard of the run's distilled student into its row; None where it has none, or was not heard."""
+    row, name = read_distilled(folder), distilled_system(folder)
+    if row is None or name is None or name not in heard:
+        return None
+    row = _with_speech(row, heard[name])
+    teacher = heard[TEACHER].measured()
+    row = dataclasses.replace(row, alarm=alarm_text(finalist_alarms(measured_of(row), teacher)))
+    write_distilled(folder, row)
+    return row
 
 
 def measured_of(row: FinalistRow) -> Measured:

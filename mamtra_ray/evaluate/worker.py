@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,23 +53,6 @@ class Spoken:
     failure: str = ""
     fewest_tokens: int = 0
     """Below which the system was not allowed to end it."""
-
-
-def sampling_of(settings: EvaluateConfig, own: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """The :class:`~mamtra_ray.speech_lm.generate.Sampling` that section ``evaluate`` asks for.
-
-    Args:
-        settings: what is None there is the teacher's own.
-        own: :attr:`~mamtra_ray.teachers.teacher.Teacher.sampling`; a teacher that says nothing is greedy, and with a
-            temperature draws from CosyVoice 2's nucleus.
-    """
-    from mamtra_ray.speech_lm.generate import COSYVOICE2, Sampling
-
-    usual = {"temperature": 0.0, "top_k": COSYVOICE2.top_k, "top_p": COSYVOICE2.top_p}
-    asked = {name: getattr(settings, name) for name in usual if getattr(settings, name) is not None}
-    if settings.repetition_aware is not None:
-        asked["repetition_window"] = COSYVOICE2.repetition_window if settings.repetition_aware else 0
-    return Sampling(**{**usual, **own, **asked})
 
 
 class EvaluationWorker:
@@ -167,6 +149,7 @@ class EvaluationWorker:
         if chunk.system == CODEC:
             return [Spoken(utterance.speech_tokens.tolist(), True) for utterance in chunk.utterances]
         from mamtra_ray.speech_lm.generate import generate
+        from mamtra_ray.speech_lm.sampling import sampling_of
 
         if self.teacher is None:
             self.teacher = self.settings.teacher.load()
@@ -183,7 +166,7 @@ class EvaluationWorker:
             # Tokens the teacher does not know mean another tokenizer, so another corpus: nothing to go on with.
             prompt_ids = self.teacher.sequence.prompt(text, prompt_text, prompt_speech)
             try:
-                bound = self._length_bounds(text, len(prompt_ids))
+                bound = self.teacher.length_bounds(text, len(prompt_ids))
             except InputError as error:  # a text too long for the teacher
                 spoken[utterance.utterance_id] = Spoken((), False, str(error))
                 continue
@@ -201,15 +184,6 @@ class EvaluationWorker:
         for utterance_id, result, (fewest, _) in zip(ids, results, bounds, strict=True):
             spoken[utterance_id] = Spoken(result.tokens, result.stopped, fewest_tokens=fewest)
         return [spoken[utterance.utterance_id] for utterance in chunk.utterances]
-
-    def _length_bounds(self, text_tokens: list[int], prompt_length: int) -> tuple[int, int]:
-        """The teacher's bounds, and no more than its context holds behind the prompt."""
-        fewest, most = self.teacher.length_bounds(text_tokens)
-        if self.teacher.max_length is not None:
-            most = min(most, self.teacher.max_length - prompt_length)
-        if most < 1:
-            raise InputError(f"a prompt of {prompt_length} tokens leaves no room for speech")
-        return min(fewest, most), most
 
     def _speaker(self, chunk: Chunk) -> tuple[Any, str]:
         """The chunk's model, checked when it is loaded, and why it cannot speak (empty if it can)."""

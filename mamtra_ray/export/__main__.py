@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.layouts import Layout
-from mamtra_ray.run.names import FINALISTS, student_folder
+from mamtra_ray.run.names import FINALISTS, distilled_student, student_folder
+
+if TYPE_CHECKING:
+    from mamtra_ray.run.folder import Run
+    from mamtra_ray.run.rows import FinalistRow
 
 
 @exit_code_2_on_input_error
@@ -18,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m mamtra_ray.export",
         description="A distilled student as a Hugging Face checkpoint with a model card.",
     )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a search")
-    parser.add_argument("--layout", required=True, help="a finalist's layout, such as AMAM...")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a search, or of distill")
+    parser.add_argument("--layout", help="a finalist's layout, such as AMAM... (default: the student of distill)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/LAYOUT")
     parser.add_argument(
         "--format",
@@ -29,15 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         "teacher's other files linked into it",
     )
     options = parser.parse_args(arguments)
-    layout = Layout.from_string(options.layout)
+    wanted = Layout.from_string(options.layout) if options.layout is not None else None
 
     from mamtra_ray.run.folder import read_run
 
     run = read_run(options.run)
-    source, rows = run.config.teacher, {row.layout: row for row in run.finalists}
-    if layout not in rows:
-        known = ", ".join(map(str, rows)) or "none yet"
-        raise InputError(f"{layout} is no finalist of {options.run} (finalists in {FINALISTS}: {known})")
+    row, trained = exportable(run, wanted)
+    layout, source = row.layout, run.config.teacher
     if options.format == "cosyvoice2" and (source.kind != "cosyvoice2" or source.path is None):
         raise InputError(f"--format cosyvoice2: the teacher of {options.run} is {source.kind!r}")
     output = options.output or options.run / "export" / str(layout)
@@ -49,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     from mamtra_ray.teachers import load_teacher
     from mamtra_ray.teachers.cosyvoice2 import write_folder
 
-    teacher, trained = load_teacher(source.kind, source.path), student_folder(options.run, layout)
+    teacher = load_teacher(source.kind, source.path)
     if options.format == "transformers":
         check_representable(teacher.model.config)
     if options.format == "cosyvoice2":
@@ -57,11 +60,36 @@ def main(arguments: list[str] | None = None) -> int:
         check_generation(student, teacher.sequence, f"student {layout}")
         write_folder(student, Path(source.path or ""), output)
     else:
-        export_student(trained, output, rows[layout], teacher, source, options.format)
+        export_student(trained, output, row, teacher, source, options.format)
     print(output)
-    if alarm := rows[layout].alarm:
-        print(f"alarm: {layout} {alarm}", file=sys.stderr)
+    if row.alarm:
+        print(f"alarm: {layout} {row.alarm}", file=sys.stderr)
     return 0
+
+
+def exportable(run: Run, layout: Layout | None) -> tuple[FinalistRow, Path]:
+    """Scores and folder of the finalist of ``layout``, or of the run's distilled student.
+
+    Raises:
+        InputError: the run has no such student, or has no scores of it.
+    """
+    from mamtra_ray.run.distilled import distilled_layout, read_distilled
+
+    rows = {row.layout: row for row in run.finalists}
+    if layout is not None and layout in rows:
+        return rows[layout], student_folder(run.path, layout)
+    distilled = distilled_layout(run.path)
+    if distilled is None or layout not in (None, distilled):
+        known = ", ".join(map(str, rows)) or "none yet"
+        if layout is None:
+            raise InputError(f"{run.path} has no student of distill: give --layout (finalists: {known})")
+        raise InputError(f"{layout} is no finalist of {run.path} (finalists in {FINALISTS}: {known})")
+    if (row := read_distilled(run.path)) is None:
+        raise InputError(
+            f"{distilled_student(run.path)} has no scores beside it; this writes them, from its last checkpoint: "
+            f"python -m mamtra_ray.distill --run {run.path} --layout {distilled}"
+        )
+    return row, distilled_student(run.path)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ _INPUT = 'AutoTokenizer.from_pretrained("PATH")("YOUR TEXT", add_special_tokens=
 
 
 def model_card(
-    student: SpeechLM, row: FinalistRow, teacher: Teacher, has_tokenizer: bool, check: ExportCheck | None
+    student: SpeechLM, row: FinalistRow, teacher: Teacher, kind: str, has_tokenizer: bool, check: ExportCheck | None
 ) -> str:
     """The card, with the front matter that model hubs read.
 
@@ -20,6 +20,7 @@ def model_card(
         student: what was exported.
         row: its scores.
         teacher: what it was distilled from.
+        kind: ``teacher.kind``, which says what makes sound of its tokens.
         has_tokenizer: whether the teacher's tokenizer lies beside it.
         check: of the comparison with plain transformers; None for a checkpoint in this project's own form.
     """
@@ -59,7 +60,38 @@ distilled from {teacher.name} (fingerprint {fingerprint}) on {row.tokens:,} toke
 
 ## Use
 
-{use}"""
+{use}{"" if is_text else _sound(kind)}"""
+
+
+_SETTINGS = {
+    "demo": ("", "The codec is in the package."),
+    "cosyvoice2": (
+        "--space cosyvoice2 teacher.path=COSYVOICE2 ",
+        "COSYVOICE2 is the folder of the teacher, with flow.pt and hift.pt; the package minicpmo-utils decodes them.",
+    ),
+    "llasa": (
+        "--space llasa_1b teacher.path=LLASA evaluate.codec=XCODEC2 ",
+        "LLASA is the folder of the teacher, XCODEC2 that of its codec for transformers.",
+    ),
+}
+"""How ``speak`` finds tokenizer and codec of a kind of teacher, and what the user must have for it."""
+
+
+def _sound(kind: str) -> str:
+    """One command from text to a sound file."""
+    known = "RUN is the run's folder, whose settings name the teacher and its codec (evaluate.codec)."
+    settings, needed = _SETTINGS.get(kind, ("--run RUN ", known))
+    return f"""
+## Sound
+
+With mamtra_ray installed, `speech.wav` is:
+
+```bash
+python -m mamtra_ray.speak --student PATH {settings}--output speech.wav "YOUR TEXT"
+```
+
+{needed}
+"""
 
 
 def _speech_use(student: SpeechLM, teacher: Teacher, has_tokenizer: bool) -> str:

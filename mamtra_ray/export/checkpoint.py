@@ -78,7 +78,7 @@ def export_student(
             write_granite(new, student.config, student.state_dict(), dataclasses.asdict(student.vocabulary))
             check = check_export(new, student, teacher.sequence)
         has_tokenizer = save_text_tokenizer(source.kind, Path(source.path) if source.path else None, new)
-        write_text(new / "README.md", model_card(student, row, teacher, has_tokenizer, check))
+        write_text(new / "README.md", model_card(student, row, teacher, source.kind, has_tokenizer, check))
         scores = columns(row)
         write_checked_json(
             new / EXPORTED_LAYOUT,

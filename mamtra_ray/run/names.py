@@ -8,6 +8,7 @@ runs/<name>/
   probe.parquet       one row per layout scored by a forward pass        rows.ProbeRow
   curves.parquet      training loss along the way                        rows.CurvePoint
   finalists.parquet   one row per layout that was distilled long         rows.FinalistRow
+  distilled.parquet   the row of the student of `distill`, in student/   rows.FinalistRow
   reference.json      the teacher's scores, and what the codec costs     Reference
   race.json           which finalists were told apart by further sentences
   environment.json    versions and machine of every session              environment
@@ -42,6 +43,7 @@ EXPORTED_LAYOUT = "layout.json"
 """In ``best/`` and every other exported checkpoint."""
 DISTILLED = "train/*/training.json"
 """What a checkpoint of ``python -m mamtra_ray.distill`` is of."""
+DISTILLED_ROW = "distilled.parquet"
 REPORT = "report.html"
 LOCK = ".lock"
 
@@ -53,6 +55,11 @@ A student's system name is its layout string."""
 def student_folder(run_folder: Path, layout: object) -> Path:
     """Where a finalist's distilled student lies."""
     return run_folder / "finalists" / str(layout) / "student"
+
+
+def distilled_student(run_folder: Path) -> Path:
+    """Where ``python -m mamtra_ray.distill`` leaves its student."""
+    return run_folder / "student"
 
 
 def best_folder(run_folder: Path, ratio: str, ratios: Sequence[str]) -> Path:

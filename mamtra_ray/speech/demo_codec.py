@@ -87,7 +87,7 @@ class TokenDecoder(nn.Module):
 
 
 @cache
-def _mel_inverse() -> Tensor:
+def mel_inverse() -> Tensor:
     """Pseudo-inverse (M, F) of the mel filters."""
     return torch.linalg.pinv(tk.mel_filters())
 
@@ -104,7 +104,7 @@ def griffin_lim(mel_TM: Tensor, iterations: int = 32, momentum: float = 0.99, se
     Returns:
         Float32 samples at 16 kHz, (T - 1) x 160 of them.
     """
-    magnitude_FT = (mel_TM.exp() @ _mel_inverse()).clamp_min(0).T
+    magnitude_FT = (mel_TM.exp() @ mel_inverse()).clamp_min(0).T
     length = (len(mel_TM) - 1) * tk.HOP_SIZE
     generator = torch.Generator().manual_seed(seed)
     angle_FT = torch.rand(magnitude_FT.shape, generator=generator) * (2 * torch.pi)
@@ -213,11 +213,15 @@ def load_codec(path: str | Path | None = None) -> Codec:
     return Codec(tk.Tokenizer(codebook_KD), decoder.eval().requires_grad_(False), description["made_by"])
 
 
+def pcm(waveform: np.ndarray) -> bytes:
+    """A float waveform in [-1, 1] as 16-bit samples, little-endian."""
+    return np.round(np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes()
+
+
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = tk.SAMPLE_RATE) -> None:
     """Write a float waveform in [-1, 1] as a 16-bit mono WAV file, atomically."""
-    samples = np.round(np.clip(waveform, -1, 1) * 32767).astype("<i2")
     with written_atomically(Path(path)) as temporary, wave.open(str(temporary), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(sample_rate)
-        file.writeframes(samples.tobytes())
+        file.writeframes(pcm(waveform))

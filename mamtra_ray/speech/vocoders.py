@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech.demo_codec import Codec, load_codec
+from mamtra_ray.speech.demo_stream import decode_stream
 from mamtra_ray.speech.recognizer import SAMPLE_RATE
 from mamtra_ray.speech.voice import Vocoder, Voice
 
@@ -21,6 +22,9 @@ class _DemoVocoder:
 
     def decode(self, speech_tokens: Sequence[int] | np.ndarray, voice: Voice | None = None) -> np.ndarray:
         return self.codec.decode(speech_tokens)
+
+    def decode_stream(self, speech_tokens: Iterable[int], voice: Voice | None = None) -> Iterator[np.ndarray]:
+        return decode_stream(self.codec, speech_tokens)
 
 
 def vocoder_of_teacher(kind: str, teacher_path: Path | None, codec_path: Path | None = None) -> Vocoder:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,5 +33,18 @@ class Vocoder(Protocol):
 
         Raises:
             InputError: no token, a token outside the codebook, or a needed prompt is missing.
+        """
+        ...
+
+
+@runtime_checkable
+class StreamingVocoder(Protocol):
+    """A vocoder that need not wait for the end of an utterance."""
+
+    def decode_stream(self, speech_tokens: Iterable[int], voice: Voice | None = None) -> Iterator[np.ndarray]:
+        """Float32 waveforms of one utterance's tokens, each as soon as it is final; arguments as in ``decode``.
+
+        Raises:
+            InputError: as ``decode``.
         """
         ...

@@ -9,7 +9,7 @@ Tensor letters: B rows still running, L prompt length, T positions so far, D mod
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.speech_lm.sampling import COSYVOICE2, GREEDY, Sampling, next_tokens, uniform_numbers
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
-__all__ = ["COSYVOICE2", "GREEDY", "Generated", "Prefilled", "Sampling", "decode", "generate", "prefill"]
+__all__ = ["COSYVOICE2", "GREEDY", "Generated", "Prefilled", "Sampling", "decode", "drawn", "generate", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,35 @@ def decode(
 ) -> list[Generated]:
     """Draw tokens from where :func:`prefill` ended; arguments and result as in :func:`generate`."""
     device = model.device
+    most_B = torch.tensor([most for _, most in length_bounds], device=device)
+    stop_ids = torch.tensor(model.vocabulary.stop_ids, device=device)
+    # Per prompt: what was drawn (-1 where nothing is), how many tokens it is, whether a stop id ended it.
+    drawn_BT = torch.full((len(length_bounds), int(most_B.max())), -1, device=device)
+    length_B, stopped_B = most_B.clone(), torch.zeros(len(length_bounds), dtype=torch.bool, device=device)
+    for step, (row_B, tokens_B) in enumerate(drawn(model, start, length_bounds, sampling, seeds)):
+        drawn_BT[row_B, step] = tokens_B
+        stops_B = torch.isin(tokens_B, stop_ids)
+        stopped_B[row_B] = stops_B
+        length_B[row_B] = torch.where(stops_B, step, length_B[row_B])
+    return [
+        Generated(tuple(tokens[:length]), stopped)
+        for tokens, length, stopped in zip(drawn_BT.tolist(), length_B.tolist(), stopped_B.tolist(), strict=True)
+    ]
+
+
+@torch.inference_mode()
+def drawn(
+    model: SpeechLM,
+    start: Prefilled,
+    length_bounds: Sequence[tuple[int, int]],
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every step of :func:`decode` as soon as it is drawn: which prompts still run, and their tokens, both (B,).
+
+    A stop id is the last token of its prompt. ``start.cache`` grows with every step in its attention layers only.
+    """
+    device = model.device
     fewest_B, most_B = torch.tensor(length_bounds, device=device).unbind(1)
     count, longest = len(length_bounds), int(most_B.max())
     uniform_BT2 = torch.zeros(count, longest, 2, dtype=torch.float64)
@@ -105,10 +134,7 @@ def decode(
         uniform_BT2 = torch.stack([uniform_numbers(seed, longest) for seed in seeds or range(count)])
     uniform_BT2 = uniform_BT2.to(device)
     stop_ids = torch.tensor(model.vocabulary.stop_ids, device=device)
-
-    # Per prompt: what was drawn (-1 where nothing is yet), how many tokens it is, whether a stop id ended it.
     drawn_BT = torch.full((count, longest), -1, device=device)
-    length_B, stopped_B = most_B.clone(), torch.zeros(count, dtype=torch.bool, device=device)
     # From here on B counts the rows still running, and row_B says which prompts they are.
     row_B = _keep_running(start, torch.arange(count, device=device), most_B > 0)
     for step in range(longest if len(row_B) else 0):
@@ -118,10 +144,8 @@ def decode(
         recent_BW = drawn_BT[row_B, max(0, step - sampling.repetition_window) : step]
         tokens_B = next_tokens(logits_BS, sampling, uniform_BT2[row_B, step], recent_BW)
         drawn_BT[row_B, step] = tokens_B
-        stops_B = torch.isin(tokens_B, stop_ids)
-        stopped_B[row_B] = stops_B
-        length_B[row_B] = torch.where(stops_B, step, length_B[row_B])
-        row_B = _keep_running(start, row_B, ~stops_B & (most_B[row_B] > step + 1))
+        yield row_B, tokens_B
+        row_B = _keep_running(start, row_B, ~torch.isin(tokens_B, stop_ids) & (most_B[row_B] > step + 1))
         if len(row_B) == 0:
             break
         if start.mask_BT is not None:
@@ -131,10 +155,6 @@ def decode(
             inputs_embeds_BLD=embeds_B1D, attention_mask_BL=start.mask_BT, past_key_values=start.cache
         )
         start.logits_BS = model.logits(hidden_B1D[:, 0])
-    return [
-        Generated(tuple(tokens[:length]), stopped)
-        for tokens, length, stopped in zip(drawn_BT.tolist(), length_B.tolist(), stopped_B.tolist(), strict=True)
-    ]
 
 
 def _check_finite(logits_BS: Tensor, row_B: Tensor, step: int) -> None:

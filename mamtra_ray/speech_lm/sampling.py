@@ -9,11 +9,15 @@ Tensor letters: B batch, V vocabulary, W window of recent tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mamtra_ray.config import EvaluateConfig
 from mamtra_ray.errors import InputError
 
 
@@ -56,6 +60,21 @@ class Sampling:
 
 GREEDY = Sampling(temperature=0.0)
 COSYVOICE2 = Sampling(top_p=0.8, top_k=25, repetition_window=10, repetition_threshold=0.1)
+
+
+def sampling_of(settings: EvaluateConfig, own: Mapping[str, Any] = MappingProxyType({})) -> Sampling:
+    """What section ``evaluate`` asks for.
+
+    Args:
+        settings: what is None there is the teacher's own.
+        own: :attr:`~mamtra_ray.teachers.teacher.Teacher.sampling`; a teacher that says nothing is greedy, and with a
+            temperature draws from CosyVoice 2's nucleus.
+    """
+    usual = {"temperature": 0.0, "top_k": COSYVOICE2.top_k, "top_p": COSYVOICE2.top_p}
+    asked = {name: getattr(settings, name) for name in usual if getattr(settings, name) is not None}
+    if settings.repetition_aware is not None:
+        asked["repetition_window"] = COSYVOICE2.repetition_window if settings.repetition_aware else 0
+    return Sampling(**{**usual, **own, **asked})
 
 
 def uniform_numbers(seed: int, count: int) -> Tensor:

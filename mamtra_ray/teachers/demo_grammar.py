@@ -134,7 +134,10 @@ def tokenize_text(text: str) -> list[int]:
         raise InputError("the text is empty; expected at least one word of the demo vocabulary")
     for word in words:
         if word not in _WORD_IDS:
-            raise InputError(f"The demo teacher does not know the word {word!r}: {nearest_name(word, WORDS)}")
+            raise InputError(
+                f"the demo teacher does not know the word {word!r}: {nearest_name(word, WORDS).partition('(')[0]}"
+                f"its {len(WORDS)} words are WORDS in mamtra_ray/teachers/demo_grammar.py"
+            )
     return [_WORD_IDS[word] for word in words]
 
 

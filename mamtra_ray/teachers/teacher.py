@@ -34,12 +34,24 @@ class Teacher:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
 
-    def length_bounds(self, text_tokens: Sequence[int]) -> tuple[int, int]:
-        """(fewest, most) speech tokens to generate for ``text_tokens``."""
+    def length_bounds(self, text_tokens: Sequence[int], prompt_length: int | None = None) -> tuple[int, int]:
+        """(fewest, most) speech tokens to generate for ``text_tokens``.
+
+        Args:
+            text_tokens: what is to be spoken.
+            prompt_length: tokens of the whole prompt, where it holds a voice to continue too.
+
+        Raises:
+            InputError: nothing is left of the model's longest sequence.
+        """
         fewest, most = self.length_per_text_token
         longest = int(most * len(text_tokens))
         if self.max_length is not None:
             longest = min(longest, self.max_length - len(self.sequence.prompt(text_tokens)))
         if longest < 1:
             raise InputError(f"a text of {len(text_tokens)} tokens leaves no room for speech")
+        if self.max_length is not None and prompt_length is not None:
+            longest = min(longest, self.max_length - prompt_length)
+        if longest < 1:
+            raise InputError(f"a prompt of {prompt_length} tokens leaves no room for speech")
         return min(int(fewest * len(text_tokens)), longest), longest
