@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 from mamtra_ray.errors import InputError, exit_code_2_on_input_error
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.names import FINALISTS, student_folder
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @exit_code_2_on_input_error
@@ -20,15 +23,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a search")
     parser.add_argument("--layout", required=True, help="a finalist's layout, such as AMAM...")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/LAYOUT")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/LAYOUT (LAYOUT.gguf)")
     parser.add_argument(
         "--format",
-        choices=("transformers", "native", "cosyvoice2"),
+        choices=("transformers", "native", "cosyvoice2", "gguf"),
         default="transformers",
         help="native: for this project's SpeechLM.load alone; cosyvoice2: a folder for CosyVoice's own code, with the "
-        "teacher's other files linked into it",
+        "teacher's other files linked into it; gguf: a file for llama.cpp (docs/engines.md)",
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the matrices in a GGUF file; default: the student's own")
     options = parser.parse_args(arguments)
+    if options.dtype and options.format != "gguf":
+        raise InputError(f"--dtype is for --format gguf: {options.format} keeps the student's own")
     layout = Layout.from_string(options.layout)
 
     from mamtra_ray.run.folder import read_run
@@ -40,10 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
         raise InputError(f"{layout} is no finalist of {options.run} (finalists in {FINALISTS}: {known})")
     if options.format == "cosyvoice2" and (source.kind != "cosyvoice2" or source.path is None):
         raise InputError(f"--format cosyvoice2: the teacher of {options.run} is {source.kind!r}")
-    output = options.output or options.run / "export" / str(layout)
+    name = f"{layout}.gguf" if options.format == "gguf" else str(layout)
+    output = options.output or options.run / "export" / name
+
+    import torch
 
     from mamtra_ray.export.checkpoint import export_student
+    from mamtra_ray.export.llama_cpp_check import PACKAGE
     from mamtra_ray.models.granite import check_representable
+    from mamtra_ray.models.granite_gguf import check_gguf_possible
     from mamtra_ray.speech_lm.generation_check import check_generation
     from mamtra_ray.speech_lm.speech_lm import SpeechLM
     from mamtra_ray.teachers import load_teacher
@@ -52,12 +63,17 @@ def main(arguments: list[str] | None = None) -> int:
     teacher, trained = load_teacher(source.kind, source.path), student_folder(options.run, layout)
     if options.format == "transformers":
         check_representable(teacher.model.config)
+    if options.format == "gguf":
+        check_gguf_possible(dataclasses.replace(teacher.model.config, layout=layout))
     if options.format == "cosyvoice2":
         student = SpeechLM.load(trained).eval()
         check_generation(student, teacher.sequence, f"student {layout}")
         write_folder(student, Path(source.path or ""), output)
     else:
-        export_student(trained, output, rows[layout], teacher, source, options.format)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        check = export_student(trained, output, rows[layout], teacher, source, options.format, dtype)
+        if options.format == "gguf" and check is None:
+            print(f"not run in llama.cpp: {PACKAGE} is not installed", file=sys.stderr)
     print(output)
     if alarm := rows[layout].alarm:
         print(f"alarm: {layout} {alarm}", file=sys.stderr)
