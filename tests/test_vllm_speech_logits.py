@@ -14,7 +14,7 @@ from test_granite import CASES, make_exportable
 from tiny_models import SEQUENCE, VOCABULARY
 from transformers import AutoModelForCausalLM
 
-from mamtra_ray.export.engines import write_vllm_processor
+from mamtra_ray.export.engines import engines_text, write_vllm_processor
 
 
 class RunnerV1(ABC):
@@ -135,3 +135,11 @@ def test_the_file_stands_alone(folder):
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.partition(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"torch", "vllm"}
+
+
+def test_a_model_of_text_needs_no_processor(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3]}))
+    assert not write_vllm_processor(tmp_path) and len(list(tmp_path.iterdir())) == 1
+    assert "--logits-processors vllm_speech_logits:SpeechLogits" in engines_text("transformers", is_text=False)
+    assert "vllm serve" in engines_text("transformers", is_text=True)
+    assert "SpeechLogits" not in engines_text("transformers", is_text=True)

@@ -39,27 +39,27 @@ def checked_text(form: str, check: ExportCheck | None, is_text: bool) -> str:
 
 
 def engines_text(form: str, is_text: bool) -> str:
-    """The card's paragraph on versions and on vLLM; empty for forms that neither reads."""
+    """The card's paragraphs on versions and on vLLM; empty for forms that neither reads."""
     if form != "transformers":
         return ""
-    processor = "" if is_text else " --logits-processors vllm_speech_logits:SpeechLogits"
-    why = (
-        ""
-        if is_text
-        else f"""
-`{VLLM_PROCESSOR}` keeps vLLM to speech ids and adds the head's bias; vLLM does not read `sequence_bias`."""
-    )
+    command = 'vllm serve "PATH" --mamba-ssm-cache-dtype float32'
+    processor = ""
+    if not is_text:
+        module = VLLM_PROCESSOR.removesuffix(".py")
+        command = f"""PYTHONPATH="PATH" {command} \\
+  --skip-tokenizer-init --logits-processors {module}:SpeechLogits"""
+        processor = f"""
+`{VLLM_PROCESSOR}` keeps vLLM to speech ids and adds the head's bias; vLLM does not read `sequence_bias`.
+"""
     return f"""
 Needs transformers 5.23 or newer: older ones read the files without a word and compute something else.
 
 In vLLM (its sources were read, it was not run; mamtra_ray's docs/engines.md says which versions fit):
 
 ```bash
-PYTHONPATH="PATH" vllm serve "PATH"{processor} \\
-  --skip-tokenizer-init --mamba-ssm-cache-dtype float32
+{command}
 ```
-{why}
-"""
+{processor}"""
 
 
 def llama_cpp_use(student: SpeechLM, teacher: Teacher, has_tokenizer: bool) -> str:

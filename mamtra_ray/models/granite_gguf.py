@@ -7,7 +7,7 @@ true, and pairs elements 2 i and 2 i + 1 of a head, so rows of q and k change pl
 llama.cpp takes mixers of twice the model's width only, and ours are as wide as the model. So every channel of z and x
 is written twice: a head's state then holds every row twice, a norm over a head sees the same mean square, and
 out_proj reads the first copy and has zeros for the second. The function is the same; a mixer's state is twice as
-large and its matrices 1.5 times.
+large, and its matrices are 1.6 times those of the checkpoint for transformers.
 
 The head has rows for speech ids alone and may have a bias; the file has no place for either. Both are in
 ``generation_config.json``, see :mod:`mamtra_ray.models.granite`, and are the caller's to apply to the logits. The
