@@ -37,26 +37,31 @@ ARCHITECTURE = "granitehybrid"
 _ROPE_TYPES = ("default", "linear", "llama3")
 """Of which a file can say all frequencies: YaRN also scales the attention, dynamic depends on the length."""
 _NAMES = {
-    "embed_tokens.weight": "TOKEN_EMBD",
-    "norm.weight": "OUTPUT_NORM",
-    "input_layernorm.weight": "ATTN_NORM",
-    "post_attention_layernorm.weight": "FFN_NORM",
-    "mlp.gate_proj.weight": "FFN_GATE",
-    "mlp.up_proj.weight": "FFN_UP",
-    "mlp.down_proj.weight": "FFN_DOWN",
-    "self_attn.q_proj": "ATTN_Q",
-    "self_attn.k_proj": "ATTN_K",
-    "self_attn.v_proj": "ATTN_V",
-    "self_attn.o_proj": "ATTN_OUT",
-    "mamba.in_proj.weight": "SSM_IN",
-    "mamba.conv1d": "SSM_CONV1D",
-    "mamba.dt_bias": "SSM_DT",
-    "mamba.A_log": "SSM_A",
-    "mamba.D": "SSM_D",
-    "mamba.norm.weight": "SSM_NORM",
-    "mamba.out_proj.weight": "SSM_OUT",
+    "embed_tokens.weight": "token_embd",
+    "norm.weight": "output_norm",
+    "input_layernorm.weight": "attn_norm",
+    "post_attention_layernorm.weight": "ffn_norm",
+    "mlp.gate_proj.weight": "ffn_gate",
+    "mlp.up_proj.weight": "ffn_up",
+    "mlp.down_proj.weight": "ffn_down",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mamba.in_proj.weight": "ssm_in",
+    "mamba.conv1d": "ssm_conv1d",
+    "mamba.dt_bias": "ssm_dt",
+    "mamba.A_log": "ssm_a",
+    "mamba.D": "ssm_d",
+    "mamba.norm.weight": "ssm_norm",
+    "mamba.out_proj.weight": "ssm_out",
 }
-"""Our parameters (without the layer, and ``weight`` or ``bias`` where a module has both) -> ``gguf.MODEL_TENSOR``."""
+"""Our parameters (without the layer, and ``weight`` or ``bias`` where a module has both) -> llama.cpp's.
+
+Written out, because the package ``gguf`` knows ``ssm_norm`` only from 0.18 on.
+"""
+_FLOAT32 = ("ssm_conv1d", "ssm_norm", "ssm_a", "ssm_d")
+"""Matrices that llama.cpp wants in float32."""
 
 
 def gguf_obstacle(config: DecoderConfig) -> str | None:
@@ -128,7 +133,7 @@ def write_granite_gguf(
             writer.add_file_type(file_type)
             _add_hyperparameters(writer, config)
             for tensor_name, tensor in _gguf_tensors(config, tensors, vocabulary):
-                small = tensor.dim() == 1 or tensor_name.split(".")[-2] in _FLOAT32 or "ssm_" in tensor_name[-6:]
+                small = tensor.dim() == 1 or tensor_name.removesuffix(".weight").rpartition(".")[2] in _FLOAT32
                 values = tensor.detach().float().cpu().contiguous()
                 kind = gguf.GGMLQuantizationType.F32 if small else matrix_type
                 if kind == gguf.GGMLQuantizationType.F16 and not bool(values.half().isfinite().all()):
@@ -139,10 +144,6 @@ def write_granite_gguf(
             writer.write_tensors_to_file()
         finally:
             writer.close()
-
-
-_FLOAT32 = ("ssm_conv1d", "ssm_norm")
-"""Matrices that llama.cpp wants in float32, besides A and D, whose names end without ``weight``."""
 
 
 def _add_hyperparameters(writer: Any, config: DecoderConfig) -> None:
@@ -169,36 +170,33 @@ def _add_hyperparameters(writer: Any, config: DecoderConfig) -> None:
     writer.add_ssm_inner_size(width)
     writer.add_ssm_state_size(config.head_dim)
     writer.add_ssm_time_step_rank(config.num_heads)
-    writer.add_ssm_group_count(config.num_heads)
+    # By its key, because the package gguf has a function for it only from 0.18 on.
+    writer.add_uint32(f"{ARCHITECTURE}.ssm.group_count", config.num_heads)
     writer.add_tokenizer_model("none")
 
 
 def _gguf_tensors(
     config: DecoderConfig, tensors: Mapping[str, Tensor], vocabulary: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    import gguf
-
-    def name_of(tensor: str, layer: str = "", suffix: str = "") -> str:
-        return str(gguf.TENSOR_NAMES[gguf.MODEL_TENSOR[tensor]].format(bid=layer)) + suffix
-
     head_VD = expanded_head(config, tensors, vocabulary)
     if head_VD is not None:
-        yield name_of("OUTPUT", suffix=".weight"), head_VD
+        yield "output.weight", head_VD
     if config.rope_parameters["rope_type"] != "default":
-        yield name_of("ROPE_FREQS", suffix=".weight"), _rope_factors(config)
+        yield "rope_freqs.weight", _rope_factors(config)
     for name, tensor in tensors.items():
         if not name.startswith("body."):
             continue
-        layer, parameter = "", name.removeprefix("body.")
+        block, parameter = "", name.removeprefix("body.")
         if parameter.startswith("layers."):
             _, layer, parameter = parameter.split(".", 2)
+            block = f"blk.{layer}."
         module, _, kind = parameter.rpartition(".")
         if module.startswith("self_attn.") and module.endswith(("q_proj", "k_proj")):
             tensor = _neighbors_paired(config, tensor)
         if parameter.startswith("mamba."):
             tensor = _wide(config, parameter.removeprefix("mamba."), tensor)
         suffix = {"A_log": "", "D": "", "dt_bias": ".bias"}.get(kind, f".{kind}")
-        yield name_of(_NAMES.get(parameter) or _NAMES[module], layer, suffix), tensor
+        yield block + (_NAMES.get(parameter) or _NAMES[module]) + suffix, tensor
 
 
 def _rope_factors(config: DecoderConfig) -> Tensor:
