@@ -105,7 +105,7 @@ ALTERATIONS = {
             "sequence_bias",
             [[[token], 50.0 if token < 3 else -1e9] for token in range(VOCABULARY.speech_offset)],
         ),
-        "says token -[0-9]+ in plain transformers where our model says",
+        "in plain transformers says token -[0-9]+ where our model says",
     ),
     "other stop ids": (changed("generation_config.json", "eos_token_id", [3]), r"stops at the ids \[3\]"),
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import SEQUENCE, SPEECH, VOCABULARY, transformers_model, write_folder
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech_lm.generate import generate
@@ -112,6 +113,22 @@ def test_reading_back_is_bit_for_bit(exported, case):
     assert loaded.fingerprint() == student.fingerprint()
     for name, tensor in student.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("case", ["qwen2 per_query_head", "llama with biases"])
+def test_readers_of_the_older_keys_alone_compute_the_same(exported, case, tmp_path):
+    """Names of before transformers 5: layer_types mamba and attention, rope_theta and rope_scaling side by side."""
+    student, folder, result = exported[case]
+    content = json.loads((folder / "config.json").read_text())
+    assert content["layer_types"] == [{"A": "attention", "M": "mamba"}[letter] for letter in str(student.layout)]
+    rope = content.pop("rope_parameters")
+    assert content["rope_theta"] == rope["rope_theta"] == student.config.rope_parameters["rope_theta"]
+    assert ("rope_scaling" in content) == (rope["rope_type"] != "default")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, result["logits"], atol=1e-6, rtol=1e-6)
 
 
 def test_half_precision(exported, tmp_path):

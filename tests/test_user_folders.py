@@ -145,3 +145,13 @@ def test_the_demo_is_built_into_its_own_folders_only(theirs, tmp_path):
     with pytest.raises(InputError, match="--output"):
         check_folders(tmp_path / "new", theirs)
     check_folders(tmp_path / "new", tmp_path / "other")
+
+
+def test_what_python_compiled_in_an_export_is_no_file_of_the_user_s(place, tmp_path):  # noqa: F811
+    """vLLM imports the logits processor from the folder."""
+    exported(place, tmp_path / "best")
+    compiled = tmp_path / "best" / "__pycache__" / "vllm_speech_logits.cpython-311.pyc"
+    compiled.parent.mkdir()
+    compiled.write_bytes(b"compiled")
+    exported(place, tmp_path / "best", ce=1.5)
+    assert not compiled.parent.exists() and (tmp_path / "best" / "vllm_speech_logits.py").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from mamtra_ray.run.folder import Run
     from mamtra_ray.run.rows import FinalistRow
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 
 @exit_code_2_on_input_error
 def main(arguments: list[str] | None = None) -> int:
@@ -25,15 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a search, or of distill")
     parser.add_argument("--layout", help="a finalist's layout, such as AMAM... (default: the student of distill)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/LAYOUT")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export/LAYOUT (LAYOUT.gguf)")
     parser.add_argument(
         "--format",
-        choices=("transformers", "native", "cosyvoice2"),
+        choices=("transformers", "native", "cosyvoice2", "gguf"),
         default="transformers",
         help="native: for this project's SpeechLM.load alone; cosyvoice2: a folder for CosyVoice's own code, with the "
-        "teacher's other files linked into it",
+        "teacher's other files linked into it; gguf: a file for llama.cpp (docs/engines.md)",
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the matrices in a GGUF file; default: the student's own")
     options = parser.parse_args(arguments)
+    if options.dtype and options.format != "gguf":
+        raise InputError(f"--dtype is for --format gguf: {options.format} keeps the student's own")
     wanted = Layout.from_string(options.layout) if options.layout is not None else None
 
     from mamtra_ray.run.folder import read_run
@@ -43,10 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
     layout, source = row.layout, run.config.teacher
     if options.format == "cosyvoice2" and (source.kind != "cosyvoice2" or source.path is None):
         raise InputError(f"--format cosyvoice2: the teacher of {options.run} is {source.kind!r}")
-    output = options.output or options.run / "export" / str(layout)
+    name = f"{layout}.gguf" if options.format == "gguf" else str(layout)
+    output = options.output or options.run / "export" / name
+
+    import torch
 
     from mamtra_ray.export.checkpoint import export_student
+    from mamtra_ray.export.llama_cpp_check import PACKAGE
     from mamtra_ray.models.granite import check_representable
+    from mamtra_ray.models.granite_gguf import check_gguf_possible
     from mamtra_ray.speech_lm.generation_check import check_generation
     from mamtra_ray.speech_lm.speech_lm import SpeechLM
     from mamtra_ray.teachers import load_teacher
@@ -55,12 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
     teacher = load_teacher(source.kind, source.path)
     if options.format == "transformers":
         check_representable(teacher.model.config)
+    if options.format == "gguf":
+        check_gguf_possible(dataclasses.replace(teacher.model.config, layout=layout))
     if options.format == "cosyvoice2":
         student = SpeechLM.load(trained).eval()
         check_generation(student, teacher.sequence, f"student {layout}")
         write_folder(student, Path(source.path or ""), output)
     else:
-        export_student(trained, output, row, teacher, source, options.format)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        check = export_student(trained, output, row, teacher, source, options.format, dtype)
+        if options.format == "gguf" and check is None:
+            print(f"not run in llama.cpp: {PACKAGE} is not installed", file=sys.stderr)
     print(output)
     if row.alarm:
         print(f"alarm: {layout} {row.alarm}", file=sys.stderr)

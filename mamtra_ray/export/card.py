@@ -1,9 +1,10 @@
-"""The README of an exported checkpoint: what it is, how well it does, how plain transformers uses it."""
+"""The README of an exported checkpoint: what it is, how well it does, how plain transformers or an engine uses it."""
 
 from __future__ import annotations
 
 from mamtra_ray import __version__
 from mamtra_ray.export.check import ExportCheck
+from mamtra_ray.export.engines import checked_text, engines_text, llama_cpp_use
 from mamtra_ray.run.rows import FinalistRow
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.teachers.teacher import Teacher
@@ -12,7 +13,13 @@ _INPUT = 'AutoTokenizer.from_pretrained("PATH")("YOUR TEXT", add_special_tokens=
 
 
 def model_card(
-    student: SpeechLM, row: FinalistRow, teacher: Teacher, kind: str, has_tokenizer: bool, check: ExportCheck | None
+    student: SpeechLM,
+    row: FinalistRow,
+    teacher: Teacher,
+    kind: str,
+    has_tokenizer: bool,
+    check: ExportCheck | None,
+    form: str,
 ) -> str:
     """The card, with the front matter that model hubs read.
 
@@ -22,7 +29,8 @@ def model_card(
         teacher: what it was distilled from.
         kind: ``teacher.kind``, which says what makes sound of its tokens.
         has_tokenizer: whether the teacher's tokenizer lies beside it.
-        check: of the comparison with plain transformers; None for a checkpoint in this project's own form.
+        check: of the comparison with plain transformers or llama.cpp; None where none was made.
+        form: of the weights: transformers, gguf, or native.
     """
     is_text = teacher.tokens_per_second is None
     layout, fingerprint = student.layout, teacher.fingerprint[:16]
@@ -34,19 +42,17 @@ def model_card(
         scores.append(f"**do not use**: it {row.alarm}")
     if not is_text:
         scores.append(f"{teacher.tokens_per_second:g} speech tokens are one second of sound")
-    if check is not None:
-        versions = ", ".join(f"{name} {version}" for name, version in check.versions.items())
-        scores.append(
-            f"checked in plain transformers when it was written: the same greedy {'text' if is_text else 'speech'}, "
-            f"logits differ by at most\n  {check.largest_difference:.1e} ({versions})"
-        )
+    if form != "native":
+        scores.append(checked_text(form, check, is_text))
     listed = "\n".join(f"- {score}" for score in scores)
-    if check is None:
+    if form == "native":
         use = _native_use(teacher)
+    elif form == "gguf":
+        use = llama_cpp_use(student, teacher, has_tokenizer)
     else:
         use = _text_use(teacher, has_tokenizer) if is_text else _speech_use(student, teacher, has_tokenizer)
     return f"""---
-library_name: {"mamtra_ray" if check is None else "transformers"}
+library_name: { {"native": "mamtra_ray", "gguf": "llama.cpp"}.get(form, form) }
 pipeline_tag: {"text-generation" if is_text else "text-to-speech"}
 tags: [mamba, hybrid, distillation{"" if is_text else ", speech"}]
 ---
@@ -60,7 +66,7 @@ distilled from {teacher.name} (fingerprint {fingerprint}) on {row.tokens:,} toke
 
 ## Use
 
-{use}{"" if is_text else _sound(kind)}"""
+{use}{"" if is_text or form == "gguf" else _sound(kind)}{engines_text(form, is_text)}"""
 
 
 _SETTINGS = {

@@ -76,9 +76,7 @@ def check_export(folder: Path, student: SpeechLM, sequence: SequenceFormat) -> E
     student = student.float().eval()
     model = _plain_model(folder)
     _check_generation_config(model, student)
-    prompt_L = random_example(sequence, *_TEXT_AND_PROMPT_SPEECH, seed=0)
-    (spoken,) = generate(student, [prompt_L], [(_NUM_TOKENS, _NUM_TOKENS)])
-    tokens_K = torch.tensor(spoken.tokens)
+    prompt_L, tokens_K = greedy_example(student, sequence)
     offset = student.vocabulary.speech_offset
     ids_L = torch.cat([prompt_L, tokens_K + offset])
     ours_KS = student.logits(student.hidden_states(input_ids_BL=ids_L[None])[0])
@@ -90,7 +88,11 @@ def check_export(folder: Path, student: SpeechLM, sequence: SequenceFormat) -> E
             f"{folder} computes other logits in plain transformers, by up to {difference.largest:.3g}"
             f" ({difference.relative:.1%} of their spread), so it was not exported; found with {versions_text()}"
         )
-    _check_greedy(folder, model, student, prompt_L, tokens_K, ours_KS[len(prompt_L) - 1 : -1])
+    length = {"min_new_tokens": len(tokens_K), "max_new_tokens": len(tokens_K)}
+    theirs_K = model.generate(prompt_L[None], do_sample=False, **length)[0, len(prompt_L) :] - offset
+    bound = tolerance(torch.float32, torch.device("cpu"))
+    scores_KS = ours_KS[len(prompt_L) - 1 : -1]
+    check_tokens(f"{folder} in plain transformers", theirs_K, tokens_K, scores_KS, bound, versions_text())
     return ExportCheck(difference.largest, difference.relative, library_versions())
 
 
@@ -124,33 +126,37 @@ def _token_bias(model: Any, vocabulary_size: int) -> Tensor:
     return bias_V
 
 
-def _check_greedy(
-    folder: Path, model: Any, student: SpeechLM, prompt_L: Tensor, tokens_K: Tensor, scores_KS: Tensor
-) -> None:
+def greedy_example(student: SpeechLM, sequence: SequenceFormat) -> tuple[Tensor, Tensor]:
+    """Unified ids (L,) of a random prompt, and the speech tokens (K,) with which the student goes on."""
+    prompt_L = random_example(sequence, *_TEXT_AND_PROMPT_SPEECH, seed=0)
+    (spoken,) = generate(student, [prompt_L], [(_NUM_TOKENS, _NUM_TOKENS)])
+    return prompt_L, torch.tensor(spoken.tokens)
+
+
+def check_tokens(where: str, theirs_K: Tensor, ours_K: Tensor, scores_KS: Tensor, bound: float, versions: str) -> None:
     """Compare up to the first token that differs; it may do so where our two scores nearly tie.
 
     Args:
-        folder: named in errors.
-        model: plain transformers' one.
-        student: ours.
-        prompt_L: unified ids.
-        tokens_K: what our ``generate`` drew.
+        where: the file and what ran it, for the error.
+        theirs_K: what it said, speech ids.
+        ours_K: what our ``generate`` drew.
         scores_KS: our scores of each of them.
+        bound: relative difference of logits that rounding explains.
+        versions: of what was run, for the error.
+
+    Raises:
+        ExportCheckError: another token where our scores leave no doubt.
     """
-    length = {"min_new_tokens": len(tokens_K), "max_new_tokens": len(tokens_K)}
-    theirs = model.generate(prompt_L[None], do_sample=False, **length)
-    theirs_K = theirs[0, len(prompt_L) :] - student.vocabulary.speech_offset
-    different = (theirs_K != tokens_K).nonzero()
+    different = (theirs_K != ours_K).nonzero()
     if not len(different):
         return
     step = int(different[0])
-    found, ours = int(theirs_K[step]), int(tokens_K[step])
-    spread = float(scores_KS[step].std())
+    found, ours = int(theirs_K[step]), int(ours_K[step])
     margin = float("inf")
-    if 0 <= found < student.vocabulary.speech_size:
+    if 0 <= found < scores_KS.shape[-1]:
         margin = abs(float(scores_KS[step, ours] - scores_KS[step, found]))
-    if margin > 2 * tolerance(torch.float32, torch.device("cpu")) * spread:
+    if margin > 2 * bound * float(scores_KS[step].std()):
         raise ExportCheckError(
-            f"{folder} says token {found} in plain transformers where our model says {ours} (token {step} of a"
-            f" greedy continuation, margin {margin:.3g}), so it was not exported; found with {versions_text()}"
+            f"{where} says token {found} where our model says {ours} (token {step} of a greedy continuation, margin"
+            f" {margin:.3g}), so it was not exported; found with {versions}"
         )

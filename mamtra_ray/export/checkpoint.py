@@ -1,4 +1,4 @@
-"""A distilled student as a checkpoint with a model card: for plain transformers, or in this project's own form."""
+"""A distilled student as a checkpoint with a model card: for plain transformers, for llama.cpp, or in our own form."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from mamtra_ray import __version__
 from mamtra_ray.artifacts import file_hash, read_manifest, write_checked_json, write_text
 from mamtra_ray.config import TeacherConfig
 from mamtra_ray.errors import InputError
 from mamtra_ray.export.card import model_card
-from mamtra_ray.export.check import check_export
+from mamtra_ray.export.check import ExportCheck, check_export
+from mamtra_ray.export.engines import write_vllm_processor
+from mamtra_ray.export.llama_cpp_check import check_gguf
 from mamtra_ray.models.decoder_config import DecoderConfig
-from mamtra_ray.models.granite import obstacle, write_granite
+from mamtra_ray.models.granite import obstacle, write_generation_config, write_granite
+from mamtra_ray.models.granite_gguf import GGUF_FILE, write_granite_gguf
 from mamtra_ray.run.names import EXPORTED_LAYOUT
 from mamtra_ray.run.rows import FinalistRow, columns
 from mamtra_ray.speech_lm.generation_check import check_generation
@@ -23,7 +28,7 @@ from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.teachers.teacher import Teacher
 from mamtra_ray.teachers.text import save_text_tokenizer
 
-Form = Literal["transformers", "native"]
+Form = Literal["transformers", "native", "gguf"]
 
 
 def form_of(config: DecoderConfig) -> Form:
@@ -44,11 +49,13 @@ def export_student(
     teacher: Teacher,
     source: TeacherConfig,
     form: Form = "transformers",
-) -> None:
+    dtype: torch.dtype | None = None,
+) -> ExportCheck | None:
     """Write the student as a checkpoint with tokenizer, layout and card.
 
     The form ``transformers`` is a GraniteMoeHybrid that plain transformers loads; what was written is loaded so, and
-    compared with the student, first. ``native`` is what ``SpeechLM.load`` reads. The folder is replaced as a whole
+    compared with the student, first. ``gguf`` is a file for llama.cpp, which is run so where it is installed.
+    ``native`` is what ``SpeechLM.load`` reads. The folder is replaced as a whole
     after that, so it never mixes two students, and keeps the old one where a check fails.
 
     Args:
@@ -58,11 +65,15 @@ def export_student(
         teacher: what it was distilled from.
         source: where the teacher came from, and with it the text tokenizer.
         form: of the weights.
+        dtype: of a GGUF file's matrices; None: the student's.
+
+    Returns:
+        What the other library computed; None if none was asked.
 
     Raises:
         GenerationCheckError, NonFiniteLogitsError: the student does not generate what it computes.
-        ExportCheckError: plain transformers computes something else from the written files.
-        InputError: ``folder`` holds something else than an unchanged export; or transformers cannot represent it.
+        ExportCheckError: plain transformers, or llama.cpp, computes something else from the written files.
+        InputError: ``folder`` holds something else than an unchanged export; or the form cannot represent it.
     """
     check_replaceable(folder)
     student = SpeechLM.load(student_folder).eval()
@@ -72,13 +83,20 @@ def export_student(
     try:
         new.chmod(0o755)
         check = None
+        weights = (student.config, student.state_dict(), dataclasses.asdict(student.vocabulary))
         if form == "native":
             student.save(new)
+        elif form == "gguf":
+            dtype = dtype or student.dtype
+            write_granite_gguf(new / GGUF_FILE, *weights, dtype, f"{teacher.name} {student.layout}")
+            write_generation_config(new, *weights)
+            check = check_gguf(new / GGUF_FILE, student, teacher.sequence, dtype)
         else:
-            write_granite(new, student.config, student.state_dict(), dataclasses.asdict(student.vocabulary))
+            write_granite(new, *weights)
+            write_vllm_processor(new)
             check = check_export(new, student, teacher.sequence)
         has_tokenizer = save_text_tokenizer(source.kind, Path(source.path) if source.path else None, new)
-        write_text(new / "README.md", model_card(student, row, teacher, source.kind, has_tokenizer, check))
+        write_text(new / "README.md", model_card(student, row, teacher, source.kind, has_tokenizer, check, form))
         scores = columns(row)
         write_checked_json(
             new / EXPORTED_LAYOUT,
@@ -102,6 +120,7 @@ def export_student(
         if folder.exists():
             shutil.rmtree(folder)
         new.replace(folder)
+        return check
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -126,5 +145,12 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """All files, relative to the folder; a link counts as a file."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    """All files, relative to the folder; a link counts as a file.
+
+    Not what Python compiled when vLLM imported the logits processor from there.
+    """
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if (path.is_symlink() or path.is_file()) and path.parent.name != "__pycache__"
+    )

@@ -8,8 +8,8 @@ head becomes the speech rows of ``lm_head``, whose other rows are 0 (or stays ti
 mean square, so no feature of it is constant. The head's bias (CosyVoice 2 has one) and the restriction to speech
 ids are therefore in ``generation_config.json``, as the ``sequence_bias`` of single tokens: the bias for speech
 ids, -1e9 for all others. ``model.generate`` applies both. The model's ``forward`` gives the logits without
-the head's bias, and 0 for ids that are not speech; another engine can be given the same numbers as its logit
-bias. CosyVoice's repetition-aware sampling is no option of ``generate`` either. A layout without any
+the head's bias, and 0 for ids that are not speech; what another engine does about that is in docs/engines.md.
+CosyVoice's repetition-aware sampling is no option of ``generate`` either. A layout without any
 attention layer is exported with ``use_cache`` off, because transformers' cache cannot count its positions then.
 
 Tensor letters: D model width, V unified vocabulary, S speech vocabulary.
@@ -37,10 +37,10 @@ from mamtra_ray.artifacts import (
 from mamtra_ray.errors import InputError
 from mamtra_ray.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_tensors
 from mamtra_ray.models.decoder_config import DecoderConfig
-from mamtra_ray.models.mamba import MixerConfig
+from mamtra_ray.models.granite_mixer import compact_parameter, expanded_parameter
 
 if TYPE_CHECKING:
-    from transformers import GraniteMoeHybridConfig
+    from transformers import GenerationConfig, GraniteMoeHybridConfig
 
 SCHEMA_VERSION = 3
 GENERATION_FILE = "generation_config.json"
@@ -50,7 +50,9 @@ SECTION = "mamtra_ray"
 NEVER = -1e9
 """Logit bias of ids that must not be generated; JSON has no infinity."""
 
-LAYER_TYPES = {"A": "full_attention", "M": "linear_attention"}
+LAYER_TYPES = {"A": "attention", "M": "mamba"}
+"""In ``config.json``. transformers from 5.13 on renames them to full_attention and linear_attention when it reads them;
+older ones, and what other engines read the file with, know these only."""
 
 
 def obstacle(config: DecoderConfig) -> str | None:
@@ -140,25 +142,24 @@ def write_granite(
         tensors: the SpeechLM's state (``body.*``, ``head.*``).
         vocabulary: the fields of :class:`~mamtra_ray.speech_lm.speech_lm.Vocabulary`.
     """
-    from transformers import GenerationConfig
-
     folder = Path(folder)
     expanded = {f"model.{name}": tensor for name, tensor in _expanded_body(config, tensors).items()}
-    speech = slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
-    head_SD, bias_S = tensors["head.weight"], tensors.get("head.bias")
-    # A model of text alone, whose head is the table; a head of speech rows only has zeros that the table has not.
-    tied = torch.equal(head_SD, tensors["body.embed_tokens.weight"])
-    if not tied:
-        expanded["lm_head.weight"] = head_SD.new_zeros(config.vocab_size, config.hidden_size)
-        expanded["lm_head.weight"][speech] = head_SD
+    head_VD = expanded_head(config, tensors, vocabulary)
+    if head_VD is not None:
+        expanded["lm_head.weight"] = head_VD
     write_tensors(folder / WEIGHTS_FILE, expanded)
 
-    stop_ids = [speech.start + stop_id for stop_id in vocabulary["stop_ids"]]
-    # transformers asks the cache for its length, which one of Mamba layers alone cannot tell (5.23: ValueError).
-    use_cache = bool(config.layout.attention_layers)
-    granite = granite_config(config, eos_token_id=stop_ids, pad_token_id=stop_ids[0], use_cache=use_cache, tied=tied)
+    generation = write_generation_config(folder, config, tensors, vocabulary)
+    granite = granite_config(
+        config,
+        eos_token_id=generation.eos_token_id,
+        pad_token_id=generation.pad_token_id,
+        use_cache=generation.use_cache,
+        tied=head_VD is None,
+    )
     granite.architectures = ["GraniteMoeHybridForCausalLM"]
-    granite.dtype = head_SD.dtype
+    granite.dtype = tensors["head.weight"].dtype
+    bias_S = tensors.get("head.bias")
     section = {
         "schema_version": SCHEMA_VERSION,
         "weights_sha256": file_hash(folder / WEIGHTS_FILE),
@@ -167,20 +168,50 @@ def write_granite(
         "model": config.to_dict(),
         "vocabulary": dict(vocabulary),
     }
+    # Last, because it names the hash of the weights.
+    content = json.loads(granite.to_json_string()) | _older_names(config)
+    write_json(folder / CONFIG_FILE, content | {SECTION: with_checksum(section)})
+
+
+def write_generation_config(
+    folder: Path, config: DecoderConfig, tensors: Mapping[str, Tensor], vocabulary: Mapping[str, Any]
+) -> GenerationConfig:
+    """Write ``generation_config.json``: stop ids, and what is added to every id's logit; arguments as above."""
+    from transformers import GenerationConfig
+
+    speech, bias_S = _speech_ids(vocabulary), tensors.get("head.bias")
+    stop_ids = [speech.start + stop_id for stop_id in vocabulary["stop_ids"]]
     token_bias = dict.fromkeys([*range(speech.start), *range(speech.stop, config.vocab_size)], NEVER)
     if bias_S is not None:
         token_bias |= dict(enumerate(bias_S.tolist(), speech.start))
     generation = GenerationConfig(
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
-        use_cache=use_cache,
+        # transformers asks the cache for its length, which one of Mamba layers alone cannot tell (5.23: ValueError).
+        use_cache=bool(config.layout.attention_layers),
         # None where all ids may be said, as in a model of text: an empty list is refused.
         sequence_bias=[[[token], bias] for token, bias in sorted(token_bias.items())] or None,
     )
     # Compact, because it is thousands of short lists.
     write_text(folder / GENERATION_FILE, json.dumps(generation.to_diff_dict(), allow_nan=False))
-    # Last, because it names the hash of the weights.
-    write_json(folder / CONFIG_FILE, json.loads(granite.to_json_string()) | {SECTION: with_checksum(section)})
+    return generation
+
+
+def expanded_head(config: DecoderConfig, tensors: Mapping[str, Tensor], vocabulary: Mapping[str, Any]) -> Tensor | None:
+    """The head (V, D) of all ids, zeros for those that are not speech; None where it is the embedding table.
+
+    It is that in a model of text alone.
+    """
+    head_SD = tensors["head.weight"]
+    if torch.equal(head_SD, tensors["body.embed_tokens.weight"]):
+        return None
+    head_VD = head_SD.new_zeros(config.vocab_size, config.hidden_size)
+    head_VD[_speech_ids(vocabulary)] = head_SD
+    return head_VD
+
+
+def _speech_ids(vocabulary: Mapping[str, Any]) -> slice:
+    return slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
 
 
 def read_granite(
@@ -208,7 +239,7 @@ def read_granite(
         raise InputError(f"{folder / WEIGHTS_FILE} is not the file {CONFIG_FILE} was written with (its hash differs)")
     try:
         config, vocabulary = DecoderConfig.from_dict(section["model"]), dict(section["vocabulary"])
-        speech = slice(vocabulary["text_size"], vocabulary["text_size"] + vocabulary["speech_size"])
+        speech = _speech_ids(vocabulary)
         tied, bias_hash = content.get("tie_word_embeddings"), section["head_bias"]
         lm_head_VD = granite["model.embed_tokens.weight"] if tied else granite.pop("lm_head.weight")
     except (KeyError, TypeError, ValueError) as error:
@@ -222,6 +253,16 @@ def read_granite(
             raise InputError(f"{folder / GENERATION_FILE} has not the head's bias {CONFIG_FILE} was written with")
         tensors["head.bias"] = torch.tensor(bias, dtype=lm_head_VD.dtype, device=device)
     return config, vocabulary, tensors
+
+
+def _older_names(config: DecoderConfig) -> dict[str, Any]:
+    """Keys of ``config.json`` that readers older than transformers 5 look for; newer ones read both forms alike."""
+    rope = dict(config.rope_parameters)
+    older: dict[str, Any] = {
+        "layer_types": [LAYER_TYPES[letter] for letter in str(config.layout)],
+        "rope_theta": rope.pop("rope_theta"),
+    }
+    return older if rope["rope_type"] == "default" else older | {"rope_scaling": rope}
 
 
 def _head_bias(folder: Path, speech: slice) -> list[float]:
@@ -240,7 +281,7 @@ def _expanded_body(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict
     expanded: dict[str, Tensor] = {}
     for name, tensor in body.items():
         if ".mamba." in name:
-            expanded[name] = _expand(config.mixer, name.partition(".mamba.")[2], tensor)
+            expanded[name] = expanded_parameter(config.mixer, name.partition(".mamba.")[2], tensor)
         elif name.endswith("mlp.gate_proj.weight"):
             up = body[name.replace("gate_proj", "up_proj")]
             expanded[name.replace("mlp.gate_proj", "shared_mlp.input_linear")] = torch.cat([tensor, up])
@@ -277,46 +318,8 @@ def _compact_body(config: DecoderConfig, body: Mapping[str, Tensor], source: Pat
             if not (name.endswith("self_attn.o_proj.bias") and not config.o_bias):
                 compact[name] = tensor
         elif parameter != "in_proj.bias":
-            smaller = _compact(config.mixer, parameter, tensor)
-            if not torch.equal(_expand(config.mixer, parameter, smaller), tensor):
+            smaller = compact_parameter(config.mixer, parameter, tensor)
+            if not torch.equal(expanded_parameter(config.mixer, parameter, smaller), tensor):
                 raise InputError(f"{source}: {name} is not an expanded compact mixer (was it trained further?)")
             compact[name] = smaller
     return compact
-
-
-def _row_blocks(config: MixerConfig, parameter: str) -> list[tuple[int, int, int]]:
-    """How a parameter's rows expand: (groups, rows of a group, times each group is repeated), in row order."""
-    groups, heads, width = config.num_kv_heads, config.num_heads, config.head_dim
-    shared = (groups, width, heads // groups)
-    own = (heads, width, 1)
-    per_state = (config.num_states, 1, heads // config.num_states)
-    if parameter == "in_proj.weight":
-        return [own, shared, shared, own, per_state]
-    if parameter.startswith("conv1d."):
-        return [shared, shared, own]
-    return [per_state] if parameter in ("dt_bias", "A_log") else []
-
-
-def _expand(config: MixerConfig, parameter: str, tensor: Tensor) -> Tensor:
-    """One compact parameter -> the expanded Granite mixer's (unchanged if it has no shared rows)."""
-    blocks = _row_blocks(config, parameter)
-    parts = tensor.split([groups * rows for groups, rows, _ in blocks]) if blocks else [tensor]
-    expanded = [
-        part.unflatten(0, (groups, rows)).repeat_interleave(repeats, 0).flatten(0, 1)
-        for part, (groups, rows, repeats) in zip(parts, blocks, strict=False)
-    ]
-    return torch.cat(expanded) if blocks else tensor
-
-
-def _compact(config: MixerConfig, parameter: str, tensor: Tensor) -> Tensor:
-    """Inverse of :func:`_expand`: the first of each group's repeated copies."""
-    blocks = _row_blocks(config, parameter)
-    if not blocks:
-        return tensor
-    parts = tensor.split([groups * rows * repeats for groups, rows, repeats in blocks])
-    return torch.cat(
-        [
-            part.unflatten(0, (groups, repeats, rows))[:, 0].flatten(0, 1)
-            for part, (groups, rows, repeats) in zip(parts, blocks, strict=True)
-        ]
-    )
