@@ -190,7 +190,7 @@ def test_bad_override_is_one_sentence(override, sentence):
 
 
 def test_a_teacher_of_ones_own_needs_a_corpus_of_ones_own():
-    with pytest.raises(InputError, match=r"corpus\.path: the packaged corpus is the demo's"):
+    with pytest.raises(InputError, match=r"corpus\.path: it has no packaged corpus"):
         load_config(None, ["teacher.kind=huggingface", "teacher.path=models/mine"])
 
 
