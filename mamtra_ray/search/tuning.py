@@ -154,11 +154,11 @@ def max_concurrent_trials(settings: TrialSettings) -> int:
 
 def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> LayoutProposals:
     search = settings.search
-    metrics = ["first_rung_ce", "cost"] if len(search.ratios) > 1 else ["first_rung_ce"]
+    metrics = objectives(search)
     # Not the seed of an earlier session, whose proposals would all come again.
     proposes = sampler(search.sampler, settings.seed + plan.num_known)
     if search.sampler == "surrogate":
-        proposes = SurrogateSampler(settings.space, plan.probe, settings.seed)
+        proposes = SurrogateSampler(settings.space, plan.probe, settings.seed, hears="wer" in metrics)
     study = optuna.create_study(
         # A journal that optuna-dashboard opens.
         storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
@@ -174,6 +174,12 @@ def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> Layout
         settings.seed,
         asks_study=search.sampler not in ("random", "grid"),
     )
+
+
+def objectives(search: SearchConfig) -> list[str]:
+    """What Optuna minimizes, by the names of a trial's result: CE at the first rung, which every trial has."""
+    wanted = {"first_rung_ce": True, "cost": len(search.ratios) > 1, "wer": "wer" in search.objectives}
+    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 class HalvingInsideRatios(FIFOScheduler):
