@@ -73,7 +73,7 @@ def flat(content: dict, prefix: str = "") -> dict:
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_search_space_is_valid_and_says_what_matters(space):
-    layers = {"demo": 12, "cosyvoice2": 24, "paper_grid": 24, "llasa_1b": 16, "smollm2": 30}[space.stem]
+    layers = {"demo": 12, "demo24": 24, "cosyvoice2": 24, "paper_grid": 24, "llasa_1b": 16, "smollm2": 30}[space.stem]
     assert search_space(load_config(space), layers).num_layers == layers
     said = set(flat(yaml.safe_load(space.read_text())))
     inherited = [key for key in flat(Config().model_dump()) if key not in said]
