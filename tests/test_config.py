@@ -36,6 +36,11 @@ INHERITED = {
         *("teacher.path", "corpus.path", "cache.format", "cache.bits", "student.initialization", "align.workers"),
         *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
     ],
+    "demo24": [
+        *(key for key in NEUTRAL if key not in ("evaluate.temperature", "distill.pretrained_learning_rate_factor")),
+        *("teacher.path", "corpus.path", "cache.format", "cache.bits", "student.initialization", "align.workers"),
+        *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
+    ],
     "cosyvoice2": [
         *(key for key in NEUTRAL if key not in ("search.objectives", "evaluate.race_sentences")),
         *("corpus.train_tokens", "student.initialization", "evaluate.codec"),
@@ -68,7 +73,7 @@ def flat(content: dict, prefix: str = "") -> dict:
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_search_space_is_valid_and_says_what_matters(space):
-    layers = {"demo": 12, "cosyvoice2": 24, "paper_grid": 24, "llasa_1b": 16, "smollm2": 30}[space.stem]
+    layers = {"demo": 12, "demo24": 24, "cosyvoice2": 24, "paper_grid": 24, "llasa_1b": 16, "smollm2": 30}[space.stem]
     assert search_space(load_config(space), layers).num_layers == layers
     said = set(flat(yaml.safe_load(space.read_text())))
     inherited = [key for key in flat(Config().model_dump()) if key not in said]
@@ -194,7 +199,7 @@ def test_bad_override_is_one_sentence(override, sentence):
 
 
 def test_a_teacher_of_ones_own_needs_a_corpus_of_ones_own():
-    with pytest.raises(InputError, match=r"corpus\.path: the packaged corpus is the demo's"):
+    with pytest.raises(InputError, match=r"corpus\.path: it has no packaged corpus"):
         load_config(None, ["teacher.kind=huggingface", "teacher.path=models/mine"])
 
 

@@ -9,9 +9,17 @@ from typing import Any
 from mamtra_ray.artifacts import file_hash, read_json, read_manifest
 from mamtra_ray.errors import InputError
 
+PACKAGED = ("demo", "demo24")
+"""Kinds of teachers that are in the package, each with a corpus; they share codec, voice and vocabulary."""
 DEMO = Path(__file__).parent / "demo"
 MANIFEST = "manifest.json"
+CORPUS = "corpus.parquet"
 SCHEMA_VERSION = 1
+
+
+def packaged_folder(kind: str) -> Path:
+    """The assets of a packaged teacher."""
+    return DEMO.with_name(kind)
 
 
 @cache
@@ -21,7 +29,7 @@ def demo_asset(name: str, folder: Path = DEMO) -> Path:
     Args:
         name: a file, or a folder of which every file is checked: `corpus.parquet`, `codec/codec.safetensors`,
             `teacher`.
-        folder: the demo assets.
+        folder: the assets of a packaged teacher.
 
     Raises:
         InputError: the asset is missing, damaged, or not in the manifest.

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from mamtra_ray.assets import CORPUS, PACKAGED, packaged_folder
 from mamtra_ray.config.search import SearchConfig
 from mamtra_ray.config.types import (
     Count,
@@ -43,9 +44,9 @@ class ResourcesConfig(Section):
 
 class TeacherConfig(Section):
     kind: str = "demo"
-    """Which loader: demo, cosyvoice2, llasa, huggingface, causal_lm (for text), or MODULE:FUNCTION of your own."""
+    """Which loader: demo, demo24, cosyvoice2, llasa, huggingface, causal_lm (of text), or your own MODULE:FUNCTION."""
     path: LocalPath | None = None
-    """Folder of the checkpoint (causal_lm: or a GGUF file); none for the packaged demo teacher."""
+    """Folder of the checkpoint (causal_lm: or a GGUF file); none for a packaged teacher (demo, demo24)."""
 
     @property
     def speaks(self) -> bool:
@@ -55,7 +56,7 @@ class TeacherConfig(Section):
 
 class CorpusConfig(Section):
     path: LocalPath | None = None
-    """Parquet file or folder made by `python -m mamtra_ray.corpus`; none for the packaged demo corpus."""
+    """Parquet file or folder made by `python -m mamtra_ray.corpus`; none for that of a packaged teacher."""
     train_tokens: Count | None = None
     """Use only utterances that together hold this many speech tokens, drawn evenly from the speakers; none for all."""
     validation_tokens: Count = 50_000
@@ -236,6 +237,12 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @property
+    def corpus_path(self) -> str | None:
+        """`corpus.path`, or where the corpus of a packaged teacher lies; none if it is neither."""
+        is_packaged = self.corpus.path is None and self.teacher.kind in PACKAGED
+        return str(packaged_folder(self.teacher.kind) / CORPUS) if is_packaged else self.corpus.path
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         cache, distill, search = self.cache, self.distill, self.search
@@ -260,10 +267,10 @@ class Config(Section):
         asked = [strategy for strategy in search.strategies if strategy.startswith("importance_")]
         if asked and self.student.initialization != "aligned":
             raise ValueError(f"search.strategies={asked[0]} needs aligned mixers: set student.initialization=aligned")
-        if self.teacher.path is None and self.teacher.kind != "demo":
+        if self.teacher.path is None and self.teacher.kind not in PACKAGED:
             raise ValueError(f"teacher.kind={self.teacher.kind} needs teacher.path, the folder of its checkpoint")
-        if self.corpus.path is None and self.teacher.kind != "demo":
-            raise ValueError(f"teacher.kind={self.teacher.kind} needs corpus.path: the packaged corpus is the demo's")
+        if self.corpus_path is None:
+            raise ValueError(f"teacher.kind={self.teacher.kind} needs corpus.path: it has no packaged corpus")
         race, all_speak = self.evaluate.race_sentences, self.evaluate.sentences
         if race and not 0 < all_speak < race:
             raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mamtra_ray.assets import PACKAGED
 from mamtra_ray.config import TeacherConfig
 from mamtra_ray.corpus.selection import drawn, fitting
 from mamtra_ray.corpus.table import (
@@ -23,7 +24,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.teachers.outline import TeacherOutline
 from mamtra_ray.teachers.text import TextTokenizer, text_tokenizer
 
-_KINDS_WITH_ONE_TOKENIZER = ("demo", "cosyvoice2", "llasa")
+_KINDS_WITH_ONE_TOKENIZER = (*PACKAGED, "cosyvoice2", "llasa")
 _COMPARED = 20
 
 

@@ -28,14 +28,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mamtra_ray.artifacts import check_checksum, with_checksum, written_atomically
-from mamtra_ray.assets import DEMO
+from mamtra_ray.assets import CORPUS, DEMO
 from mamtra_ray.errors import InputError
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
 REPORT, PART_REPORTS = "report.json", "part-*.json"
 """Beside the files of a corpus made from recordings: written when all is done, and with every part."""
-DEMO_CORPUS = DEMO / "corpus.parquet"
+DEMO_CORPUS = DEMO / CORPUS
 
 _TOKENS = pa.list_(pa.int32())
 REQUIRED_COLUMNS = {

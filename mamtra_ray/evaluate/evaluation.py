@@ -165,7 +165,7 @@ def test_sentences(config: Config) -> tuple[list[Utterance], list[str], str]:
     settings = config.evaluate
     if not settings.sentences:
         raise InputError("evaluate.sentences is 0: there is nothing to speak")
-    test = read_corpus(settings.corpus or config.corpus.path, "test")
+    test = read_corpus(settings.corpus or config.corpus_path, "test")
     check_text_tokens(test, config.teacher)
     normalize = NORMALIZATIONS[settings.normalization]
     first = utterances(drawn(test, config.corpus.seed).slice(0, settings.sentences))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from mamtra_ray.assets import PACKAGED
 from mamtra_ray.config import Config
 from mamtra_ray.corpus.check import check_against_teacher
 from mamtra_ray.corpus.selection import usable
@@ -69,7 +70,7 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
     own_candidates(space, config.search.layouts)
     if outside := [layer for layer in config.cache.layers if layer >= layers]:
         raise InputError(f"cache.layers has layer {outside[0]}, the teacher only 0 to {layers - 1}")
-    corpus = read_corpus(config.corpus.path)
+    corpus = read_corpus(config.corpus_path)
     check_against_teacher(corpus, outline, config.teacher)
     splits = {split: split_of(corpus, split) for split in ("train", "validation")}
     overhead, longest = outline.sequence_overhead, outline.max_length
@@ -110,7 +111,7 @@ def _check_speech(config: Config, outline: TeacherOutline, corpus: pa.Table) -> 
     for metric in evaluate.metrics:
         _exists(metric.partition(":")[2], f"evaluate.metrics={metric}")
     _exists(evaluate.codec or "", "evaluate.codec")
-    if evaluate.codec is None and config.teacher.kind not in ("demo", "cosyvoice2"):
+    if evaluate.codec is None and config.teacher.kind not in (*PACKAGED, "cosyvoice2"):
         raise InputError(
             f"teacher {config.teacher.kind!r} does not say how its tokens sound: give evaluate.codec (a CosyVoice 2 "
             "folder, an Xcodec2 folder, or a demo codec file), or evaluate.sentences=0 for no WER"

@@ -82,7 +82,7 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
     config, folder = run.config, run.folder
     teacher = cached_teacher(config.teacher.kind, config.teacher.path)
     search_space(config, teacher.model.layout.num_layers)
-    corpus = read_corpus(config.corpus.path)
+    corpus = read_corpus(config.corpus_path)
     check_text_tokens(corpus, config.teacher)
     identity = corpus_identity(corpus)
     cluster = connect(address)

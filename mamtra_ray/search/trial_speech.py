@@ -65,7 +65,7 @@ def prepare_trial_speech(session: Session) -> TrialSpeech | None:
     config, folder = session.config, session.folder
     if not (config.search.sentences and config.evaluate.sentences):
         return None
-    validation = read_corpus(config.corpus.path, "validation")
+    validation = read_corpus(config.corpus_path, "validation")
     sentences = validation_sentences(
         utterances(drawn(validation, config.corpus.seed)), config.search.sentences, config.evaluate.normalization
     )

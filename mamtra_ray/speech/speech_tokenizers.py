@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mamtra_ray.assets import PACKAGED
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech.recognizer import SAMPLE_RATE
 
@@ -40,7 +41,7 @@ def speech_tokenizer_of_teacher(kind: str, teacher_path: Path | None, path: Path
     Raises:
         InputError: none is known for this kind, or its file or package is missing.
     """
-    if kind == "demo" or (path and path.suffix == ".safetensors"):
+    if kind in PACKAGED or (path and path.suffix == ".safetensors"):
         from mamtra_ray.speech.demo_codec import load_codec
 
         return DemoTokenizer(load_codec(path))

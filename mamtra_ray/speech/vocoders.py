@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mamtra_ray.assets import PACKAGED
 from mamtra_ray.errors import InputError
 from mamtra_ray.speech.demo_codec import Codec, load_codec
 from mamtra_ray.speech.demo_stream import decode_stream
@@ -46,7 +47,7 @@ def vocoder_of_teacher(kind: str, teacher_path: Path | None, codec_path: Path | 
         from mamtra_ray.speech.xcodec2_vocoder import load_xcodec2_vocoder
 
         return load_xcodec2_vocoder(_required(codec_path, kind))
-    if kind == "demo" or codec_path:
+    if kind in PACKAGED or codec_path:
         return _DemoVocoder(load_codec(codec_path))
     raise InputError(
         f"teacher {kind!r} does not say how its tokens sound: give evaluate.codec "

@@ -27,7 +27,7 @@ def make_cache(session: Session, *, repair: bool = False) -> tuple[SharedCache, 
     with session.screen.phase("cache", f"the teacher's outputs, by Ray Data, into {folder}"):
         build_cache(
             config.cache,
-            config.corpus,
+            config.corpus.model_copy(update={"path": config.corpus_path}),
             folder,
             teacher=session.teacher,
             shared_teacher=session.shared_teacher,

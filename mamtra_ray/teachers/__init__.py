@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mamtra_ray.assets import PACKAGED
 from mamtra_ray.errors import InputError, nearest_name
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 LOADERS = {
     "demo": "mamtra_ray.teachers.demo",
+    "demo24": "mamtra_ray.teachers.demo24",
     "cosyvoice2": "mamtra_ray.teachers.cosyvoice2",
     "llasa": "mamtra_ray.teachers.llasa",
     "huggingface": "mamtra_ray.teachers.huggingface",
@@ -33,7 +35,7 @@ def load_teacher(
 
     Args:
         kind: one of :data:`LOADERS`, or ``package.module:function`` of your own.
-        path: its checkpoint folder, or GGUF file; None for the packaged demo teacher.
+        path: its checkpoint folder, or GGUF file; None for a packaged teacher.
         dtype: of the parameters; float32 if None.
         device: where to put it.
 
@@ -92,7 +94,7 @@ def check_kind(kind: str, path: Path | str | None) -> None:
         raise InputError(
             f"teacher.kind: unknown teacher {kind!r}: {nearest_name(kind, LOADERS)}; or MODULE:FUNCTION of your own"
         )
-    if path is None and kind != "demo":
+    if path is None and kind not in PACKAGED:
         raise InputError(f"teacher {kind!r} needs teacher.path, the folder of its checkpoint")
     if path is not None and not Path(path).is_dir():
         if kind != "causal_lm":

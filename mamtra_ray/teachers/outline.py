@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mamtra_ray.assets import demo_asset
+from mamtra_ray.assets import PACKAGED, demo_asset, packaged_folder
 from mamtra_ray.efficiency.architectures import Architecture, StateSharing, decoder_architecture, from_hf_config
 from mamtra_ray.teachers import cached_teacher, check_kind
 
@@ -44,7 +44,7 @@ def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) ->
         InputError: as :func:`mamtra_ray.teachers.load_teacher`.
     """
     check_kind(kind, path)
-    if kind != "demo" or path is not None:
+    if kind not in PACKAGED or path is not None:
         teacher = cached_teacher(kind, path)
         vocabulary = teacher.model.vocabulary
         architecture = architecture_of(teacher, state_sharing)
@@ -58,12 +58,12 @@ def teacher_outline(kind: str, path: str | None, state_sharing: StateSharing) ->
             teacher.tokenizer,
             teacher.model.config,
         )
-    folder = demo_asset("teacher")
+    folder = demo_asset("teacher", packaged_folder(kind))
     config, format_ = (json.loads((folder / name).read_text()) for name in ("config.json", "speech_lm.json"))
     vocabulary = format_["vocabulary"]
     return TeacherOutline(
-        "demo",
-        from_hf_config(config, "demo", state_sharing),
+        kind,
+        from_hf_config(config, kind, state_sharing),
         vocabulary["text_size"],
         vocabulary["speech_size"],
         sum(len(ids) for ids in format_["sequence"].values()),

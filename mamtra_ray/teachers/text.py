@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mamtra_ray.assets import PACKAGED
 from mamtra_ray.errors import InputError
 from mamtra_ray.teachers import LOADERS
 
@@ -32,7 +33,7 @@ def text_tokenizer(kind: str, path: Path | None) -> TextTokenizer:
         InputError: unknown kind, or no tokenizer in the folder. The function itself raises it for text that the
             tokenizer cannot take (the demo knows a few dozen words).
     """
-    if kind == "demo":
+    if kind in PACKAGED:
         from mamtra_ray.teachers.demo_grammar import tokenize_text
 
         return tokenize_text
@@ -47,7 +48,7 @@ def save_text_tokenizer(kind: str, path: Path | None, folder: Path) -> bool:
         Whether there was one: a folder of kind "huggingface" may hold a model alone.
     """
     try:
-        tokenizer = _demo_tokenizer() if kind == "demo" else transformers_tokenizer(kind, path)
+        tokenizer = _demo_tokenizer() if kind in PACKAGED else transformers_tokenizer(kind, path)
     except InputError:
         return False
     tokenizer.save_pretrained(folder)
