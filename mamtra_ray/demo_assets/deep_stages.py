@@ -96,11 +96,11 @@ the tiny scale."""
 
 _TRAINING = ("train", "validation")
 _PLAN = (
-    ("clauses", "clauses-*/*.npz", 15),
-    ("word times", "clause-ends-*.json", 3),
-    ("corpus", "sentences-*.parquet", 4),
-    ("teacher", "teacher-*", 110),
-    ("error rates", "heard-*.json", 26),
+    ("clauses", "clauses-*/*.npz", 14),
+    ("word times", "clause-ends-*.json", 1),
+    ("corpus", "sentences-*.parquet", 1),
+    ("teacher", "teacher-*", 61),
+    ("error rates", "heard-*.json", 25),
 )
 
 
