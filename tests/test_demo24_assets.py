@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from mamtra_ray.assets import DEMO, demo_asset, packaged_folder
-from mamtra_ray.config import load_config
+from mamtra_ray.config import TeacherConfig, load_config
+from mamtra_ray.corpus.check import check_text_tokens
 from mamtra_ray.corpus.table import read_corpus
 from mamtra_ray.demo_assets.clauses import BANDS
 from mamtra_ray.demo_assets.language_model import load_with_transformers
 from mamtra_ray.demo_assets.measure import speak_with_transformers
 from mamtra_ray.errors import InputError
+from mamtra_ray.run.checks import check_inputs
 from mamtra_ray.speech.demo_codec import load_codec
 from mamtra_ray.speech.wer import bootstrap_interval, word_error_rate
 from mamtra_ray.speech_lm.generate import generate
@@ -85,6 +87,13 @@ def test_it_has_transformers_logits_and_speaks_as_transformers_does(corpus):
     bounds = teacher.length_bounds(row["text_tokens"])
     ours = generate(teacher.model, [sequence.prompt(row["text_tokens"], (), ())], [bounds])[0]
     assert ours.stopped and list(ours.tokens) == [int(token) for token in spoken]
+
+
+def test_the_shipped_space_passes_every_check_before_a_run():
+    found = check_inputs(load_config("demo24"), speech=True)
+    assert (found.num_layers, found.left_out) == (24, 0)
+    with pytest.raises(InputError, match=r"made with demo.s tokenizers, but teacher\.kind is llasa"):
+        check_text_tokens(read_corpus(load_config("demo24").corpus_path), TeacherConfig(kind="llasa", path="/"))
 
 
 @pytest.mark.slow

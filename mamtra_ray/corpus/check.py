@@ -24,7 +24,8 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.teachers.outline import TeacherOutline
 from mamtra_ray.teachers.text import TextTokenizer, text_tokenizer
 
-_KINDS_WITH_ONE_TOKENIZER = (*PACKAGED, "cosyvoice2", "llasa")
+_TOKENIZER_OF_KIND = {**dict.fromkeys(PACKAGED, "demo"), "cosyvoice2": "cosyvoice2", "llasa": "llasa"}
+"""The name in a corpus, by kind of teacher; other kinds have any."""
 _COMPARED = 20
 
 
@@ -86,8 +87,9 @@ def check_text_tokens(table: pa.Table, teacher: TeacherConfig) -> None:
         InputError: names an utterance, or both tokenizers.
     """
     found = corpus_identity(table).tokenizer
-    if found != teacher.kind:
-        if {found, teacher.kind} <= set(_KINDS_WITH_ONE_TOKENIZER):
+    expected_name = _TOKENIZER_OF_KIND.get(teacher.kind, teacher.kind)
+    if found != expected_name:
+        if {found, expected_name} <= set(_TOKENIZER_OF_KIND.values()):
             raise InputError(f"the corpus was made with {found}'s tokenizers, but teacher.kind is {teacher.kind}")
         return
     tokenize = _tokenizer(teacher.kind, teacher.path)

@@ -71,6 +71,7 @@ distilled from {teacher.name} (fingerprint {fingerprint}) on {row.tokens:,} toke
 
 _SETTINGS = {
     "demo": ("", "The codec is in the package."),
+    "demo24": ("--space demo24 ", "The codec is in the package."),
     "cosyvoice2": (
         "--space cosyvoice2 teacher.path=COSYVOICE2 ",
         "COSYVOICE2 is the folder of the teacher, with flow.pt and hift.pt; the package minicpmo-utils decodes them.",
