@@ -97,9 +97,7 @@ def settings_with(distill: DistillConfig, calls: list) -> SimpleNamespace:
         data=data,
         seed=0,
         worker=None,
-        table=SimpleNamespace(
-            note_tokens=SimpleNamespace(remote=lambda *_: None), tokens_of=SimpleNamespace(remote=lambda *_: 0)
-        ),
+        table=SimpleNamespace(end_progress=SimpleNamespace(remote=lambda *_: None)),
         job=lambda layout, report_at, progress: DistillJob(layout, distill, StudentConfig(), data, report_at),
     )
 

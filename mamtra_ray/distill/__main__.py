@@ -35,9 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     from mamtra_ray.align.phase import make_library
     from mamtra_ray.distill.job import DistillJob, distill_data
     from mamtra_ray.distill.learning_rate import with_learning_rate
+    from mamtra_ray.distill.progress import show_progress, start_progress
     from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
     from mamtra_ray.run.rows import is_worse_than_start
     from mamtra_ray.run.session import start_session
+    from mamtra_ray.runtime.progress import repeatedly
     from mamtra_ray.teacher_cache.phase import make_cache
 
     phases = ("cache", "align", *(["learning rate"] if config.distill.learning_rate == "auto" else []), "distill")
@@ -52,9 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         data=data,
         report_at=checkpoints_at(config.distill.tokens, config.distill.checkpoint_every_tokens),
         seed=config.seed,
+        progress=start_progress(),
     )
-    workers = config.distill.workers
-    with session.screen.phase("distill", f"{layout} on {workers} Ray Train workers"):
+    workers, screen = config.distill.workers, session.screen
+    with (
+        screen.phase("distill", f"{layout} on {workers} Ray Train workers"),
+        repeatedly(lambda: show_progress(screen, job)),
+    ):
         report = distill_on_workers(job, folder, workers=workers, worker=session.worker)
     print(
         f"held-out CE {report.ce:.4f} (from {report.ce_start:.4f}), KL {report.kl:.4f} (from {report.kl_start:.4f}); "

@@ -39,7 +39,8 @@ class DistillJob:
     """Training tokens after which the student is validated and reported; the last one ends the training."""
     seed: int = 0
     progress: Any = None
-    """Handle of an actor with ``note_tokens(layout, tokens)``, told about every second; none: nobody is told."""
+    """Handle of an actor that is a :class:`~mamtra_ray.distill.progress.TrainingProgress`, told about every second;
+    none: nobody is told."""
 
     @property
     def made_by(self) -> dict[str, str]:

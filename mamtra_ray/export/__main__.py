@@ -44,20 +44,25 @@ def main(arguments: list[str] | None = None) -> int:
 
     from mamtra_ray.export.checkpoint import export_student
     from mamtra_ray.models.granite import check_representable
+    from mamtra_ray.runtime.progress import said_while
     from mamtra_ray.speech_lm.generation_check import check_generation
     from mamtra_ray.speech_lm.speech_lm import SpeechLM
     from mamtra_ray.teachers import load_teacher
     from mamtra_ray.teachers.cosyvoice2 import write_folder
 
-    teacher, trained = load_teacher(source.kind, source.path), student_folder(options.run, layout)
+    with said_while("loading the teacher"):
+        teacher = load_teacher(source.kind, source.path)
+    trained = student_folder(options.run, layout)
     if options.format == "transformers":
         check_representable(teacher.model.config)
     if options.format == "cosyvoice2":
-        student = SpeechLM.load(trained).eval()
-        check_generation(student, teacher.sequence, f"student {layout}")
-        write_folder(student, Path(source.path or ""), output)
+        with said_while("checking that the student generates what it computes, writing it"):
+            student = SpeechLM.load(trained).eval()
+            check_generation(student, teacher.sequence, f"student {layout}")
+            write_folder(student, Path(source.path or ""), output)
     else:
-        export_student(trained, output, rows[layout], teacher, source, options.format)
+        with said_while("writing the checkpoint, comparing it with the student"):
+            export_student(trained, output, rows[layout], teacher, source, options.format)
     print(output)
     if alarm := rows[layout].alarm:
         print(f"alarm: {layout} {alarm}", file=sys.stderr)

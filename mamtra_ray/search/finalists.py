@@ -12,7 +12,8 @@ import ray.train
 from tensorboardX import SummaryWriter
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
-from mamtra_ray.distill.job import Report
+from mamtra_ray.distill.job import DistillJob, Report
+from mamtra_ray.distill.progress import show_progress
 from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
@@ -72,11 +73,12 @@ def _ranked(rows: Collection[TrialRow], evaluation: str) -> list[TrialRow]:
 
 
 def distill_finalist(
-    settings: TrialSettings, layout: Layout, folder: Path, on_progress: Callable[[int], None]
+    settings: TrialSettings, layout: Layout, folder: Path, on_progress: Callable[[DistillJob], None]
 ) -> Report:
     """Distill ``layout`` with the full token budget; ``folder/student`` holds the result, ``result.json`` the scores.
 
     A finished result of the same training is read back; a stopped training goes on from its last checkpoint.
+    ``on_progress`` is called with the job every second while it runs.
     """
     total = settings.settings.tokens
     job = settings.job(layout, checkpoints_at(total, settings.settings.checkpoint_every_tokens), settings.table)
@@ -90,8 +92,9 @@ def distill_finalist(
         raise InputError(
             f"{folder} was distilled with another {other.replace('_', ' ')}; move it away, or begin another run"
         )
-    result_of(settings.table.note_tokens.remote(str(layout), 0))
-    with repeatedly(lambda: on_progress(result_of(settings.table.tokens_of.remote(str(layout))))):
+    # A trial of the same layout has told of itself.
+    result_of(settings.table.end_progress.remote(str(layout)))
+    with repeatedly(lambda: on_progress(job)):
         report = distill_on_workers(
             job,
             folder,
@@ -129,9 +132,9 @@ def distill_the_finalists(
         for index, candidate in enumerate(finalists):
             layout = candidate.layout
 
-            def on_progress(done: int, index: int = index, candidate: Candidate = candidate) -> None:
+            def on_progress(job: DistillJob, index: int = index, candidate: Candidate = candidate) -> None:
                 note = f"{candidate.origin} {candidate.layout}"
-                session.screen.count(index * tokens + min(done, tokens), tokens * len(finalists), "tokens", note)
+                show_progress(session.screen, job, before=index * tokens, total=tokens * len(finalists), note=note)
 
             report = distill_finalist(settings, layout, student_folder(session.folder, layout).parent, on_progress)
             curve = result_of(settings.table.curve_of.remote(FINALIST_CURVE, layout))

@@ -21,7 +21,7 @@ from mamtra_ray.run.folder import Reference, Score
 from mamtra_ray.run.names import TEACHER, TRIALS, best_folder, student_folder
 from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
-from mamtra_ray.runtime.progress import table
+from mamtra_ray.runtime.progress import said_while, table
 from mamtra_ray.search.metrics import SearchMetrics
 from mamtra_ray.search.verdict import Outcome, training_warnings, verdict
 from mamtra_ray.teacher_cache.batches import batches
@@ -40,7 +40,9 @@ def measure_wer(
     size = VALIDATION_BATCHES * config.distill.tokens_per_batch
     held_out = batches(validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0)
     heard = _evaluate(session, finalists) if config.evaluate.sentences else {}
-    finalists, reference = with_scores(finalists, heard, validate(teacher.model, held_out).ce)
+    with said_while("measuring the teacher's held-out cross-entropy"):
+        teacher_ce = validate(teacher.model, held_out).ce
+    finalists, reference = with_scores(finalists, heard, teacher_ce)
     if heard:
         metrics.best_wer.set(min(row.wer.value for row in finalists if row.wer))
     return finalists, reference
@@ -57,6 +59,7 @@ def _evaluate(session: Session, finalists: Sequence[FinalistRow]) -> dict[str, E
             teacher=session.shared_teacher,
             worker=session.worker,
             on_progress=lambda done, total: screen.count(done, total, "utterances"),
+            on_activity=screen.now,
         )
 
 
@@ -66,11 +69,13 @@ def export(session: Session, best: Mapping[str, FinalistRow]) -> tuple[dict[Layo
     Returns:
         Folders by layout, and why others could not be written: what a search found is worth a report all the same.
     """
-    folders, refusals = {}, []
+    folders: dict[Layout, Path] = {}
+    refusals = []
     form = form_of(session.teacher.model.config)
     what = "a checkpoint that plain transformers loads" if form == "transformers" else "a checkpoint in our own form"
     with session.screen.phase("export", what):
         for ratio, row in best.items():
+            session.screen.now(f"checking and writing {row.layout}, {len(folders) + 1} of {len(best)}")
             folder = best_folder(session.folder, ratio, list(best))
             student = student_folder(session.folder, row.layout)
             try:

@@ -31,7 +31,7 @@ from mamtra_ray.run.open_run import OpenRun
 from mamtra_ray.run.rows import FinalistRow, TrialRow, write_table
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.runtime.actor_pool import result_of
-from mamtra_ray.runtime.progress import repeatedly
+from mamtra_ray.runtime.progress import repeatedly, said_while
 from mamtra_ray.search.costs import cost_by_rung
 from mamtra_ray.search.finalists import distill_the_finalists
 from mamtra_ray.search.importance import layer_importance
@@ -54,9 +54,11 @@ def search(run: OpenRun, address: str | None) -> int:
     """
     session = start_session(run, phases(run.config), address)
     config, folder, screen = session.config, session.folder, session.screen
-    check_decoding(session)
+    with said_while("checking that teacher and hybrid generate what they compute"):
+        check_decoding(session)
     if config.evaluate.sentences:
-        check_evaluation(config, session.shared_teacher, session.worker)
+        with said_while("loading recognizer, codec and metrics, to see whether they are there"):
+            check_evaluation(config, session.shared_teacher, session.worker)
     ratios = ", ".join(config.search.ratios)
     screen.say(f"run {folder}: {session.num_layers} layers, ratios {ratios}; dashboard {session.dashboard}")
     if note := export_note(session.teacher.model.config):

@@ -20,10 +20,14 @@ from mamtra_ray.run.names import trial_states
 from mamtra_ray.run.rows import TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.actor_pool import RESTARTS, result_of
+from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.search.metrics import SearchMetrics
 from mamtra_ray.search.trial import TrialSettings
 from mamtra_ray.search.trial_table import TrialFailure, TrialTable
 from mamtra_ray.search.tuning import TrialPlan, run_trials
+
+_SHOWN = 2
+"""Running trials that the line on the screen names."""
 
 
 def start_trial_table(session: Session, data: DistillData) -> Any:
@@ -81,7 +85,7 @@ def run_the_trials(
     asked = len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates))
     probed = {row.layout: row.kl for row in latest_scores(session.folder)}
     plan = TrialPlan(candidates, len(known), min(asked, session.space.num_layouts), probed)
-    progress = _TrialsProgress(session, metrics, table, plan.total)
+    progress = _TrialsProgress(session, metrics, table, plan)
     goes_on = f", {len(known)} known" if known else ""
     every_one = f", all there are (search.trials={asked})" if plan.total < asked else ""
     heading = f"{plan.total} layouts by Tune + Optuna ({search.sampler}){every_one}{goes_on}"
@@ -91,7 +95,9 @@ def run_the_trials(
                 f"    the teacher's WER on the trials' {len(settings.speech.sentences)} sentences: "
                 f"{settings.speech.teacher_wer}"
             )
-        run_trials(settings, plan, session.folder, progress)
+        progress.show()
+        with repeatedly(progress.show):
+            run_trials(settings, plan, session.folder, progress)
         result_of(table.compact.remote())
     rows, failures = result_of(table.all_rows.remote()), progress.failures
     if failures and not any(session.space.allows(row.layout) for row in rows):
@@ -102,8 +108,9 @@ def run_the_trials(
 class _TrialsProgress:
     """What the screen, the metrics and the table are told while trials run."""
 
-    def __init__(self, session: Session, metrics: SearchMetrics, table: Any, total: int) -> None:
-        self.session, self.metrics, self.table, self.total = session, metrics, table, total
+    def __init__(self, session: Session, metrics: SearchMetrics, table: Any, plan: TrialPlan) -> None:
+        self.session, self.metrics, self.table, self.total = session, metrics, table, plan.total
+        self.known = {candidate.layout for candidate in plan.candidates[: plan.num_known]}
         self.ended = 0
         self.failures: list[str] = []
         self.best: Mapping[str, Any] | None = None
@@ -120,8 +127,18 @@ class _TrialsProgress:
             self.ended += 1
             self.metrics.trials_finished.inc()
             self._end(layout, death)
-        note = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
-        self.session.screen.count(self.ended, self.total, "trials", note)
+        # A trial that repeats what an earlier session found says nothing about how long others take.
+        self.show(is_work=layout not in self.known)
+
+    def show(self, is_work: bool = True) -> None:
+        """How many trials have ended, the best one, and what runs."""
+        running = result_of(self.table.running.remote())
+        now = [f"{layout} {doing or f'{tokens:,} tokens'}" for layout, (tokens, doing) in sorted(running.items())]
+        more = f" and {len(now) - _SHOWN} more" if len(now) > _SHOWN else ""
+        best = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
+        runs = f"running {', '.join(now[:_SHOWN])}{more}" if now else ""
+        note = "; ".join(filter(None, (best, runs)))
+        self.session.screen.count(self.ended, self.total, "trials", note, is_work=is_work)
 
     def _note_score(self, layout: Layout, result: Mapping[str, Any]) -> None:
         if self.best is None or (result["rung"], -result["ce"]) > (self.best["rung"], -self.best["ce"]):
