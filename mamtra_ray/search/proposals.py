@@ -23,6 +23,20 @@ from mamtra_ray.search.surrogate_sampler import FIRST_RUNG_KL, LAYOUT
 
 _ASKS = 8
 """Repeats of a sampler before a layout is drawn instead."""
+_TOLD = (
+    "rung",
+    "tokens",
+    "ce",
+    "kl",
+    "ce_start",
+    "kl_start",
+    "wer",
+    "wer_low",
+    "wer_high",
+    "token_error_rate",
+    "seconds",
+)
+"""What of a trial's results becomes a user attribute of the study, where optuna-dashboard shows it."""
 
 
 class LayoutProposals(Searcher):
@@ -52,6 +66,7 @@ class LayoutProposals(Searcher):
         self.space, self.study, self.metrics = space, study, list(metrics)
         self.asks_study = asks_study
         self._waiting = deque(candidates)
+        self._origins = {candidate.layout: candidate.origin for candidate in candidates}
         self._tried = {candidate.layout for candidate in candidates}
         self._draws = UniformLayouts(space, seed)
         self._trials: dict[str, optuna.Trial] = {}
@@ -70,6 +85,8 @@ class LayoutProposals(Searcher):
             trial, layout = self._untried()
             self._tried.add(layout)
         trial.set_user_attr(LAYOUT, str(layout))
+        trial.set_user_attr("ratio", layout.ratio)
+        trial.set_user_attr("origin", self._origins.get(layout, "optuna"))
         self._trials[trial_id] = trial
         return {"layout": str(layout)}
 
@@ -90,7 +107,8 @@ class LayoutProposals(Searcher):
         return self.study.ask(param_space(self.space)), layout
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Only the end of a trial is told."""
+        """Only the end of a trial is told to the sampler; its scores so far are shown."""
+        self._show(self._trials[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna; a trial without a score has failed."""
@@ -98,9 +116,16 @@ class LayoutProposals(Searcher):
         if result and all(name in result for name in self.metrics):
             if FIRST_RUNG_KL in result:
                 trial.set_user_attr(FIRST_RUNG_KL, result[FIRST_RUNG_KL])
+            self._show(trial, result)
             self.study.tell(trial, [result[name] for name in self.metrics])
         else:
             self.study.tell(trial, state=TrialState.FAIL)
+
+    @staticmethod
+    def _show(trial: optuna.Trial, result: dict[str, Any]) -> None:
+        for name in _TOLD:
+            if result.get(name) is not None and trial.user_attrs.get(name) != result[name]:
+                trial.set_user_attr(name, result[name])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials table has all that a later session needs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,13 +160,7 @@ def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> Layout
     proposes = sampler(search.sampler, settings.seed + plan.num_known)
     if search.sampler == "surrogate":
         proposes = SurrogateSampler(settings.space, plan.probe, settings.seed)
-    study = optuna.create_study(
-        # A journal that optuna-dashboard opens.
-        storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
-        sampler=proposes,
-        study_name=STUDY_NAME,
-        directions=["minimize"] * len(metrics),
-    )
+    study = new_study(folder, proposes, ["CE after the first rung", search.cost][: len(metrics)])
     return LayoutProposals(
         settings.space,
         plan.candidates,
@@ -174,6 +169,26 @@ def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> Layout
         settings.seed,
         asks_study=search.sampler not in ("random", "grid"),
     )
+
+
+def new_study(folder: Path, proposes: optuna.samplers.BaseSampler, metric_names: Sequence[str]) -> optuna.Study:
+    """A study whose values are all minimized, in a journal that optuna-dashboard opens.
+
+    Args:
+        folder: gets ``optuna.journal``.
+        proposes: its sampler.
+        metric_names: of the values of a trial, as the dashboard shows them.
+    """
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
+        sampler=proposes,
+        study_name=STUDY_NAME,
+        directions=["minimize"] * len(metric_names),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(metric_names))
+    return study
 
 
 class HalvingInsideRatios(FIFOScheduler):
