@@ -44,7 +44,7 @@ def measure_wer(
         teacher_ce = validate(teacher.model, held_out).ce
     finalists, reference = with_scores(finalists, heard, teacher_ce)
     if heard:
-        metrics.best_wer.set(min(row.wer.value for row in finalists if row.wer))
+        metrics.finalists_heard(finalists)
     return finalists, reference
 
 

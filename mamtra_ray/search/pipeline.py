@@ -64,7 +64,12 @@ def search(run: OpenRun, address: str | None) -> int:
     if note := export_note(session.teacher.model.config):
         screen.say(note.rstrip())
     metrics = SearchMetrics(str(folder))
-    with repeatedly(metrics.set_again, SECONDS_BETWEEN_EXPORTS):
+
+    def export_metrics() -> None:
+        metrics.note_progress(*screen.progress())
+        metrics.set_again()
+
+    with repeatedly(export_metrics, SECONDS_BETWEEN_EXPORTS):
         return _run_phases(session, metrics)
 
 
@@ -82,6 +87,7 @@ def _run_phases(session: Session, metrics: SearchMetrics) -> int:
     rows, failures = run_the_trials(session, settings, given, proposals, metrics)
     note_costs(session, train, library, rows, [])
     finalists = distill_the_finalists(session, settings, given, rows)
+    metrics.finalists_distilled(finalists)
     note_costs(session, train, library, rows, finalists)
     finalists, reference = measure_wer(session, finalists, validation, metrics)
     finalists, best = choose(finalists, config.search.ratios)

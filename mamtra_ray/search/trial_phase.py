@@ -123,9 +123,10 @@ class _TrialsProgress:
         """
         if "ce" in result:
             self._note_score(layout, result)
+            if not ended:  # The end repeats the last result.
+                self.metrics.trial_scored(result)
         if ended:
             self.ended += 1
-            self.metrics.trials_finished.inc()
             self._end(layout, death)
         # A trial that repeats what an earlier session found says nothing about how long others take.
         self.show(is_work=layout not in self.known)
@@ -143,12 +144,11 @@ class _TrialsProgress:
     def _note_score(self, layout: Layout, result: Mapping[str, Any]) -> None:
         if self.best is None or (result["rung"], -result["ce"]) > (self.best["rung"], -self.best["ce"]):
             self.best = result
-            self.metrics.best_ce.set(result["ce"])
-            self.metrics.cache_bytes.set(self.session.costs(layout)["cache_bytes"])
-        self.metrics.tokens_per_second.set(result["tokens_per_second"])
+            self.metrics.best_trial(result["ce"], self.session.costs(layout)["cache_bytes"])
 
     def _end(self, layout: Layout, death: str | None) -> None:
         failure = TrialFailure(death) if death else result_of(self.table.failure_of.remote(layout))
+        self.metrics.trial_ended(failed=failure is not None)
         if failure is None:
             result_of(self.table.finish.remote(layout))
             # Only an unfinished trial needs its training state again.
