@@ -70,7 +70,8 @@ class Report:
     kl_start: float
     """Held-out KL before the first step."""
     curve: list[dict[str, float]]
-    """Training loss terms since the last report, about 100 steps of them: step, tokens, total, ce, kl, hidden."""
+    """Training steps since the last report, about 100 of them: step, tokens, the loss terms total, ce, kl and hidden,
+    learning_rate, grad_norm."""
 
 
 def student_made_by(data: DistillData, student: StudentConfig, settings: DistillConfig, seed: int) -> dict[str, str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from tensorboardX import SummaryWriter
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
 from mamtra_ray.distill.job import DistillJob, Report
@@ -19,7 +18,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace, without_repeats
 from mamtra_ray.run.names import student_folder
-from mamtra_ray.run.rows import FINALIST_CURVE, CurvePoint, FinalistRow, TrialRow
+from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.progress import repeatedly
@@ -100,7 +99,7 @@ def distill_finalist(
             folder,
             workers=settings.settings.workers,
             worker=settings.worker,
-            callbacks=[_CurveToTable(settings.table, layout, len(settings.search.rung_tokens))],
+            callbacks=[_ReportToTable(settings.table, layout, len(settings.search.rung_tokens))],
         )
     # The curve is in curves.parquet. A loss term that is switched off is NaN there, which JSON does not know.
     report = dataclasses.replace(report, curve=[])
@@ -108,14 +107,15 @@ def distill_finalist(
     return report
 
 
-class _CurveToTable(ray.train.UserCallback):
+class _ReportToTable(ray.train.UserCallback):
     """Every report's part of the training curve is on disk before the training goes on from its checkpoint."""
 
     def __init__(self, table: Any, layout: Layout, rung: int) -> None:
         self.table, self.layout, self.rung = table, layout, rung
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        result_of(self.table.add_curve.remote(FINALIST_CURVE, self.layout, self.rung, metrics[0]["curve"]))
+        report = Report(**{name: metrics[0][name] for name in Report.__dataclass_fields__})
+        result_of(self.table.add_finalist_report.remote(self.layout, self.rung, report))
 
 
 def distill_the_finalists(
@@ -137,8 +137,6 @@ def distill_the_finalists(
                 show_progress(session.screen, job, before=index * tokens, total=tokens * len(finalists), note=note)
 
             report = distill_finalist(settings, layout, student_folder(session.folder, layout).parent, on_progress)
-            curve = result_of(settings.table.curve_of.remote(FINALIST_CURVE, layout))
-            log_to_tensorboard(session.folder / "tensorboard" / str(layout), curve)
             session.screen.say(
                 f"    {candidate.origin} {layout}: CE {report.ce:.3f} (from {report.ce_start:.3f}), "
                 f"KL {report.kl:.3f} (from {report.kl_start:.3f})"
@@ -162,13 +160,3 @@ def finalist_row(candidate: Candidate, report: Report, costs: Mapping[str, Any])
         kl_start=report.kl_start,
         **costs,
     )
-
-
-def log_to_tensorboard(folder: Path, curve: Sequence[CurvePoint]) -> None:
-    """The training curve of a finalist, by tokens."""
-    with SummaryWriter(str(folder)) as writer:
-        for point in curve:
-            for name in ("total", "ce", "kl", "hidden"):
-                value = getattr(point, name)
-                if not math.isnan(value):  # a term that is switched off
-                    writer.add_scalar(f"loss/{name}", value, point.tokens)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mamtra_ray.artifacts import write_text
+from mamtra_ray.distill.job import Report
 from mamtra_ray.distill.progress import TrainingProgress
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.journal import CURVE_KEY, TRIAL_KEY, Journal
 from mamtra_ray.run.names import CURVES, TRIAL_FAILURES, TRIALS
-from mamtra_ray.run.rows import FINISHED, CurvePoint, TrialRow
+from mamtra_ray.run.rows import FINALIST_CURVE, FINISHED, CurvePoint, TrialRow
+from mamtra_ray.search.tensorboard import finalist_folder, log_report, trial_folder
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class TrialTable(TrainingProgress):
     is on disk, and repeats the call.
 
     Args:
-        folder: run folder; holds ``trials.parquet`` and ``curves.parquet``.
+        folder: run folder; holds ``trials.parquet``, ``curves.parquet`` and ``tensorboard/``.
         settings_hash: identifies teacher, corpus, initialization and training; rows of another hash are kept in the
             table but not reused.
     """
 
     def __init__(self, folder: Path, settings_hash: str) -> None:
         super().__init__()
-        self.settings_hash = settings_hash
+        self.folder, self.settings_hash = folder, settings_hash
         self.trials = Journal(folder / TRIALS, TrialRow, TRIAL_KEY)
         self.curves = Journal(folder / CURVES, CurvePoint, CURVE_KEY)
         self.failures_folder = folder / TRIAL_FAILURES
@@ -91,12 +93,22 @@ class TrialTable(TrainingProgress):
     def add(self, row: TrialRow, curve: Iterable[Mapping[str, float]]) -> None:
         """Append ``row`` and its training curve."""
         # The curve first: a row says that its rung is complete.
-        self.add_curve(row.trial_id, row.layout, row.rung, curve)
+        points = self._add_curve(row.trial_id, row.layout, row.rung, curve)
+        spoken = {"wer": row.wer.value if row.wer else None, "token_error_rate": row.token_error_rate}
+        log_report(trial_folder(self.folder, row.layout), points, row, **spoken)
         self.trials.append([replace(row, settings_hash=self.settings_hash)])
 
-    def add_curve(self, trial_id: str, layout: Layout, rung: int, curve: Iterable[Mapping[str, float]]) -> None:
-        """Append a part of a training curve."""
-        self.curves.append(CurvePoint(trial_id=trial_id, layout=layout, rung=rung, **step) for step in curve)  # type: ignore[arg-type]
+    def add_finalist_report(self, layout: Layout, rung: int, report: Report) -> None:
+        """Append a part of a finalist's training curve."""
+        points = self._add_curve(FINALIST_CURVE, layout, rung, report.curve)
+        log_report(finalist_folder(self.folder, layout), points, report)
+
+    def _add_curve(
+        self, trial_id: str, layout: Layout, rung: int, curve: Iterable[Mapping[str, float]]
+    ) -> list[CurvePoint]:
+        points = [CurvePoint(trial_id=trial_id, layout=layout, rung=rung, **step) for step in curve]  # type: ignore[arg-type]
+        self.curves.append(points)
+        return points
 
     def curve_of(self, trial_id: str, layout: Layout) -> list[CurvePoint]:
         """All of a training's curve, also what an earlier session recorded."""
