@@ -19,7 +19,7 @@ from mamtra_ray.run.names import FINALISTS
 from mamtra_ray.search import __main__ as search
 from mamtra_ray.search import outcome
 from mamtra_ray.search.outcome import verdict_lines
-from mamtra_ray.search.verdict import EXIT_UNUSABLE
+from mamtra_ray.evaluate.verdict import EXIT_UNUSABLE
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder
 from mamtra_ray.speech.error_rate import ErrorRate

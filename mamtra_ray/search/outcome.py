@@ -23,7 +23,7 @@ from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.progress import said_while, table
 from mamtra_ray.search.metrics import SearchMetrics
-from mamtra_ray.search.verdict import Outcome, training_warnings, verdict
+from mamtra_ray.evaluate.verdict import Outcome, training_warnings, verdict
 from mamtra_ray.teacher_cache.batches import batches
 from mamtra_ray.teacher_cache.shared import SharedCache
 
