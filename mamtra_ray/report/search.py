@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mamtra_ray import efficiency
+from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.layouts import Layout
 from mamtra_ray.report.content import Column, Figure, Row, Section, Table, as_rows, percent, with_interval
 from mamtra_ray.report.figures import by_rung, cost_front
@@ -50,7 +51,8 @@ def search(runs: Sequence[Run]) -> Section:
     spoken = any(row.get("wer") is not None for row in trials)
     heard = (WER, Column("token_error_rate", "token errors %", percent("token_error_rate"))) if spoken else ()
     columns = (
-        *run_column, LAYOUT, Column("finalist", "finalist"), Column("origin", "from"), Column("ratio", "ratio"), Column("rung", "rung", "d"),
+        *run_column, LAYOUT, Column("finalist", "finalist"), Column("origin", "from"),
+        Column("ratio", "ratio"), Column("rung", "rung", "d"),
         Column("tokens", "tokens", ",d"), Column("ce_start", "CE at start", ".3f"), Column("ce", "CE", ".3f"), GAIN,
         Column("kl_start", "KL at start", ".3f"), Column("kl", "KL", ".3f"), Column("remark", "remark"),
         *heard, Column("seconds", "seconds", ".0f"),
@@ -161,7 +163,7 @@ def rank_agreement(run: Run) -> list[Row]:
 
 def _teachers(runs: Sequence[Run], cost: str, rung: int) -> list[Row]:
     """Where every run's teacher stands: even the layouts of one ratio have something to be compared with."""
-    of_layout = {
+    of_layout: dict[str, Callable[[Architecture, Layout, int], float]] = {
         "cache_bytes": efficiency.cache_bytes,
         "decode_flops": efficiency.decode_flops,
         "parameters": lambda architecture, layout, _: efficiency.parameters(architecture, layout),

@@ -1,7 +1,8 @@
 """Verb ``search``: from a teacher and a corpus to the best hybrid of every ratio.
 
 Exit codes: 0 a result that can be used; 2 input or an installation that cannot; 3 the run is complete and its report
-written, but nothing it found can be used (:mod:`mamtra_ray.evaluate.verdict`); 130 and 143 stopped by Ctrl-C or SIGTERM.
+written, but nothing it found can be used (:mod:`mamtra_ray.evaluate.verdict`); 130 and 143 stopped by Ctrl-C or
+SIGTERM.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.evaluate.evaluation import evaluate_systems
 from mamtra_ray.evaluate.results import Evaluation
 from mamtra_ray.evaluate.run_scores import measured_of, with_scores
+from mamtra_ray.evaluate.verdict import Outcome, training_warnings, verdict
 from mamtra_ray.export.checkpoint import export_student, form_of
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.folder import Reference, Score
@@ -23,7 +24,6 @@ from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.progress import said_while, table
 from mamtra_ray.search.metrics import SearchMetrics
-from mamtra_ray.evaluate.verdict import Outcome, training_warnings, verdict
 from mamtra_ray.teacher_cache.batches import batches
 from mamtra_ray.teacher_cache.shared import SharedCache
 

@@ -19,6 +19,7 @@ from mamtra_ray.distill.job import distill_data
 from mamtra_ray.distill.learning_rate import with_learning_rate
 from mamtra_ray.evaluate.evaluation import check_evaluation
 from mamtra_ray.evaluate.run_scores import choose
+from mamtra_ray.evaluate.verdict import EXIT_UNUSABLE, is_unusable
 from mamtra_ray.export.checkpoint import export_note
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, given_candidates, importance_criteria
@@ -40,7 +41,6 @@ from mamtra_ray.search.outcome import export, measure_wer, print_summary
 from mamtra_ray.search.proposals import UniformLayouts
 from mamtra_ray.search.trial_phase import run_the_trials, start_trial_table, trial_settings
 from mamtra_ray.search.trial_speech import prepare_trial_speech
-from mamtra_ray.evaluate.verdict import EXIT_UNUSABLE, is_unusable
 from mamtra_ray.teacher_cache.phase import make_cache
 from mamtra_ray.teacher_cache.shared import SharedCache
 from mamtra_ray.teachers.generation_check import check_shared_teacher, check_teacher_and_hybrid
