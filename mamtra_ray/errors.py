@@ -44,6 +44,18 @@ def stop_behind(error: BaseException) -> Stopped:
     return stop
 
 
+Explanation = Callable[[Exception], str | None]
+_explanations: dict[str, Explanation] = {}
+
+
+def explain_also(explanation: Explanation) -> None:
+    """From now on a verb ends with the sentence that this function has for an error, if it has one.
+
+    For errors of a library that is imported when it is needed; whoever imports it knows them.
+    """
+    _explanations[explanation.__qualname__] = explanation
+
+
 def nearest_name(name: str, valid_names: Iterable[str]) -> str:
     """A hint for a message about an unknown name, e.g. ``did you mean 'front'? (valid: back, front)``."""
     valid = sorted(valid_names)
@@ -53,8 +65,8 @@ def nearest_name(name: str, valid_names: Iterable[str]) -> str:
 
 
 def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a verb's ``main``: an :class:`InputError` becomes one line on stderr and exit code 2, a signal one line and
-    130 or 143.
+    """Wrap a verb's ``main``: an :class:`InputError` or what :func:`explain_also` knows becomes one line on stderr and
+    exit code 2, a signal one line and 130 or 143.
 
     A reader that closes the pipe early (``... | head``) is no error.
     """
@@ -83,6 +95,12 @@ def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[...,
         except KeyboardInterrupt:  # before there was anything to keep
             print("\nstopped", file=sys.stderr, flush=True)
             return 130
+        except Exception as error:
+            sentences = [text for explain in _explanations.values() if (text := explain(error))]
+            if not sentences:
+                raise
+            print(f"error: {sentences[0]}", file=sys.stderr, flush=True)
+            return 2
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)

@@ -20,7 +20,8 @@ SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
 NEUTRAL = [
     *("seed", "context_length", "corpus.seed", "resources.cpus_per_worker", "resources.gpus_per_worker"),
     *(f"cache.{key}" for key in ("location", "top_k", "layers", "utterances_per_shard", "actors")),
-    *("student.state_sharing", "align.precision", "probe.importance_sentences"),
+    *("student.state_sharing", "align.precision", "probe.importance_sentences", "search.objectives"),
+    "evaluate.race_sentences",
     *(f"search.{key}" for key in ("layouts", "sampler", "keep_attention", "always_mamba", "cost", "workers_per_trial")),
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),
@@ -35,7 +36,10 @@ INHERITED = {
         *("teacher.path", "corpus.path", "cache.format", "cache.bits", "student.initialization", "align.workers"),
         *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
     ],
-    "cosyvoice2": [*NEUTRAL, "corpus.train_tokens", "student.initialization", "evaluate.codec"],
+    "cosyvoice2": [
+        *(key for key in NEUTRAL if key not in ("search.objectives", "evaluate.race_sentences")),
+        *("corpus.train_tokens", "student.initialization", "evaluate.codec"),
+    ],
     "llasa_1b": [
         *NEUTRAL,
         *("corpus.train_tokens", "student.initialization", "search.finalists"),

@@ -17,7 +17,9 @@ from mamtra_ray.artifacts import read_manifest, write_manifest
 from mamtra_ray.config import TeacherConfig, load_config
 from mamtra_ray.corpus.table import corpus_identity, read_corpus
 from mamtra_ray.errors import InputError
+from mamtra_ray.evaluate.race import Race
 from mamtra_ray.evaluate.results import read_rows, write_rows
+from mamtra_ray.evaluate.run_scores import read_race, write_race
 from mamtra_ray.export.checkpoint import export_student
 from mamtra_ray.layouts import Layout
 from mamtra_ray.listening_test.opinion_scores import KEY, SCORES, OpinionScore, read_key, read_scores, write_scores
@@ -47,11 +49,13 @@ def files(tmp_path_factory) -> dict[str, tuple[Path, Reader]]:
     run = made_run(base / "run")
     check_identity(run, "teacher", "corpus")
     note_session(run)
+    write_race(run, Race({"AMMA": "worse"}, {"AMMA": 40}), "e")
     found: dict[str, tuple[Path, Reader]] = {
         "config.yaml": (run / names.CONFIG, lambda: load_config(run / names.CONFIG)),
         "identity.json": (run / names.IDENTITY, lambda: check_identity(run, "teacher", "corpus")),
         "architecture.json": (run / names.ARCHITECTURE, lambda: read_architecture(run)),
         "reference.json": (run / names.REFERENCE, lambda: read_reference(run)),
+        "race.json": (run / names.RACE, lambda: read_race(run, "e")),
         "costs.json": (run / names.COSTS, lambda: vars(Costs(run / names.COSTS))),
         "environment.json": (run / ENVIRONMENT, lambda: read_manifest(run / ENVIRONMENT, "environment", 1)),
         "index.json": (run / names.AUDIO_INDEX, lambda: read_audio_index(run)),
@@ -144,7 +148,7 @@ def files(tmp_path_factory) -> dict[str, tuple[Path, Reader]]:
 
 NAMES = [
     *("config.yaml", "identity.json", "architecture.json", "reference.json", "costs.json", "environment.json"),
-    *("index.json", "sound.wav", "best/layout.json", "trials.parquet", "probe.parquet", "curves.parquet"),
+    *("race.json", "index.json", "sound.wav", "best/layout.json", "trials.parquet", "probe.parquet", "curves.parquet"),
     *("finalists.parquet", "curves.jsonl", "evaluation rows", "result.json", "student/config.json"),
     *("student/model.safetensors", "export/config.json", "export/model.safetensors", "export/generation_config.json"),
     *("state/manifest", "state/tensors", "library/manifest.json", "library/mixers.safetensors", "cache/manifest.json"),

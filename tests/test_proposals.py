@@ -8,11 +8,12 @@ import optuna
 import pytest
 from ray.tune.search import Searcher
 
+from mamtra_ray.config import SearchConfig
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace
 from mamtra_ray.search.parameter_space import params_from_layout, sampler
 from mamtra_ray.search.proposals import LayoutProposals, UniformLayouts
-from mamtra_ray.search.tuning import new_study
+from mamtra_ray.search.tuning import new_study, objectives
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -130,6 +131,22 @@ def test_a_trial_that_failed_is_told_as_failed():
         proposals.suggest(trial_id)
         proposals.on_trial_complete(trial_id, result, error=result is None)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL"]
+
+
+def test_a_trial_that_never_spoke_stands_for_no_wer():
+    """Optuna's samplers see the heard trials only; the surrogate knows the layout and its KL all the same."""
+    study = optuna.create_study(directions=["minimize"] * 2)
+    metrics = objectives(SearchConfig(objectives=("ce", "wer"), sentences=4))
+    assert metrics == ["first_rung_ce", "wer"]
+    proposals = LayoutProposals(SearchSpace(4, ("1:1",)), [], study, metrics, 0, asks_study=False)
+    heard, silent = ({"first_rung_ce": 1.0, "first_rung_kl": 0.1, **more} for more in ({"wer": 0.0}, {"wer": None}))
+    for trial_id, result in (("a", heard), ("b", silent), ("c", {**silent, "first_rung_kl": 0.3})):
+        proposals.suggest(trial_id)
+        proposals.on_trial_complete(trial_id, result)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "FAIL"]
+    assert [trial.values for trial in study.best_trials] == [[1.0, 0.0]]
+    assert [trial.user_attrs.get("wer") for trial in study.trials] == [0.0, None, None]
+    assert [trial.user_attrs["first_rung_kl"] for trial in study.trials] == [0.1, 0.1, 0.3]
 
 
 def test_uniform_draws_are_uniform():

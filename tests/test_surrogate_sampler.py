@@ -99,6 +99,28 @@ def test_without_a_probe_it_learns_from_the_trials_alone():
     assert late < np.mean([ranked.index(layout) for layout in tried[:5]])
 
 
+def test_what_is_heard_corrects_what_the_kl_says():
+    """Of a world whose KL after the first rung says little of the WER, and where every second trial is heard."""
+    space = SearchSpace(10, ("1:1",))
+    ranks = {False: [], True: []}
+    for seed in range(6):
+        world, spoken = World(space, seed, agreement=0.8), World(space, 100 + seed, agreement=1.0).trained
+        ranked = sorted(spoken, key=spoken.__getitem__)
+        for hears, found in ranks.items():
+            study = optuna.create_study(sampler=SurrogateSampler(space, probed(world, 80), seed, hears=hears))
+            proposals = LayoutProposals(space, [], study, ["first_rung_ce"], seed, asks_study=True)
+            tried = []
+            for index in range(50):
+                layout = Layout(proposals.suggest(str(index))["layout"])
+                wer = {"wer": spoken[layout]} if index % 2 == 0 else {}
+                kl = world.trained[layout]
+                proposals.on_trial_complete(str(index), {"first_rung_ce": 1 + kl, "first_rung_kl": kl, **wer})
+                tried.append(ranked.index(layout))
+            found.append(min(tried[20:]))
+    assert np.mean(ranks[True]) < np.mean(ranks[False]) / 2
+    assert np.median(ranks[True]) <= 3, "of 252"
+
+
 def test_ratios_take_turns_until_one_is_used_up():
     space = SearchSpace(8, ("1:1", "1:7"), keep_attention=frozenset({0}))
     world = World(space, 0, agreement=1.0)

@@ -1,12 +1,16 @@
 """Successive halving inside each ratio, against its definition."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 from ray.tune.schedulers import TrialScheduler
+from test_trial_table import score
 
 from mamtra_ray.config import SearchConfig
-from mamtra_ray.layouts.candidates import SearchSpace
-from mamtra_ray.search.tuning import HalvingInsideRatios, death_reason
+from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.candidates import Candidate, SearchSpace
+from mamtra_ray.search.trial_phase import every_trial_is_finished
+from mamtra_ray.search.tuning import HalvingInsideRatios, TrialPlan, death_reason
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
@@ -44,3 +48,14 @@ def test_why_tune_gave_up_a_trial(tmp_path):
     for file in (None, str(tmp_path / "missing"), str(dead)):
         assert death_reason(file) == "its process or node ended 4 times"
     assert death_reason(str(other)) == "ValueError: no such thing"
+
+
+def test_tune_is_not_started_where_nothing_is_left_to_try():
+    def rows(**status_of: str) -> list:
+        return [replace(score(layout, 0), status=status) for layout, status in status_of.items()]
+
+    plan = TrialPlan([Candidate(Layout("AM"), "front"), Candidate(Layout("MA"), "back")], num_known=2, total=2)
+    assert every_trial_is_finished(plan, rows(AM="finished", MA="finished"))
+    assert not every_trial_is_finished(plan, rows(AM="finished", MA="running"))
+    assert not every_trial_is_finished(plan, rows(AM="finished")), "one has failed before, and is tried again"
+    assert not every_trial_is_finished(replace(plan, total=3), rows(AM="finished", MA="finished"))

@@ -71,10 +71,14 @@ class SearchConfig(Section):
     sentences: CountOrZero = 0
     """Validation sentences that a trial speaks at the last rung; finalists are then chosen by WER and CE. 0: by CE, as
     with `evaluate.sentences=0`, which switches off all speech."""
+    objectives: Annotated[tuple[Literal["ce", "wer"], ...], Several] = ("ce",)
+    """What proposals are made to lower: ce, or ce and the wer of `search.sentences`. A trial that is stopped before
+    it speaks has no WER and stands for none; the sampler surrogate listens once 8 trials have spoken. With several
+    ratios Optuna's samplers lower the cost as well."""
     finalists: CountOrZero = 1
     """Found layouts of each ratio that are distilled longer and heard, beside the paper's placements."""
     cost: Literal["cache_bytes", "decode_flops", "parameters"] = "cache_bytes"
-    """Second objective beside CE."""
+    """What a layout costs: an objective beside CE where there are several ratios."""
     workers_per_trial: Count = 1
     """1: a trial is one actor; more: every trial is a Ray Train run of that many workers."""
 
@@ -82,7 +86,7 @@ class SearchConfig(Section):
     def _consistent(self) -> SearchConfig:
         if list(self.rung_tokens) != sorted(set(self.rung_tokens)):
             raise ValueError(f"rung_tokens must ascend, such as [20000, 40000], not {list(self.rung_tokens)}")
-        for name in ("ratios", "strategies", "layouts"):
+        for name in ("ratios", "strategies", "layouts", "objectives"):
             values = getattr(self, name)
             if repeated := next((value for value in values if values.count(value) > 1), None):
                 raise ValueError(f"{name} has {repeated} twice")
@@ -90,6 +94,10 @@ class SearchConfig(Section):
             raise ValueError(f"layer {both[0]} stands in both search.keep_attention and search.always_mamba")
         if self.sentences and self.workers_per_trial > 1:
             raise ValueError("sentences above 0 needs workers_per_trial=1: a trial speaks where it trains")
+        if "ce" not in self.objectives:
+            raise ValueError(f"objectives must have ce, such as [ce, wer], not {list(self.objectives)}")
+        if "wer" in self.objectives and not self.sentences:
+            raise ValueError("objectives has wer, but trials do not speak: set sentences, such as 20")
         if self.sampler == "grid" and not (self.strategies or self.layouts):
             raise ValueError("sampler grid tries search.strategies and search.layouts, and there are none")
         if not (self.strategies or self.layouts) and not self.finalists:

@@ -183,6 +183,9 @@ def _known_metric(name: str) -> str:
 class EvaluateConfig(Section):
     sentences: CountOrZero = 200
     """Sentences of the test split that are spoken and recognized; 0 skips the WER."""
+    race_sentences: CountOrZero = 0
+    """Sentences that a finalist speaks at most, as long as the WER does not tell those of a ratio apart; the number
+    doubles from round to round. 0: no race, all finalists speak `evaluate.sentences`."""
     corpus: LocalPath | None = None
     """Corpus whose test split is spoken, such as Seed-TTS-eval; none: that of `corpus.path`."""
     recognizer: Annotated[NameWithPath, AfterValidator(_known_recognizer)] = "demo"
@@ -261,6 +264,14 @@ class Config(Section):
             raise ValueError(f"teacher.kind={self.teacher.kind} needs teacher.path, the folder of its checkpoint")
         if self.corpus.path is None and self.teacher.kind != "demo":
             raise ValueError(f"teacher.kind={self.teacher.kind} needs corpus.path: the packaged corpus is the demo's")
+        race, all_speak = self.evaluate.race_sentences, self.evaluate.sentences
+        if race and not 0 < all_speak < race:
+            raise ValueError(
+                f"evaluate.race_sentences={race} is the most that a finalist speaks: it must be above "
+                f"evaluate.sentences={all_speak}, which are not 0"
+            )
+        if "wer" in search.objectives and not self.evaluate.sentences:
+            raise ValueError("search.objectives has wer, but evaluate.sentences=0 switches off all speech")
         if not self.teacher.speaks:
             if self.evaluate.sentences:
                 raise ValueError("teacher.kind=causal_lm writes text, which is not spoken: set evaluate.sentences=0")

@@ -73,18 +73,20 @@ def evaluate_systems(
     worker: WorkerResources,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_activity: Callable[[str], None] = lambda what: None,
+    adds_references: bool = True,
 ) -> dict[str, Evaluation]:
     """Score systems on the test split; Ray must be initialized.
 
     Args:
         config: sections ``teacher``, ``corpus`` and ``evaluate``, and the seed.
         systems: folder of a saved SpeechLM by name; None is the teacher. The pseudo-systems ``codec`` (the corpus's
-            own tokens, if it has any) and ``teacher`` are always added.
+            own tokens, if it has any) and ``teacher`` are added.
         folder: run folder; gets ``evaluation/`` (rows and ``summary.json``) and ``audio/``.
         teacher: in the object store.
         worker: what an actor asks Ray for.
         on_progress: called with (utterances done, of how many) after every chunk.
         on_activity: called with what is done beside that, in words.
+        adds_references: whether the pseudo-systems are.
 
     Returns:
         One :class:`Evaluation` by name.
@@ -96,6 +98,8 @@ def evaluate_systems(
     sentences, without_words, corpus_hash = test_sentences(config)
     config = with_language(config, sentences)
     chosen = with_references(systems, sentences)
+    if not adds_references:
+        chosen = {name: chosen[name] for name in systems}
     made_by = evaluation_made_by(config, teacher, corpus_hash)
     examples = [sentence.utterance_id for sentence in sentences[: config.evaluate.audio_examples]]
     hashes = {name: content_hash([made_by, _model_hash(name, model)]) for name, model in chosen.items()}
@@ -204,7 +208,9 @@ def sentences_of(system: str, sentences: Sequence[Utterance]) -> list[Utterance]
 
 def _settings_hash(config: Config) -> str:
     """Of what determines the recognized text of a sentence: not how many are scored, nor how they are normalized."""
-    settings = config.evaluate.model_dump(exclude={"corpus", "sentences", "normalization", "audio_examples"})
+    settings = config.evaluate.model_dump(
+        exclude={"corpus", "sentences", "race_sentences", "normalization", "audio_examples"}
+    )
     codec = Path(config.evaluate.codec) if config.evaluate.codec else None
     settings["codec"] = file_hash(codec) if codec and codec.is_file() else str(codec and codec.resolve())
     return content_hash([settings, config.seed])

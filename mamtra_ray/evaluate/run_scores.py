@@ -11,11 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mamtra_ray.artifacts import read_manifest_of, write_manifest
 from mamtra_ray.evaluate.alarms import Measured, alarm_text, chosen_alarms, finalist_alarms, teacher_alarms
+from mamtra_ray.evaluate.race import Race
 from mamtra_ray.evaluate.results import Evaluation
 from mamtra_ray.run.folder import Reference, Score, read_reference, write_reference
-from mamtra_ray.run.names import CODEC, FINALISTS, TEACHER
+from mamtra_ray.run.names import CODEC, FINALISTS, RACE, TEACHER
 from mamtra_ray.run.rows import FinalistRow, read_table, write_table
+
+_RACE, _RACE_VERSION = "race", 1
 
 
 def with_scores(
@@ -46,8 +50,15 @@ def with_scores(
     ], reference
 
 
-def choose(finalists: Sequence[FinalistRow], ratios: Sequence[str]) -> tuple[list[FinalistRow], dict[str, FinalistRow]]:
+def choose(
+    finalists: Sequence[FinalistRow], ratios: Sequence[str], race: Race | None = None
+) -> tuple[list[FinalistRow], dict[str, FinalistRow]]:
     """By ratio the finalist to export; one that is far worse than a finalist beside it gets an alarm for that.
+
+    Args:
+        finalists: all of a run.
+        ratios: of the search.
+        race: of these finalists, if there was one.
 
     Returns:
         All finalists, and the chosen ones by ratio.
@@ -55,20 +66,24 @@ def choose(finalists: Sequence[FinalistRow], ratios: Sequence[str]) -> tuple[lis
     rows, best = {row.layout: row for row in finalists}, {}
     for ratio in ratios:
         same_ratio = [row for row in rows.values() if row.layout.ratio == ratio]
-        row = choose_best(same_ratio)
+        row = choose_best(same_ratio, race)
         far_worse = alarm_text(chosen_alarms(measured_of(row), map(measured_of, same_ratio)))
         alarm = "; ".join(filter(None, (row.alarm, far_worse))) or None
         best[ratio] = rows[row.layout] = dataclasses.replace(row, alarm=alarm)
     return list(rows.values()), best
 
 
-def choose_best(rows: Sequence[FinalistRow]) -> FinalistRow:
+def choose_best(rows: Sequence[FinalistRow], race: Race | None = None) -> FinalistRow:
     """The finalist to export among those of one ratio: one without an ``alarm``, if there is any.
 
     A WER from a few dozen sentences is noisy, so it only rules layouts out: among those whose WER lies within the
-    95 % interval of the lowest one, the lowest held-out CE wins. Without a WER the CE decides alone.
+    95 % interval of the lowest one, or that a race has left, the lowest held-out CE wins. Without a WER the CE decides
+    alone.
     """
     rows = [row for row in rows if not row.alarm] or list(rows)
+    if race is not None and {str(row.layout) for row in rows} <= race.sentences.keys():
+        rows = [row for row in rows if str(row.layout) not in race.lost]
+        return min(rows, key=lambda row: (not math.isfinite(row.ce), row.ce))
     heard = [(row.wer, row) for row in rows if row.wer is not None]
     if heard:
         lowest, _ = min(heard, key=lambda pair: (pair[0].value, pair[1].ce))
@@ -86,11 +101,28 @@ def update_run(folder: Path, heard: Mapping[str, Evaluation], ratios: Sequence[s
     if not finalists or reference is None:
         return None
     finalists, reference = with_scores(finalists, heard, reference.teacher_ce)
-    finalists, best = choose(finalists, ratios)
+    finalists, best = choose(finalists, ratios, read_race(folder, reference.evaluation))
     # A stop between the two leaves tables of different evaluations, which reading the run then says.
     write_table(folder / FINALISTS, finalists, FinalistRow)
     write_reference(folder, reference)
     return best
+
+
+def contenders(finalists: Sequence[FinalistRow], ratios: Sequence[str]) -> list[list[str]]:
+    """Layouts of each ratio that may become the exported one: those without an alarm."""
+    return [[str(row.layout) for row in finalists if row.layout.ratio == ratio and not row.alarm] for ratio in ratios]
+
+
+def write_race(folder: Path, race: Race, evaluation: str) -> None:
+    """``race.json``; ``evaluation`` identifies what was heard of all finalists before."""
+    content = dataclasses.asdict(race)
+    write_manifest(folder / RACE, _RACE, _RACE_VERSION, {"evaluation": evaluation}, **content)
+
+
+def read_race(folder: Path, evaluation: str) -> Race | None:
+    """The race that followed an evaluation, if there was one."""
+    found = read_manifest_of(folder / RACE, _RACE, _RACE_VERSION, {"evaluation": evaluation})
+    return None if found is None else Race(found["lost"], found["sentences"])
 
 
 def measured_of(row: FinalistRow) -> Measured:

@@ -9,6 +9,7 @@ runs/<name>/
   curves.parquet      training loss along the way                        rows.CurvePoint
   finalists.parquet   one row per layout that was distilled long         rows.FinalistRow
   reference.json      the teacher's scores, and what the codec costs     Reference
+  race.json           which finalists were told apart by further sentences
   environment.json    versions and machine of every session              environment
   trial_failures/     the traceback of every trial that failed, by layout
   costs.json          seconds of every phase; layouts, tokens, FLOPs, bytes of every rung
@@ -32,6 +33,7 @@ CURVES = "curves.parquet"
 FINALISTS = "finalists.parquet"
 FINALIST_RESULTS = "finalists/*/result.json"
 REFERENCE = "reference.json"
+RACE = "race.json"
 COSTS = "costs.json"
 AUDIO = "audio"
 AUDIO_INDEX = "audio/index.json"

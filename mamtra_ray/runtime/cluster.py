@@ -8,14 +8,13 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from mamtra_ray.errors import InputError
+from mamtra_ray.errors import InputError, explain_also
 from mamtra_ray.runtime.local_processes import end_with_this_process
 
 # Worker output and Ray's own notices stay in its logs, which the dashboard shows.
@@ -42,6 +41,7 @@ def connect(address: str | None = None) -> Cluster:
     Raises:
         InputError: no cluster answers at ``address``, or a local one does not start.
     """
+    explain_also(lost_by_ray)
     # Ray sends no usage statistics unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -90,22 +90,13 @@ def _keep_token_private() -> None:
         path.chmod(0o600)
 
 
-@contextlib.contextmanager
-def cluster_failures_are_said() -> Iterator[None]:
-    """Processes and nodes are replaced where they die; what remains an error after that is one sentence.
-
-    Raises:
-        InputError: Ray lost something that the block cannot do without.
-    """
-    try:
-        yield
-    except ray.exceptions.RayTaskError:  # an error of our own, wherever it happened
-        raise
-    except ray.exceptions.RayError as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise InputError(
-            f"Ray lost a process or a node that this run needs ({reason}); the same command goes on where it stopped"
-        ) from None
+def lost_by_ray(error: Exception) -> str | None:
+    """Processes and nodes are replaced where they die; what remains an error after that, in one sentence."""
+    # A RayTaskError is an error of our own, wherever it happened.
+    if not isinstance(error, ray.exceptions.RayError) or isinstance(error, ray.exceptions.RayTaskError):
+        return None
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return f"Ray lost a process or a node that this run needs ({reason}); the same command goes on where it stopped"
 
 
 def _check_reachable(address: str) -> None:

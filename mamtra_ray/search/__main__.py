@@ -38,12 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(export_note(inputs.teacher.decoder), end="")
         return 0
 
-    from mamtra_ray.runtime.cluster import cluster_failures_are_said
     from mamtra_ray.search.pipeline import search
 
     try:
-        with cluster_failures_are_said():
-            return search(run, options.address)
+        return search(run, options.address)
     except (Stopped, SystemError) as error:
         stop = stop_behind(error)
         go_on = f"python -m mamtra_ray.search --resume --run {run.folder}"

@@ -46,7 +46,9 @@ def layer_importance(
         on_progress: called with (done, total) in units of the criterion (layouts or utterances).
     """
     spoken = config.evaluate.model_copy(update={"sentences": config.probe.importance_sentences, "audio_examples": 0})
-    of_speech = [spoken.model_dump(), config.seed, config.corpus.seed] if criterion == "wer" else []
+    of_speech = (
+        [spoken.model_dump(exclude={"race_sentences"}), config.seed, config.corpus.seed] if criterion == "wer" else []
+    )
     made_by = {
         "teacher": data.teacher.fingerprint,
         "library": file_hash(data.library / MANIFEST),

@@ -13,8 +13,9 @@ from mamtra_ray.distill.workers import VALIDATION_BATCHES
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.evaluate.evaluation import evaluate_systems
+from mamtra_ray.evaluate.race import Race, run_race
 from mamtra_ray.evaluate.results import Evaluation
-from mamtra_ray.evaluate.run_scores import measured_of, with_scores
+from mamtra_ray.evaluate.run_scores import contenders, measured_of, with_scores, write_race
 from mamtra_ray.evaluate.verdict import Outcome, training_warnings, verdict
 from mamtra_ray.export.checkpoint import export_student, form_of
 from mamtra_ray.layouts import Layout
@@ -49,18 +50,49 @@ def measure_wer(
 
 
 def _evaluate(session: Session, finalists: Sequence[FinalistRow]) -> dict[str, Evaluation]:
-    config, folder, screen = session.config, session.folder, session.screen
-    systems: dict[str, Path | None] = {str(row.layout): student_folder(folder, row.layout) for row in finalists}
-    with screen.phase("speech", f"{config.evaluate.sentences} sentences by teacher and finalists"):
-        return evaluate_systems(
-            config,
-            systems,
-            folder,
-            teacher=session.shared_teacher,
-            worker=session.worker,
-            on_progress=lambda done, total: screen.count(done, total, "utterances"),
-            on_activity=screen.now,
-        )
+    sentences = session.config.evaluate.sentences
+    with session.screen.phase("speech", f"{sentences} sentences by teacher and finalists"):
+        return _heard(session, [str(row.layout) for row in finalists], sentences)
+
+
+def _heard(
+    session: Session, layouts: Sequence[str], sentences: int, adds_references: bool = True
+) -> dict[str, Evaluation]:
+    """The first ``sentences`` of the test split by some finalists; what was heard before is not spoken again."""
+    config, folder = session.config, session.folder
+    evaluate = config.evaluate.model_copy(update={"sentences": sentences})
+    return evaluate_systems(
+        config.model_copy(update={"evaluate": evaluate}),
+        {layout: student_folder(folder, layout) for layout in layouts},
+        folder,
+        teacher=session.shared_teacher,
+        worker=session.worker,
+        on_progress=lambda done, total: session.screen.count(done, total, "utterances"),
+        on_activity=session.screen.now,
+        adds_references=adds_references,
+    )
+
+
+def race_the_finalists(session: Session, finalists: Sequence[FinalistRow], reference: Reference) -> Race | None:
+    """Further sentences for those of a ratio that are not told apart, if the settings have a race.
+
+    What all have said stays the source of every table; ``race.json`` has what the race says of them.
+    """
+    config, screen = session.config, session.screen
+    most = config.evaluate.race_sentences
+    if not most:
+        return None
+    everybody = [str(row.layout) for row in finalists]
+    with screen.phase("race", f"at most {most} sentences by finalists that are not told apart"):
+        heard = _heard(session, everybody, config.evaluate.sentences)
+        groups = contenders(finalists, config.search.ratios)
+        race = run_race(groups, heard, lambda layouts, count: _heard(session, layouts, count, False), most)
+        for layout, why in race.lost.items():
+            screen.say(f"    {layout} is out: {why}")
+        # The tables of the evaluation are again of what all have said.
+        _heard(session, everybody, config.evaluate.sentences)
+        write_race(session.folder, race, reference.evaluation)
+    return race
 
 
 def export(session: Session, best: Mapping[str, FinalistRow]) -> tuple[dict[Layout, Path], list[InputError]]:

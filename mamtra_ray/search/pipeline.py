@@ -37,7 +37,7 @@ from mamtra_ray.search.costs import cost_by_rung
 from mamtra_ray.search.finalists import distill_the_finalists
 from mamtra_ray.search.importance import layer_importance
 from mamtra_ray.search.metrics import SECONDS_BETWEEN_EXPORTS, SearchMetrics
-from mamtra_ray.search.outcome import export, measure_wer, print_summary
+from mamtra_ray.search.outcome import export, measure_wer, print_summary, race_the_finalists
 from mamtra_ray.search.proposals import UniformLayouts
 from mamtra_ray.search.trial_phase import run_the_trials, start_trial_table, trial_settings
 from mamtra_ray.search.trial_speech import prepare_trial_speech
@@ -90,7 +90,8 @@ def _run_phases(session: Session, metrics: SearchMetrics) -> int:
     metrics.finalists_distilled(finalists)
     note_costs(session, train, library, rows, finalists)
     finalists, reference = measure_wer(session, finalists, validation, metrics)
-    finalists, best = choose(finalists, config.search.ratios)
+    race = race_the_finalists(session, finalists, reference)
+    finalists, best = choose(finalists, config.search.ratios, race)
     write_table(folder / FINALISTS, finalists, FinalistRow)
     write_reference(folder, reference)
     exported, refusals = export(session, best)
@@ -115,6 +116,7 @@ def phases(config: Config) -> tuple[str, ...]:
         "trials": True,
         "finalists": True,
         "speech": config.evaluate.sentences > 0,
+        "race": config.evaluate.race_sentences > 0,
         "export": True,
         "report": True,
     }

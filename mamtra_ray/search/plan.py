@@ -56,6 +56,8 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     if config.evaluate.sentences:
         # What generation and recognition take depends on lengths, codec and recognizer.
         spoken = f"{finalists + 1} systems x {config.evaluate.sentences} sentences"
+        if most := config.evaluate.race_sentences:
+            spoken += f", then up to {most} by those that are not told apart"
         rows.append(["speech", spoken, "", "", "not estimated"])
         if search.sentences:
             of_trials = f"{search.sentences} sentences by the teacher and by each trial of the last rung"

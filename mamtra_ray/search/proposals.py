@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace
 from mamtra_ray.search.parameter_space import layout_from_params, param_space, params_from_layout
-from mamtra_ray.search.surrogate_sampler import FIRST_RUNG_KL, LAYOUT
+from mamtra_ray.search.surrogate_sampler import FIRST_RUNG_KL, LAYOUT, WER
 
 _ASKS = 8
 """Repeats of a sampler before a layout is drawn instead."""
@@ -108,16 +108,20 @@ class LayoutProposals(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Only the end of a trial is told to the sampler; its scores so far are shown."""
-        self._show(self._trials[trial_id], result)
+        # The sampler reads a WER from here, and is to see it with the trial's end alone.
+        self._show(self._trials[trial_id], {name: value for name, value in result.items() if name != WER})
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna; a trial without a score has failed."""
+        """Tell Optuna; a trial that lacks an objective, such as the WER of one that never spoke, is told as failed:
+        nothing stands for what was not measured."""
         trial = self._trials.pop(trial_id)
-        if result and all(name in result for name in self.metrics):
-            if FIRST_RUNG_KL in result:
-                trial.set_user_attr(FIRST_RUNG_KL, result[FIRST_RUNG_KL])
-            self._show(trial, result)
-            self.study.tell(trial, [result[name] for name in self.metrics])
+        found = {name: value for name, value in (result or {}).items() if value is not None}
+        for name in (FIRST_RUNG_KL, WER):
+            if name in found:
+                trial.set_user_attr(name, found[name])
+        self._show(trial, found)
+        if all(name in found for name in self.metrics):
+            self.study.tell(trial, [found[name] for name in self.metrics])
         else:
             self.study.tell(trial, state=TrialState.FAIL)
 

@@ -7,29 +7,36 @@ layout of their sum is found exactly. Every second proposal is the predicted bes
 optima of functions drawn from both posteriors (Thompson sampling). The ratio with the fewest trials is next.
 
 KL stands for CE here: it is what the probe measures, and the teacher's own CE, which no layout changes, is not in it.
+Where the WER is an objective and enough trials were heard, their WER corrects what the KL says in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.probe.probing import ratio_constraints
 from mamtra_ray.search.parameter_space import params_from_layout
-from mamtra_ray.surrogate.acquisition import best_of, fit_log
+from mamtra_ray.surrogate.acquisition import best_of
 from mamtra_ray.surrogate.quadratic import Quadratic
 from mamtra_ray.surrogate.surrogate import Surrogate, fit_surrogate
 
-LAYOUT, FIRST_RUNG_KL = "layout", "first_rung_kl"
+LAYOUT, FIRST_RUNG_KL, WER = "layout", "first_rung_kl", "wer"
 """User attributes of the study's trials, written by :class:`mamtra_ray.search.proposals.LayoutProposals`."""
 _FEWEST_TO_FIT = 3
+_FEWEST_HEARD = 8
+"""WERs of a few sentences are noisy: of fewer layouts they would say more about the sentences."""
+_SMALLEST_WER = 0.01
+"""Added before the logarithm: fewer errors than one in a hundred words are chance, with as few sentences."""
 _SLOPE_PRIOR = 1.0
 """How many layouts, a standard deviation of the probe's scores off their mean, draw the line's slope towards 1."""
 
@@ -41,13 +48,14 @@ class SurrogateSampler(optuna.samplers.BaseSampler):
         space: the layouts to choose from.
         probe: KL by layout, from forward passes; may be empty.
         seed: of the posterior draws. With the same trials the same layout is proposed, in whatever session.
+        hears: whether the trials' WER counts, beside their KL.
     """
 
-    def __init__(self, space: SearchSpace, probe: Mapping[Layout, float], seed: int) -> None:
-        self.space, self.seed = space, seed
+    def __init__(self, space: SearchSpace, probe: Mapping[Layout, float], seed: int, *, hears: bool = False) -> None:
+        self.space, self.seed, self.hears = space, seed, hears
         self._by_attention = {c.attention_counts[0]: c for c in ratio_constraints(space).values()}
-        self._prior = fit_log(probe) if len(probe) >= _FEWEST_TO_FIT else None
-        self._probe = dict(probe)
+        logarithms = {layout: math.log(max(kl, 1e-8)) for layout, kl in probe.items()}
+        self._prior = corrected(None, logarithms) if len(probe) >= _FEWEST_TO_FIT else None
         self._proposed: tuple[int, dict[str, Any]] = (-1, {})
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -70,18 +78,16 @@ class SurrogateSampler(optuna.samplers.BaseSampler):
 
     def propose(self, study: optuna.Study) -> Layout:
         """The layout to try next; there must be one that no trial of ``study`` has."""
-        states = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
-        known = [t for t in study.get_trials(deepcopy=False, states=states) if LAYOUT in t.user_attrs]
-        tried = [Layout.from_string(trial.user_attrs[LAYOUT]) for trial in known]
-        scores = {
-            layout: float(trial.user_attrs[FIRST_RUNG_KL])
-            for layout, trial in zip(tried, known, strict=True)
-            if FIRST_RUNG_KL in trial.user_attrs
-        }
-        rng = np.random.default_rng([self.seed, len(tried)])
-        num_attention = self._next_ratio(tried)
-        quadratic = self._objective(scores, None if len(tried) % 2 == 0 else rng)
-        found = best_of(quadratic, self._by_attention[num_attention], set(tried))
+        known = [trial for trial in study.get_trials(deepcopy=False) if LAYOUT in trial.user_attrs]
+        tried = {Layout.from_string(trial.user_attrs[LAYOUT]): trial.user_attrs for trial in known}
+        rng = None if len(tried) % 2 == 0 else np.random.default_rng([self.seed, len(tried)])
+        scores, rates = (
+            {layout: float(found[name]) for layout, found in tried.items() if name in found}
+            for name in (FIRST_RUNG_KL, WER)
+        )
+        belief = self._belief(scores, rates if self.hears else {})
+        objective = belief.drawn(rng) if belief is not None else self._any_order(len(tried))
+        found = best_of(objective, self._by_attention[self._next_ratio(tried)], set(tried))
         assert found is not None  # a ratio with an untried layout was chosen
         return found
 
@@ -91,34 +97,61 @@ class SurrogateSampler(optuna.samplers.BaseSampler):
         left = [kept for kept, number in count.items() if number < self.space.num_layouts_of(kept)]
         return min(left, key=lambda kept: (count[kept], -kept))
 
-    def _objective(self, scores: Mapping[Layout, float], rng: np.random.Generator | None) -> Quadratic:
-        """Log KL after the first rung: its expectation, or with ``rng`` a draw from the posterior."""
-        if len(scores) < _FEWEST_TO_FIT:
-            if self._prior is None:
-                # Nothing is known: any order of the layouts is as good as another.
-                layers = self.space.num_layers
-                random = np.random.default_rng([self.seed, len(scores)]) if rng is None else rng
-                return Quadratic(0.0, random.normal(size=layers), np.zeros((layers, layers)))
-            return _drawn(self._prior, rng)
-        layouts = sorted(scores)
-        target = np.log(np.maximum([scores[layout] for layout in layouts], 1e-8))
-        if self._prior is None:
-            return _drawn(fit_surrogate(layouts, target), rng)
-        before = self._log_probe(layouts)
-        slope, intercept = line(before, target)
-        rest = _drawn(fit_surrogate(layouts, target - (intercept + slope * before)), rng)
-        prior = _drawn(self._prior, rng)
+    def _belief(self, scores: Mapping[Layout, float], rates: Mapping[Layout, float]) -> Belief | None:
+        """What is believed of the log KL after the first rung or, where enough were heard, of the log WER."""
+        belief = self._prior
+        if len(scores) >= _FEWEST_TO_FIT:
+            belief = corrected(belief, {layout: math.log(max(kl, 1e-8)) for layout, kl in scores.items()})
+        if len(rates) >= _FEWEST_HEARD:
+            belief = corrected(belief, {layout: math.log(rate + _SMALLEST_WER) for layout, rate in rates.items()})
+        return belief
+
+    def _any_order(self, tried: int) -> Quadratic:
+        """Nothing is known: any order of the layouts is as good as another."""
+        layers = self.space.num_layers
+        return Quadratic(0.0, np.random.default_rng([self.seed, tried]).normal(size=layers), np.zeros((layers, layers)))
+
+
+@dataclass(frozen=True)
+class Belief:
+    """A score by layout, with its uncertainty: a surrogate, on top of a straight line over an earlier belief."""
+
+    rest: Surrogate
+    measured: Mapping[Layout, float]
+    """What the surrogate was fitted to, the line included."""
+    earlier: Belief | None = None
+    slope: float = 0.0
+    intercept: float = 0.0
+
+    def expected(self, layouts: Sequence[Layout]) -> np.ndarray:
+        """(B,) measured scores where there are, predictions elsewhere."""
+        predicted, _ = self.rest.predict(layouts)
+        if self.earlier is not None:
+            predicted = predicted + self.intercept + self.slope * self.earlier.expected(layouts)
+        return np.array([self.measured.get(layout, p) for layout, p in zip(layouts, predicted, strict=True)])
+
+    def drawn(self, rng: np.random.Generator | None) -> Quadratic:
+        """The expectation, or with ``rng`` a draw from the posterior."""
+        rest = self.rest.mean if rng is None else self.rest.sample(rng)
+        if self.earlier is None:
+            return rest
+        below = self.earlier.drawn(rng)
         return Quadratic(
-            intercept + slope * prior.constant + rest.constant,
-            slope * prior.linear_L + rest.linear_L,
-            slope * prior.pairs_LL + rest.pairs_LL,
+            self.intercept + self.slope * below.constant + rest.constant,
+            self.slope * below.linear_L + rest.linear_L,
+            self.slope * below.pairs_LL + rest.pairs_LL,
         )
 
-    def _log_probe(self, layouts: Collection[Layout]) -> np.ndarray:
-        assert self._prior is not None
-        predicted, _ = self._prior.predict(list(layouts))
-        measured = [np.log(max(self._probe[x], 1e-8)) if x in self._probe else None for x in layouts]
-        return np.array([p if m is None else m for p, m in zip(predicted, measured, strict=True)])
+
+def corrected(earlier: Belief | None, measured: Mapping[Layout, float]) -> Belief:
+    """A belief of what was measured; what is believed already counts as far as the two go together."""
+    layouts = sorted(measured)
+    target = np.array([measured[layout] for layout in layouts])
+    if earlier is None:
+        return Belief(fit_surrogate(layouts, target), measured)
+    before = earlier.expected(layouts)
+    slope, intercept = line(before, target)
+    return Belief(fit_surrogate(layouts, target - (intercept + slope * before)), measured, earlier, slope, intercept)
 
 
 def line(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
@@ -130,7 +163,3 @@ def line(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
         return 1.0, float((after - before).mean())
     slope = (float(centered @ (after - after.mean())) + weight) / (float(centered @ centered) + weight)
     return slope, float(after.mean() - slope * before.mean())
-
-
-def _drawn(surrogate: Surrogate, rng: np.random.Generator | None) -> Quadratic:
-    return surrogate.mean if rng is None else surrogate.sample(rng)

@@ -192,7 +192,9 @@ class _RungReporter:
             self.first_rung_ce, self.first_rung_kl = row.ce, row.kl
         self.rungs_reported = row.rung + 1
         spoken: dict[str, float | None] = {}
-        if row.wer is not None:
+        speech = self.settings.speech
+        # An earlier session may have heard other sentences.
+        if row.wer is not None and speech is not None and row.evaluation == speech.identity:
             spoken = {"wer": row.wer.value, "wer_low": row.wer.low, "wer_high": row.wer.high}
             spoken["token_error_rate"] = row.token_error_rate
         tune.report(

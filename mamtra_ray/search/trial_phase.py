@@ -17,7 +17,7 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, without_repeats
 from mamtra_ray.run.folder import latest_scores
 from mamtra_ray.run.names import trial_states
-from mamtra_ray.run.rows import TrialRow
+from mamtra_ray.run.rows import FINISHED, TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.actor_pool import RESTARTS, result_of
 from mamtra_ray.runtime.progress import repeatedly
@@ -96,13 +96,23 @@ def run_the_trials(
                 f"{settings.speech.teacher_wer}"
             )
         progress.show()
-        with repeatedly(progress.show):
-            run_trials(settings, plan, session.folder, progress)
+        if every_trial_is_finished(plan, result_of(table.all_rows.remote())):
+            session.screen.say("    all of them are finished")
+        else:
+            with repeatedly(progress.show):
+                run_trials(settings, plan, session.folder, progress)
         result_of(table.compact.remote())
     rows, failures = result_of(table.all_rows.remote()), progress.failures
     if failures and not any(session.space.allows(row.layout) for row in rows):
         raise InputError(f"all {len(failures)} trials failed; the first one: {failures[0]}")
     return rows, failures
+
+
+def every_trial_is_finished(plan: TrialPlan, rows: list[TrialRow]) -> bool:
+    """Whether an earlier session has left nothing to try, so that Tune need not be started to repeat its scores."""
+    finished = {row.layout for row in rows if row.status == FINISHED}
+    candidates = {candidate.layout for candidate in plan.candidates}
+    return candidates <= finished and len(candidates) >= plan.total
 
 
 class _TrialsProgress:

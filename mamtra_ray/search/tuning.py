@@ -155,12 +155,13 @@ def max_concurrent_trials(settings: TrialSettings) -> int:
 
 def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> LayoutProposals:
     search = settings.search
-    metrics = ["first_rung_ce", "cost"] if len(search.ratios) > 1 else ["first_rung_ce"]
+    metrics = objectives(search)
     # Not the seed of an earlier session, whose proposals would all come again.
     proposes = sampler(search.sampler, settings.seed + plan.num_known)
     if search.sampler == "surrogate":
-        proposes = SurrogateSampler(settings.space, plan.probe, settings.seed)
-    study = new_study(folder, proposes, ["CE after the first rung", search.cost][: len(metrics)])
+        proposes = SurrogateSampler(settings.space, plan.probe, settings.seed, hears="wer" in metrics)
+    names = {"first_rung_ce": "CE after the first rung", "cost": search.cost, "wer": "WER"}
+    study = new_study(folder, proposes, [names[metric] for metric in metrics])
     return LayoutProposals(
         settings.space,
         plan.candidates,
@@ -189,6 +190,12 @@ def new_study(folder: Path, proposes: optuna.samplers.BaseSampler, metric_names:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(list(metric_names))
     return study
+
+
+def objectives(search: SearchConfig) -> list[str]:
+    """What Optuna minimizes, by the names of a trial's result: CE at the first rung, which every trial has."""
+    wanted = {"first_rung_ce": True, "cost": len(search.ratios) > 1, "wer": "wer" in search.objectives}
+    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 class HalvingInsideRatios(FIFOScheduler):
