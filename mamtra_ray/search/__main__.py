@@ -26,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(explain())
         return 0
     run = open_run(options.space, options.run, options.overrides, resume=options.resume)
+    if run.config.search.loggers:
+        from mamtra_ray.run.checks import check_loggers
+
+        check_loggers(run.config)
     if options.dry_run:
         from mamtra_ray.run.checks import check_inputs
         from mamtra_ray.search.plan import print_plan

@@ -147,7 +147,7 @@ class _TrialsProgress:
         now = [f"{layout} {doing or f'{tokens:,} tokens'}" for layout, (tokens, doing) in sorted(running.items())]
         more = f" and {len(now) - _SHOWN} more" if len(now) > _SHOWN else ""
         best = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
-        runs = f"running {', '.join(now[:_SHOWN])}{more}" if now else ""
+        runs = f"running {', '.join(now[:_SHOWN])}{more}" if now else "starting trials"
         note = "; ".join(filter(None, (best, runs)))
         self.session.screen.count(self.ended, self.total, "trials", note, is_work=is_work)
 

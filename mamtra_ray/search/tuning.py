@@ -25,6 +25,7 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace
 from mamtra_ray.runtime.actor_pool import RESTARTS
 from mamtra_ray.runtime.stopping import run_interruptibly
+from mamtra_ray.search.loggers import logger_callbacks
 from mamtra_ray.search.parameter_space import sampler
 from mamtra_ray.search.proposals import LayoutProposals
 from mamtra_ray.search.surrogate_sampler import SurrogateSampler
@@ -129,7 +130,7 @@ def run_trials(settings: TrialSettings, plan: TrialPlan, folder: Path, on_result
         run_config=tune.RunConfig(
             name=STUDY_NAME,
             storage_path=str(folder / "tune"),
-            callbacks=[watch],
+            callbacks=[watch, *logger_callbacks(search.loggers, folder)],
             # Tune counts the death of a trial's process twice: the call and the actor both fail.
             failure_config=tune.FailureConfig(max_failures=2 * RESTARTS),
             verbose=0,
