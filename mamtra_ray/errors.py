@@ -56,6 +56,21 @@ def explain_also(explanation: Explanation) -> None:
     _explanations[explanation.__qualname__] = explanation
 
 
+_endings: dict[str, Callable[[], None]] = {}
+
+
+def end_before_last_words(ending: Callable[[], None]) -> None:
+    """From now on :func:`say_last` calls this first: what prints lines of its own must not print after the last one."""
+    _endings[ending.__qualname__] = ending
+
+
+def say_last(text: str) -> None:
+    """The last line of a verb that does not end well, on stderr."""
+    for ending in _endings.values():
+        ending()
+    print(text, file=sys.stderr, flush=True)
+
+
 def nearest_name(name: str, valid_names: Iterable[str]) -> str:
     """A hint for a message about an unknown name, e.g. ``did you mean 'front'? (valid: back, front)``."""
     valid = sorted(valid_names)
@@ -86,11 +101,11 @@ def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[...,
             return 0
         except InputError as error:
             # One that Ray brought from a worker has the worker's traceback for its text.
-            print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr, flush=True)
+            say_last(f"error: {getattr(error, 'cause', error)}")
             return 2
         except (Stopped, SystemError) as error:
             stop = stop_behind(error)
-            print(f"\nstopped by {stop}; the same command goes on where it stopped", file=sys.stderr, flush=True)
+            say_last(f"\nstopped by {stop}; the same command goes on where it stopped")
             return stop.exit_code
         except KeyboardInterrupt:  # before there was anything to keep
             print("\nstopped", file=sys.stderr, flush=True)
@@ -99,7 +114,7 @@ def exit_code_2_on_input_error(main: Callable[..., int | None]) -> Callable[...,
             sentences = [text for explain in _explanations.values() if (text := explain(error))]
             if not sentences:
                 raise
-            print(f"error: {sentences[0]}", file=sys.stderr, flush=True)
+            say_last(f"error: {sentences[0]}")
             return 2
         finally:
             for signum, handler in handlers.items():

@@ -1,9 +1,12 @@
 """How a verb ends when Ray itself fails."""
 
+import sys
+
 import pytest
 import ray.exceptions
 
-from mamtra_ray.errors import exit_code_2_on_input_error, explain_also
+from mamtra_ray import errors
+from mamtra_ray.errors import InputError, end_before_last_words, exit_code_2_on_input_error, explain_also
 from mamtra_ray.runtime.cluster import lost_by_ray
 
 
@@ -41,3 +44,14 @@ def test_a_mistake_of_ours_keeps_its_traceback():
     for error in (ZeroDivisionError(), mistake, mistake.as_instanceof_cause()):
         with pytest.raises(type(error)):
             ending_with(error)
+
+
+def test_ray_has_ended_before_the_last_line(monkeypatch, capsys):
+    """It prints lines of its own as long as it lives."""
+    monkeypatch.setattr(errors, "_endings", {})
+    end_before_last_words(lambda: print("a worker died", file=sys.stderr))
+    assert ending_with(InputError("no space left")) == 2
+    assert capsys.readouterr().err.splitlines() == ["a worker died", "error: no space left"]
+    monkeypatch.setattr(errors, "_endings", {})
+    assert ending_with(InputError("no space left")) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: no space left"]

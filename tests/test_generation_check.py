@@ -1,5 +1,6 @@
 """The check of generation: sound models pass it in every dtype, each way of being broken is caught and named."""
 
+import contextlib
 import copy
 import re
 from importlib import metadata
@@ -143,25 +144,30 @@ def test_logits_that_are_not_finite_have_an_error_of_their_own(model):
         check_generation(model, SEQUENCE, "the student")
 
 
-def test_before_a_search_teacher_and_hybrid_are_checked(teacher, monkeypatch):
+@pytest.mark.parametrize("fails", [(), ("an untrained hybrid",), ("an untrained hybrid", "teacher")])
+def test_before_a_search_a_hybrid_is_checked_and_the_teacher_where_that_fails(teacher, monkeypatch, fails):
     models, names = [], []
 
     def note(model, sequence, name):
         models.append(model)
         names.append(name)
+        if name.startswith(fails):
+            raise GenerationCheckError(name)
         return compared(torch.eye(2), torch.eye(2), name)
 
     monkeypatch.setattr(teacher_check, "check_generation", note)
     before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
     new = make_student(teacher.model, "AMMM", state_sharing="per_kv_head")
-    check_teacher_and_hybrid(teacher, "1:3", "per_kv_head")
-    assert [str(model.layout) for model in models] == ["AAAA", "AMMM"] and "untrained hybrid" in names[1]
+    with pytest.raises(GenerationCheckError, match=f"^{fails[-1]}") if fails else contextlib.nullcontext():
+        check_teacher_and_hybrid(teacher, "1:3", "per_kv_head")
+    assert [str(model.layout) for model in models] == ["AMMM", "AAAA"][: 1 + bool(fails)]
+    assert "untrained hybrid" in names[0]
     for name, tensor in teacher.model.state_dict().items():
         assert torch.equal(tensor, before[name]), "the teacher must stay as it is"
     convolutions = [name for name in new.state_dict() if "conv1d" in name]
     assert len(convolutions) == 6
     for name in convolutions:
-        assert not torch.equal(models[1].state_dict()[name], new.state_dict()[name]), "in a new one no error would show"
+        assert not torch.equal(models[0].state_dict()[name], new.state_dict()[name]), "in a new one no error would show"
 
 
 def test_the_check_of_a_search_as_a_ray_task(teacher, tmp_path, ray_cluster):

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from mamtra_ray.errors import InputError, explain_also
+from mamtra_ray.errors import InputError, end_before_last_words, explain_also
 from mamtra_ray.runtime.local_processes import end_with_this_process
 
 # Worker output and Ray's own notices stay in its logs, which the dashboard shows.
@@ -68,6 +68,8 @@ def connect(address: str | None = None) -> Cluster:
             raise InputError(f"Ray does not start on this machine; try again when it is less busy: {reason}") from None
         raise InputError(f"no Ray cluster answers at {address!r}: {reason}") from None
     if is_ours:
+        # Until then Ray tells of every process that dies.
+        end_before_last_words(ray.shutdown)
         # Ray's annotation names the base class, which has none: that is a client's, not of a local cluster.
         end_with_this_process(context.address_info["session_dir"])  # type: ignore[attr-defined]
     return Cluster(ray.cluster_resources(), context.dashboard_url or "off")

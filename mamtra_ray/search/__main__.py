@@ -11,7 +11,7 @@ import sys
 
 from mamtra_ray.config import explain
 from mamtra_ray.config.command_line import verb_parser
-from mamtra_ray.errors import Stopped, exit_code_2_on_input_error, stop_behind
+from mamtra_ray.errors import Stopped, exit_code_2_on_input_error, say_last, stop_behind
 from mamtra_ray.run.open_run import open_run
 
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (Stopped, SystemError) as error:
         stop = stop_behind(error)
         go_on = f"python -m mamtra_ray.search --resume --run {run.folder}"
-        print(f"\nstopped by {stop}; go on with: {go_on}", file=sys.stderr, flush=True)
+        say_last(f"\nstopped by {stop}; go on with: {go_on}")
         return stop.exit_code
 
 
