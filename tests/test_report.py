@@ -382,9 +382,9 @@ def test_a_finalist_has_one_name_everywhere(runs, tmp_path):
     assert f'<code class="letters">{run.best_layout}</code>' in page, "a layout can be copied"
 
 
-def test_the_first_paragraph_says_what_was_found_whether_it_is_good_and_what_to_do(runs, tmp_path):
+def test_the_first_paragraphs_say_what_was_found_whether_it_is_good_and_what_to_do(runs, tmp_path):
     run = read_run(runs[0])
-    [text] = build_report([run]).summary
+    text = " ".join(build_report([run]).summary)
     assert text.startswith("Of 9 layouts tried, 9 were distilled to the end.")
     for name in ("block beginning 1:1, exported", "1:3"):
         assert name in text
@@ -395,8 +395,7 @@ def test_the_first_paragraph_says_what_was_found_whether_it_is_good_and_what_to_
         changed = dataclasses.replace(run, finalists=finalists)
         if reference:
             changed = dataclasses.replace(changed, reference=dataclasses.replace(run.reference, **reference))
-        [text] = summary([changed])
-        return text
+        return " ".join(summary([changed]))
 
     found = next(row for row in run.finalists if row.origin == "probe")
     paper = [row for row in run.finalists if row.layout.ratio == found.layout.ratio and row.origin not in ("probe",)]
@@ -413,7 +412,8 @@ def test_the_first_paragraph_says_what_was_found_whether_it_is_good_and_what_to_
     assert "python -m mamtra_ray.evaluate" in said(silent, teacher=None, codec=None)
     assert "why the teacher itself" in said(run.finalists, teacher_alarm="has a WER of 90 %")
     assert "--resume" in said([])
-    assert [text.split(":")[0] for text in build_report(read_runs(runs)).summary] == ["plain", "xavier", "no_ce"]
+    of_three = [text.split(": Of 9")[0] for text in build_report(read_runs(runs)).summary if ": Of 9" in text]
+    assert of_three == ["plain", "xavier", "no_ce"]
 
 
 def test_what_training_gained_is_in_the_tables(runs):

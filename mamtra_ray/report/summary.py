@@ -1,4 +1,4 @@
-"""The report's first paragraph: what was found, whether it is good, and what to do next."""
+"""The report's first paragraphs: what was found, whether it is good, and what to do next."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ from mamtra_ray.run.rows import FinalistRow
 
 
 def summary(runs: Sequence[Run]) -> tuple[str, ...]:
-    """One paragraph for every run."""
-    several = len(runs) > 1
-    return tuple((f"{run.name}: " if several else "") + _of_run(run) for run in runs)
+    """Short paragraphs: of every run what was done, one for each ratio, what to do next."""
+    paragraphs: list[str] = []
+    for run in runs:
+        first, *rest = _of_run(run)
+        paragraphs += [f"{run.name}: {first}" if len(runs) > 1 else first, *rest]
+    return tuple(paragraphs)
 
 
-def _of_run(run: Run) -> str:
+def _of_run(run: Run) -> list[str]:
     tried = len({row.layout for row in run.trials})
     if not run.finalists or run.reference is None or run.architecture is None:
         go_on = f"python -m mamtra_ray.search --resume --run {run.path}"
-        return f"Nothing is found yet; {tried} layouts were tried. Next: go on with {go_on}"
+        return [f"Nothing is found yet; {tried} layouts were tried.", f"Next: go on with {go_on}"]
     best = best_of_ratios(run)
-    sentences = [f"Of {tried} layouts tried, {len(run.finalists)} were distilled to the end."]
-    sentences += [_verdict(run, run.reference, row) + _against_the_paper(run, row) for row in best]
-    return " ".join([*sentences, f"Next: {_next(run, run.reference, best)}"])
+    return [
+        f"Of {tried} layouts tried, {len(run.finalists)} were distilled to the end.",
+        *(_verdict(run, run.reference, row) + _against_the_paper(run, row) for row in best),
+        f"Next: {_next(run, run.reference, best)}",
+    ]
 
 
 def best_of_ratios(run: Run) -> list[FinalistRow]:
