@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -124,6 +125,8 @@ class _TrialsProgress:
         self.ended = 0
         self.failures: list[str] = []
         self.best: Mapping[str, Any] | None = None
+        # Reentrant: what has ended is counted and shown in one.
+        self._showing = threading.RLock()
 
     def __call__(self, layout: Layout, result: Mapping[str, Any], ended: bool, death: str | None) -> None:
         """See :data:`~mamtra_ray.search.tuning.OnResult`.
@@ -136,14 +139,18 @@ class _TrialsProgress:
             if not ended:  # The end repeats the last result.
                 self.metrics.trial_scored(result)
         if ended:
-            self.ended += 1
             self._end(layout, death)
-        # A trial that repeats what an earlier session found says nothing about how long others take.
-        self.show(is_work=layout not in self.known)
+        with self._showing:
+            self.ended += ended
+            # A trial that repeats what an earlier session found says nothing about how long others take.
+            self.show(is_work=layout not in self.known)
 
     def show(self, is_work: bool = True) -> None:
-        """How many trials have ended, the best one, and what runs."""
-        running = result_of(self.table.running.remote())
+        """How many trials have ended, the best one, and what runs; also called from a thread, every second."""
+        with self._showing:
+            self._show(result_of(self.table.running.remote()), is_work)
+
+    def _show(self, running: Mapping[str, tuple[int, str]], is_work: bool) -> None:
         now = [f"{layout} {doing or f'{tokens:,} tokens'}" for layout, (tokens, doing) in sorted(running.items())]
         more = f" and {len(now) - _SHOWN} more" if len(now) > _SHOWN else ""
         best = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
