@@ -272,13 +272,24 @@ def test_stopped_alignment_goes_on_where_it_was(setup, tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         return AlignJob(setup.config, "per_query_head", 0, str(folder), made_by, **setup.data)
 
-    steps = [*align(job(tmp_path / "whole"), CPU)]
+    def trained(steps):
+        return [step.tokens for step in steps if not step.doing]
+
+    whole_steps = [*align(job(tmp_path / "whole"), CPU)]
+    steps = trained(whole_steps)
     stopped = align(job(tmp_path / "stopped"), CPU)
-    reached = [next(stopped) for _ in range(7)]
+    reached = []
+    while len(reached) < 7:
+        reached += trained([next(stopped)])
     stopped.close()
     assert reached == steps[:7] and not (tmp_path / "stopped" / MANIFEST).exists()
-    rest = [*align(job(tmp_path / "stopped"), CPU)]
-    assert rest == steps[7:]
+    rest = trained(align(job(tmp_path / "stopped"), CPU))
+    assert rest == [reached[-1], *steps[7:]], "it says where it goes on, and goes on there"
+    # What is no training is named, with the part of the held-out tokens that is measured.
+    measured = [step for step in whole_steps if step.doing.startswith("measuring")]
+    assert len({step.doing for step in measured}) == 3 and {step.part for step in measured} > {0.0}
+    assert all(0 <= step.part <= 1 for step in measured)
+    assert [step.doing for step in whole_steps if step.doing][-1] == "saving the mixers"
     whole, resumed = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     errors = [read_library_manifest(tmp_path / name).errors_start for name in ("whole", "stopped")]

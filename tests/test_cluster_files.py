@@ -134,3 +134,7 @@ def test_grafana_shows_every_metric_that_a_search_exports():
         for name in re.findall(r"ray_(mamtra_\w+)", target["expr"])
     }
     assert exported and shown == exported
+    # Every series says of which run and phase it is, and can be told apart by them.
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert all('{run=~"$run", phase=~"$phase"}' in expression for expression in expressions)
+    assert all(metric.info["tag_keys"] == ("run", "phase") for metric in vars(SearchMetrics("a run")).values())

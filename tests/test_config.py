@@ -21,7 +21,7 @@ NEUTRAL = [
     *("seed", "context_length", "corpus.seed", "resources.cpus_per_worker", "resources.gpus_per_worker"),
     *(f"cache.{key}" for key in ("location", "top_k", "layers", "utterances_per_shard", "actors")),
     *("student.state_sharing", "align.precision", "probe.importance_sentences", "search.objectives"),
-    "evaluate.race_sentences",
+    *("evaluate.race_sentences", "search.loggers"),
     *(f"search.{key}" for key in ("layouts", "sampler", "keep_attention", "always_mamba", "cost", "workers_per_trial")),
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),

@@ -12,9 +12,9 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.run_scores import choose_best
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace, given_candidates, paper_candidates
-from mamtra_ray.run.rows import CurvePoint, FinalistRow, TrialRow
+from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.search import finalists
-from mamtra_ray.search.finalists import choose_finalists, distill_finalist, log_to_tensorboard
+from mamtra_ray.search.finalists import choose_finalists, distill_finalist
 from mamtra_ray.speech.error_rate import ErrorRate
 
 COSTS = {"cache_bytes": 1.0, "decode_flops": 1.0, "parameters": 1.0}
@@ -97,9 +97,7 @@ def settings_with(distill: DistillConfig, calls: list) -> SimpleNamespace:
         data=data,
         seed=0,
         worker=None,
-        table=SimpleNamespace(
-            note_tokens=SimpleNamespace(remote=lambda *_: None), tokens_of=SimpleNamespace(remote=lambda *_: 0)
-        ),
+        table=SimpleNamespace(end_progress=SimpleNamespace(remote=lambda *_: None)),
         job=lambda layout, report_at, progress: DistillJob(layout, distill, StudentConfig(), data, report_at),
     )
 
@@ -120,5 +118,3 @@ def test_a_finished_finalist_is_read_back_and_only_that_one(tmp_path, monkeypatc
     assert distilled(workers=4, checkpoint_every_tokens=3).ce == 1.5 and calls == [1]
     with pytest.raises(InputError, match="distilled with another settings"):
         distilled(learning_rate=0.5)
-    log_to_tensorboard(tmp_path / "tensorboard", [CurvePoint(layout=Layout("AM"), trial_id="t", rung=0, **point)])
-    assert list((tmp_path / "tensorboard").iterdir())

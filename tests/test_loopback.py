@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from mamtra_ray.config.command_line import verb_parser
 
@@ -18,14 +20,28 @@ verb_parser("search", "").parse_intermixed_args(sys.argv[1:])
 from mamtra_ray.runtime.cluster import connect
 dashboard = connect(None).dashboard
 import psutil, ray, time
+from mamtra_ray.layouts import Layout
+from mamtra_ray.run.rows import FinalistRow
 from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.search.metrics import SECONDS_BETWEEN_EXPORTS, SearchMetrics
+from mamtra_ray.speech.error_rate import ErrorRate
 
 @ray.remote
 class Worker:
     def __init__(self, run, ce):
         metrics = SearchMetrics(run)
-        metrics.best_ce.set(ce)
+        metrics.note_progress("align", 0.25, 1000.0)
+        metrics.best_trial(ce, 4096.0)
+        heard = {"wer": 0.25, "wer_low": 0.125, "wer_high": 0.5, "token_error_rate": 0.75}
+        metrics.trial_scored({"tokens_per_second": 500.0, **heard})
+        metrics.trial_scored({"tokens_per_second": 700.0})  # did not speak
+        metrics.trial_ended(failed=False)
+        metrics.trial_ended(failed=True)
+        costs = {"cache_bytes": 2048.0, "decode_flops": 1.0, "parameters": 1.0}
+        scores = {"ce": ce - 1, "kl": 0.1, "ce_start": 3.0, "kl_start": 2.0, "wer": ErrorRate(0.0625, 0.0, 0.1)}
+        finalist = FinalistRow(Layout("AM"), origin="probe", tokens=1, steps=1, seconds=1.0, **scores, **costs)
+        metrics.finalists_distilled([finalist])
+        metrics.finalists_heard([finalist])
         self.exporting = repeatedly(metrics.set_again, SECONDS_BETWEEN_EXPORTS)
         self.exporting.__enter__()
 
@@ -45,11 +61,11 @@ port = ray.nodes()[0]["MetricsExportPort"]
 begin = time.monotonic()
 metrics = []
 # Ray exports every ten seconds: a value that was set once is gone from the second scrape on.
-while time.monotonic() < begin + 45 or (len(metrics) < 2 and time.monotonic() < begin + 200):
+while time.monotonic() < begin + 45 or (len(metrics) < 4 and time.monotonic() < begin + 200):
     time.sleep(2)
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     metrics = [line for line in text.splitlines() if line.startswith("ray_mamtra_best_ce{")]
-print("FOUND", json.dumps({"dashboard": dashboard, "listening": listening, "metrics": metrics}))
+print("FOUND", json.dumps({"dashboard": dashboard, "listening": listening, "text": text}))
 """
 
 
@@ -72,8 +88,30 @@ def test_a_local_cluster_listens_on_loopback_only_and_its_metrics_tell_runs_apar
         assert ip.removeprefix("::ffff:") in ("127.0.0.1", "::1"), f"{name} listens on {ip}"
     token = tmp_path / ".ray" / "auth_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and len(token.read_text()) == 64
-    values = {line.split('run="')[1].split('"')[0]: float(line.split()[-1]) for line in found["metrics"]}
-    assert values == {"/a/runs/demo": 1.5, "/b/runs/demo": 2.5}
+    values = {}  # read as Prometheus reads them
+    for family in text_string_to_metric_families(found["text"]):
+        for sample in family.samples:
+            if sample.name.startswith("ray_mamtra_") and not sample.name.endswith("_created"):
+                series = values.setdefault(sample.name.removeprefix("ray_mamtra_"), {})
+                series[sample.labels["run"], sample.labels["phase"]] = sample.value
+    grafana = (Path(__file__).parent.parent / "cluster" / "grafana_dashboard.json").read_text()
+    assert set(values) == set(re.findall(r"ray_mamtra_(\w+)", grafana))
+    a, b = "/a/runs/demo", "/b/runs/demo"
+    assert values["best_ce"] == {(a, "trials"): 1.5, (a, "finalists"): 0.5, (b, "trials"): 2.5, (b, "finalists"): 1.5}
+    of_a = {name: {key[1]: value for key, value in series.items() if key[0] == a} for name, series in values.items()}
+    assert of_a == {
+        "best_ce": {"trials": 1.5, "finalists": 0.5},
+        "best_wer": {"trials": 0.25, "speech": 0.0625},
+        "cache_bytes": {"trials": 4096, "finalists": 2048},
+        "phase_progress": {"align": 0.25},
+        "tokens_per_second": {"align": 1000, "trials": 700},
+        "trial_token_error_rate": {"trials": 0.75},
+        "trial_wer": {"trials": 0.25},
+        "trial_wer_high": {"trials": 0.5},
+        "trial_wer_low": {"trials": 0.125},
+        "trials_failed_total": {"trials": 1},
+        "trials_finished_total": {"trials": 2},
+    }
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from tiny_whisper import write_tiny_whisper
 
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.run_scores import choose
+from mamtra_ray.evaluate.verdict import EXIT_UNUSABLE
 from mamtra_ray.run.folder import Reference, Score, read_run
 from mamtra_ray.run.names import FINALISTS
 from mamtra_ray.search import __main__ as search
 from mamtra_ray.search import outcome
 from mamtra_ray.search.outcome import verdict_lines
-from mamtra_ray.search.verdict import EXIT_UNUSABLE
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.demo_codec import Codec, DecoderConfig, TokenDecoder
 from mamtra_ray.speech.error_rate import ErrorRate

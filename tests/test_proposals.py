@@ -13,7 +13,7 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace
 from mamtra_ray.search.parameter_space import params_from_layout, sampler
 from mamtra_ray.search.proposals import LayoutProposals, UniformLayouts
-from mamtra_ray.search.tuning import objectives
+from mamtra_ray.search.tuning import new_study, objectives
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -161,3 +161,35 @@ def test_uniform_draws_are_uniform():
         assert len(found) == space.num_layouts_of(kept)
         # Pearson's statistic; its mean is the number of layouts less one, its deviation about twice the root of that.
         assert ((found - expected) ** 2 / expected).sum() < len(found) + 5 * np.sqrt(2 * len(found))
+
+
+def test_the_journal_says_what_every_trial_is_and_what_came_of_it(tmp_path):
+    """Read by Optuna alone, as its dashboard does."""
+    study = new_study(tmp_path, sampler("random", 0), ["CE after the first rung", "cache_bytes"])
+    space = SearchSpace(4, ("1:1", "1:3"))
+    candidates = [Candidate(Layout("AAMM"), "block_beginning"), Candidate(Layout("MMMA"), "probe")]
+    proposals = LayoutProposals(space, candidates, study, ["first_rung_ce", "cost"], 0, asks_study=False)
+    tried = [proposals.suggest(name)["layout"] for name in "abcd"]
+    first = {"rung": 0, "tokens": 100, "ce": 2.0, "kl": 0.5, "first_rung_ce": 2.0, "first_rung_kl": 0.5, "cost": 3.0}
+    heard = {"wer": 0.25, "wer_low": 0.125, "wer_high": 0.5, "token_error_rate": 0.75}
+    last = first | {"rung": 1, "tokens": 200, "ce": 1.5, "kl": 0.25} | heard
+    for name, results in {"a": [first, last], "b": [first]}.items():
+        for result in results:
+            proposals.on_trial_result(name, result)
+        proposals.on_trial_complete(name, results[-1])
+    proposals.on_trial_result("c", first)
+    proposals.on_trial_complete("d", None, error=True)
+
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "optuna.journal"))
+    read = optuna.load_study(study_name="layouts", storage=optuna.storages.JournalStorage(backend))
+    assert read.metric_names == ["CE after the first rung", "cache_bytes"]
+    assert [one.state.name for one in read.trials] == ["COMPLETE", "COMPLETE", "RUNNING", "FAIL"]
+    assert [one.values for one in read.trials[:2]] == [[2.0, 3.0], [2.0, 3.0]]
+    attributes = [one.user_attrs for one in read.trials]
+    assert [one["layout"] for one in attributes] == tried
+    assert [one["ratio"] for one in attributes] == [Layout(layout).ratio for layout in tried]
+    assert [one["origin"] for one in attributes] == ["block_beginning", "probe", "optuna", "optuna"]
+    shown = ("rung", "tokens", "ce", "kl", "wer", "wer_low", "wer_high", "token_error_rate")
+    assert [attributes[0][name] for name in shown] == [1, 200, 1.5, 0.25, 0.25, 0.125, 0.5, 0.75]
+    assert [attributes[2].get(name) for name in shown] == [0, 100, 2.0, 0.5, None, None, None, None]
+    assert attributes[0]["first_rung_kl"] == 0.5, "the sampler goes on from the first rung"

@@ -19,16 +19,21 @@ from mamtra_ray.artifacts import write_checked_json
 from mamtra_ray.config import save_config
 from mamtra_ray.efficiency import ARCHITECTURES
 from mamtra_ray.errors import InputError
+from mamtra_ray.evaluate.results import write_rows
 from mamtra_ray.layouts import Layout
 from mamtra_ray.listening_test.opinion_scores import OpinionScore, read_scores, write_scores
 from mamtra_ray.report import paper_results
 from mamtra_ray.report.__main__ import main
+from mamtra_ray.report.lengths import length_bounds
+from mamtra_ray.report.naming import finalist_names
 from mamtra_ray.report.report import build_report, write_report
 from mamtra_ray.report.search import pareto_front, rank_agreement
+from mamtra_ray.report.summary import summary
 from mamtra_ray.run.folder import read_architecture, read_run, read_runs, write_reference
-from mamtra_ray.run.names import AUDIO_INDEX, CURVES, FINALISTS, PROBE, REFERENCE, TRIALS
+from mamtra_ray.run.names import AUDIO_INDEX, CURVES, EXPORTED_LAYOUT, FINALISTS, PROBE, REFERENCE, TRIALS
 from mamtra_ray.run.rows import FinalistRow, TrialRow, columns, read_table, write_table
 from mamtra_ray.speech.end_of_speech import EndOfSpeech
+from mamtra_ray.speech.error_rate import ErrorRate
 from mamtra_ray.surrogate.correlations import pearson, spearman
 
 
@@ -289,9 +294,10 @@ def test_alarms_stand_above_everything_and_in_the_table(runs, tmp_path):
     block = text[text.index('class="alarms"') : text.index('class="facts"')]
     exported = run.best_layout
     assert rows[0].layout == exported
-    for sentence in (
-        f"<li>{exported} (exported) does not stop by itself in &lt;35&gt; % of the sentences.</li>",
-        f"<li>{rows[3].layout} stops at once.</li>",
+    for sentence in (  # which one it is, and what it is called elsewhere
+        f"<li>{exported} (block beginning 1:1, exported) does not stop by itself in &lt;35&gt; % of the "
+        "sentences.</li>",
+        f"<li>{rows[3].layout} (block beginning 1:3) stops at once.</li>",
         "<li>the teacher has a WER of 90.0 %.</li>",
     ):
         assert sentence in block
@@ -344,6 +350,135 @@ def test_the_architecture_survives_the_file(runs):
         build_report([])
 
 
+def test_a_finalist_has_one_name_everywhere(runs, tmp_path):
+    run = read_run(runs[0])
+    names = finalist_names(run)
+    found = {str(row.layout): row.origin for row in run.finalists if row.origin in ("probe", "optuna")}
+    assert len(found) == 3
+    assert [name for layout, name in names.items() if str(layout) in found] == [
+        "found 1:1 no. 1", "found 1:3", "found 1:1 no. 2"
+    ]  # fmt: skip
+    exported = names[run.best_layout]
+    assert exported == "block beginning 1:1, exported" and sum("exported" in name for name in names.values()) == 1
+    # The best of another ratio lies beside best/.
+    other = Layout("AMMMMAMMMMAM")
+    copy = Path(shutil.copytree(runs[0], tmp_path / "copy"))
+    content = {"kind": "layout", "schema_version": 1, "layout": str(other)}
+    write_checked_json(copy / "best-1-3" / EXPORTED_LAYOUT, content)
+    assert finalist_names(read_run(copy))[other] == "found 1:3, exported"
+
+    report = build_report([run])
+    tables = {table.slug: table for section in report.sections for table in section.tables}
+    of_systems = {row["layout"]: row["system"] for row in tables["table_3_systems"].rows if "origin" in row}
+    assert of_systems == {str(layout): name for layout, name in names.items()}
+    of_layouts = {row["layout"]: row["origin"] for row in tables["table_1_layouts"].rows}
+    assert all(of_layouts[layout] == name for layout, name in of_systems.items())
+    of_trials = {row["layout"]: row["finalist"] for row in tables["trials"].rows}
+    assert all(of_trials[layout] == name for layout, name in of_systems.items())
+    assert report.facts[0] == ("best layout", str(run.best_layout), exported)
+    clips = next(section for section in report.sections if section.slug == "audio").audio[0].clips
+    assert [label for label, *_ in clips] == ["codec", "teacher", f"{exported} {run.best_layout}"]
+    page = write_report([runs[0]], tmp_path / "page.html").read_text()
+    assert f'<code class="letters">{run.best_layout}</code>' in page, "a layout can be copied"
+
+
+def test_the_first_paragraphs_say_what_was_found_whether_it_is_good_and_what_to_do(runs, tmp_path):
+    run = read_run(runs[0])
+    text = " ".join(build_report([run]).summary)
+    assert text.startswith("Of 9 layouts tried, 9 were distilled to the end.")
+    for name in ("block beginning 1:1, exported", "1:3"):
+        assert name in text
+    assert "as good as the teacher's" in text or "worse than the teacher's" in text
+    assert "Next: listen to it below; then load" in text and str(run.path / "best") in text
+
+    def said(finalists, **reference):
+        changed = dataclasses.replace(run, finalists=finalists)
+        if reference:
+            changed = dataclasses.replace(changed, reference=dataclasses.replace(run.reference, **reference))
+        return " ".join(summary([changed]))
+
+    found = next(row for row in run.finalists if row.origin == "probe")
+    paper = [row for row in run.finalists if row.layout.ratio == found.layout.ratio and row.origin not in ("probe",)]
+    best = min(row.ce for row in paper)
+    for ce, words in ((best - 0.5, "is below"), (best + 0.5, "is not below")):
+        low = dataclasses.replace(found, ce=ce, wer=ErrorRate(0.0, 0.0, 0.0))
+        text = said([low, *paper])
+        assert f"its CE of {ce:.3f} {words} the {best:.3f} of the paper's best placement, " in text
+    alarmed = [dataclasses.replace(row, alarm="stops at once") for row in run.finalists]
+    assert "do not use" in said(alarmed) and "train longer (distill.tokens)" in said(alarmed)
+    worse = [dataclasses.replace(row, wer_difference=ErrorRate(0.2, 0.1, 0.3)) for row in run.finalists]
+    assert "worse than the teacher's" in said(worse) and "keep more attention" in said(worse)
+    silent = [dataclasses.replace(row, wer=None) for row in run.finalists]
+    assert "python -m mamtra_ray.evaluate" in said(silent, teacher=None, codec=None)
+    assert "why the teacher itself" in said(run.finalists, teacher_alarm="has a WER of 90 %")
+    assert "--resume" in said([])
+    of_three = [text.split(": Of 9")[0] for text in build_report(read_runs(runs)).summary if ": Of 9" in text]
+    assert of_three == ["plain", "xavier", "no_ce"]
+
+
+def test_what_training_gained_is_in_the_tables(runs):
+    run = read_run(runs[0])
+    tables = {table.slug: table for section in build_report([run]).sections for table in section.tables}
+    for row, shown in zip(sorted(run.trials, key=lambda row: (-row.rung, row.ce)), tables["trials"].rows, strict=True):
+        assert shown["layout"] == str(row.layout) and shown["ce_gain"] == row.ce_start - row.ce
+    assert any(column.key == "ce_gain" for column in tables["trials"].columns)
+    gains = {row["layout"]: row["ce_gain"] for row in tables["table_3_systems"].rows if "ce_gain" in row}
+    assert gains == {str(row.layout): row.ce_start - row.ce for row in run.finalists}
+
+
+def test_one_ratio_has_a_front_too(runs):
+    """All its layouts cost the same: the teacher is what they are compared with."""
+    run = read_run(runs[0])
+    one = dataclasses.replace(run, trials=[row for row in run.trials if row.layout.ratio == "1:1"])
+    section = next(section for section in build_report([one]).sections if section.slug == "search")
+    front = next(figure for figure in section.figures if figure.slug == "search_front").rows
+    teacher = front[-1]
+    assert (teacher["origin"], teacher["ratio"], teacher["ce"]) == ("teacher", "1:0", 1.02) and teacher["on_front"]
+    assert teacher["cache_bytes"] > max(row["cache_bytes"] for row in front[:-1])
+    last = [row for row in front[:-1] if row["rung"] == 1]
+    assert [row["ce"] for row in front[:-1] if row["on_front"]] == [min(row["ce"] for row in last)]
+
+
+def test_wer_by_length_is_counted_as_by_hand(runs, tmp_path):
+    folder = Path(shutil.copytree(runs[0], tmp_path / "heard"))
+    run = read_run(folder)
+    student = str(run.best_layout)
+    lengths = [2, 3, 3, 5, 6, 6, 9, 10, 12]
+    for system, errors in (("teacher", [0] * 9), (student, [0, 0, 1, 1, 1, 2, 4, 5, 6])):
+        rows = [
+            {"utterance_id": str(n), "evaluation_hash": "h", "words": words, "word_errors": wrong}
+            for n, (words, wrong) in enumerate(zip(lengths, errors, strict=True))
+        ]
+        # Of an earlier, longer evaluation.
+        write_rows(
+            folder, system, [*rows, {"utterance_id": "old", "evaluation_hash": "g", "words": 5, "word_errors": 5}]
+        )
+    write_reference(folder, dataclasses.replace(run.reference, evaluation_sentences=9))
+    section = next(s for s in build_report([read_run(folder)]).sections if s.slug == "wer_by_length")
+    [table] = section.tables
+    titles = [column.title for column in table.columns]
+    assert titles[1::2] == ["WER %, 2 to 3 words", "WER %, 5 to 6 words", "WER %, 9 to 12 words"]
+    teacher, hybrid = table.rows
+    assert hybrid["system"] == "block beginning 1:1, exported"
+    assert [teacher[f"wer_{group}"] for group in range(3)] == [0, 0, 0]
+    assert [hybrid[f"wer_{group}"] for group in range(3)] == [1 / 8, 4 / 17, 15 / 31]
+    assert all(row[f"sentences_{group}"] == 3 for row in table.rows for group in range(3))
+    assert all(hybrid[f"wer_{g}_low"] <= hybrid[f"wer_{g}"] <= hybrid[f"wer_{g}_high"] for g in range(3))
+    unheard = build_report([read_run(runs[0])]).sections
+    missing = next(section for section in unheard if section.slug == "wer_by_length").missing
+    assert "evaluate.sentences" in missing
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_groups_of_lengths_hold_every_sentence_once(seed):
+    randomness = np.random.default_rng(seed)
+    lengths = sorted(randomness.integers(1, 20, 6 + 30 * seed).tolist())
+    bounds = length_bounds(lengths)
+    groups = [[n for n in lengths if low <= n <= high] for low, high in bounds]
+    assert [n for group in groups for n in group] == lengths and all(groups)
+    assert length_bounds([4] * 50) == [] and length_bounds([1, 2, 3, 4, 5]) == []
+
+
 @needs_chromium
 @pytest.mark.parametrize(("scheme", "background"), [("1", "rgb(255, 255, 255)"), ("0", "rgb(21, 27, 35)")])
 def test_in_a_browser(page, tmp_path, scheme, background):
@@ -352,7 +487,11 @@ def test_in_a_browser(page, tmp_path, scheme, background):
       const table = document.querySelector("#search table:has(tbody tr td[data-key='40000'])");
       const header = [...table.querySelectorAll("th")].find(th => th.textContent === "CE");
       const values = () => [...table.tBodies[0].rows].map(r => +r.cells[header.cellIndex].dataset.key);
-      header.firstChild.click(); const up = values(); header.firstChild.click(); const down = values();
+      header.firstChild.click(); const up = values();
+      const box = header.getBoundingClientRect();  // its very corner sorts too
+      header.scrollIntoView(); header.click(); const down = values();
+      const filled = header.firstChild.getBoundingClientRect().width / box.width;
+      const pressed = getComputedStyle(header.firstChild, "::after").content;
       const played = [];
       for (const audio of document.querySelectorAll("audio")) {
         const ended = new Promise(done => audio.addEventListener("ended", done, {once: true}));
@@ -368,11 +507,19 @@ def test_in_a_browser(page, tmp_path, scheme, background):
       const inside = phone.contentDocument, shown = inside.documentElement;
       const pictures = [...document.querySelectorAll("picture")].map(p =>
         p.querySelector("img").currentSrc === p.querySelector("source").srcset);
-      tell(JSON.stringify({up, down, played, pictures, overflow: shown.scrollWidth - shown.clientWidth,
+      const open = [...document.querySelectorAll(".scroll")].filter(r => !r.closest("details:not([open])"));
+      const hints = open.map(region =>
+        [region.scrollWidth > region.clientWidth, !region.previousElementSibling.hidden]);
+      tell(JSON.stringify({up, down, filled, pressed, hints, played, pictures,
+        overflow: shown.scrollWidth - shown.clientWidth,
         tables: inside.querySelectorAll("table").length, background: getComputedStyle(document.body).backgroundColor}));
     """
     told = json.loads(told_by(page, script, tmp_path, f"--blink-settings=preferredColorScheme={scheme}"))
     assert told["up"] == sorted(told["up"]) and told["down"] == told["up"][::-1] and len(told["up"]) == 3 * 14
+    assert told["filled"] > 0.95 and "\u25bc" in told["pressed"]
+    # Open tables: one that is cut off says so, and no other one.
+    assert all(is_cut_off == is_said for is_cut_off, is_said in told["hints"]), told["hints"]
+    assert [True, True] in told["hints"] and [False, False] in told["hints"]
     assert told["played"] == pytest.approx([0.1] * 10)
     assert told["background"] == background
     # The dark pictures are the <source> elements.

@@ -7,7 +7,7 @@ from made_run import finalist_row
 from test_finalists import row as trial_row
 
 from mamtra_ray.evaluate.alarms import Measured
-from mamtra_ray.search.verdict import Outcome, is_unusable, training_warnings, verdict
+from mamtra_ray.evaluate.verdict import Outcome, is_unusable, training_warnings, verdict
 from mamtra_ray.speech.error_rate import ErrorRate
 
 TEACHER = Measured("teacher", 1.164, ErrorRate(0.014, 0.003, 0.03))

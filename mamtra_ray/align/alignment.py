@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from mamtra_ray.align.mixer_library import MANIFEST, LibraryManifest, read_library_manifest, save_library
-from mamtra_ray.align.mixer_training import Batch, MixerTraining
+from mamtra_ray.align.mixer_training import Batch, ErrorSums, MixerTraining
 from mamtra_ray.artifacts import content_hash
 from mamtra_ray.config import AlignConfig
 from mamtra_ray.models.mamba import StateSharing
@@ -45,6 +45,20 @@ _ATTEMPTS = 3
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) training tokens."""
+Activity = Callable[[str, float | None], None]
+"""Called with what is done beside training, and the part of it that is done, if that is known."""
+
+
+@dataclass(frozen=True)
+class AlignStep:
+    """What an alignment tells while it runs."""
+
+    tokens: int
+    """Training tokens done."""
+    doing: str = ""
+    """What it is doing that is no training; empty while it trains."""
+    part: float | None = None
+    """Of that, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ def align_mixers(
     worker: WorkerResources,
     seed: int = 0,
     on_progress: Progress = lambda done, total: None,
+    on_activity: Activity = lambda what, part: None,
 ) -> LibraryManifest:
     """Train the library into ``folder``, or go on with one that was stopped; one that fits is not trained again.
 
@@ -85,6 +100,7 @@ def align_mixers(
         worker: what a worker asks Ray for.
         seed: of the order of the data and of the new weights.
         on_progress: called with (done, total) training tokens.
+        on_activity: called with what else is done, in words, and the part of it that is done if that is known.
 
     Raises:
         InputError: ``folder`` holds a library, or half of one, of another teacher, corpus or other settings.
@@ -94,10 +110,19 @@ def align_mixers(
         return read_library_manifest(folder, made_by)
     folder.mkdir(parents=True, exist_ok=True)
     job = AlignJob(config, state_sharing, seed, str(folder.resolve()), made_by, teacher, train, validation)
+
+    def report(step: AlignStep) -> None:
+        if step.doing:
+            on_activity(step.doing, step.part)
+        else:
+            on_progress(min(step.tokens, config.tokens), config.tokens)
+
     if config.workers == 1:
-        _align_in_a_task(job, worker, on_progress)
+        on_activity("starting a worker that loads the teacher", None)
+        _align_in_a_task(job, worker, report)
     else:
-        _align_on_ray_train(job, worker, on_progress)
+        on_activity(f"starting {config.workers} Ray Train workers", None)
+        _align_on_ray_train(job, worker, report)
     on_progress(config.tokens, config.tokens)
     return read_library_manifest(folder, made_by)
 
@@ -120,8 +145,8 @@ def library_made_by(
     return {"teacher": teacher_fingerprint, "corpus": corpus, "settings": content_hash(settings)}
 
 
-def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 1) -> Iterator[int]:
-    """Train in this process, as one of ``world_size``; yields the tokens done about every half second.
+def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 1) -> Iterator[AlignStep]:
+    """Train in this process, as one of ``world_size``; yields how far it is about every half second.
 
     The process of rank 0 keeps a checkpoint in the library's folder and writes the library at the end. A checkpoint
     of the same job is taken up.
@@ -143,25 +168,32 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
             device=device,
         )
 
-    def held_out() -> dict[int, float]:
-        size = config.tokens_per_batch
-        return training.errors(
-            batches(job.validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0, device=device)
-        )
+    def held_out(doing: str) -> Generator[AlignStep, None, dict[int, float]]:
+        sums, size = ErrorSums(training), config.tokens_per_batch
+        last = 0.0
+        for batch in batches(job.validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0, device=device):
+            if time.monotonic() - last > _SECONDS_PER_REPORT:
+                yield AlignStep(training.position.tokens, doing, min(sums.tokens / job.validation.speech_tokens, 1.0))
+                last = time.monotonic()
+            sums.add(batch)
+        return sums.errors()
 
     if has_state(folder):
         content = training.load(folder, job.made_by)
         transferred, start = (_by_layer(content[name]) for name in ("transferred", "start"))
         seconds_before = float(content["seconds"])
     else:
-        transferred = held_out()
+        transferred = yield from held_out("measuring the held-out errors of transferred mixers")
         wanted = _TOKENS_PER_CHANNEL * teacher.model.config.mixer.inner_size
         count = batches_holding(
             job.train, teacher.sequence, wanted, tokens_per_batch=config.tokens_per_batch, seed=job.seed, epoch=0
         )
+        yield AlignStep(0, "fitting the mixers' output projections by least squares")
         training.fit_output_projections(itertools.islice(train_batches(epoch=0), count))
-        start, seconds_before = held_out(), 0.0
+        start = yield from held_out("measuring the held-out errors before the first step")
+        seconds_before = 0.0
 
+    yield AlignStep(training.position.tokens)
     began = last_yield = last_save = time.monotonic()
 
     def seconds() -> float:
@@ -175,31 +207,31 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
                 training.save(folder, job.made_by, transferred=transferred, start=start, seconds=seconds())
                 last_save = now
             if now - last_yield > _SECONDS_PER_REPORT:
-                yield training.position.tokens
+                yield AlignStep(training.position.tokens)
                 last_yield = now
             if training.position.tokens >= config.tokens:
                 break
         else:
             training.next_epoch()
     spent = seconds()
-    errors = held_out()
+    errors = yield from held_out("measuring the held-out errors of the trained mixers")
+    yield AlignStep(training.position.tokens, "saving the mixers")
     if rank == 0:
         manifest = LibraryManifest(
             transferred, start, errors, training.position.tokens, training.position.step, round(spent, 2), world_size
         )
         save_library(folder, training.library(), job.made_by, manifest)
         remove_state(folder)
-    yield training.position.tokens
+    yield AlignStep(training.position.tokens)
 
 
-def _align_in_a_task(job: AlignJob, worker: WorkerResources, report: Progress) -> None:
-    total = job.config.tokens
+def _align_in_a_task(job: AlignJob, worker: WorkerResources, report: Callable[[AlignStep], None]) -> None:
     # Not Ray's own retries: they replay what a generator yielded, which a resumed training does not repeat.
     for attempt in range(1, _ATTEMPTS + 1):
         task = _align_task.options(**worker.options())
         try:
-            for tokens in cast(Iterable[Any], task.remote(job)):
-                report(min(result_of(tokens), total), total)
+            for step in cast(Iterable[Any], task.remote(job)):
+                report(result_of(step))
             return
         except (WorkerCrashedError, RayActorError, NodeDiedError, ObjectLostError):
             if attempt == _ATTEMPTS:
@@ -207,15 +239,15 @@ def _align_in_a_task(job: AlignJob, worker: WorkerResources, report: Progress) -
 
 
 @ray.remote(num_returns="streaming", max_retries=0)
-def _align_task(job: AlignJob) -> Iterator[int]:
+def _align_task(job: AlignJob) -> Iterator[AlignStep]:
     yield from align(job, device_of_this_process())
 
 
-def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Progress) -> None:
-    counter = _Counter.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Callable[[AlignStep], None]) -> None:
+    latest: Any = ray.remote(num_cpus=0)(_Latest).remote()  # type: ignore[attr-defined]
     trainer = ray.train.torch.TorchTrainer(
         train_fn_per_worker,
-        train_loop_config={"job": job, "counter": counter},
+        train_loop_config={"job": job, "latest": latest},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.config.workers, use_gpu=worker.gpus > 0, resources_per_worker=worker.bundle()
         ),
@@ -225,8 +257,12 @@ def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Progress
             failure_config=ray.train.FailureConfig(max_failures=_ATTEMPTS - 1),
         ),
     )
-    total = job.config.tokens
-    with repeatedly(lambda: report(min(ray.get(counter.get.remote()), total), total)):
+
+    def tell() -> None:
+        if (step := ray.get(latest.get.remote())) is not None:
+            report(step)
+
+    with repeatedly(tell):
         fit(trainer, Path(job.folder))
 
 
@@ -234,23 +270,22 @@ def train_fn_per_worker(train_loop_config: dict[str, Any]) -> None:
     """Ray Train's worker function. Its checkpoint lies in the library's folder, which all nodes must see."""
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    for tokens in align(train_loop_config["job"], ray.train.torch.get_device(), rank, context.get_world_size()):
+    for step in align(train_loop_config["job"], ray.train.torch.get_device(), rank, context.get_world_size()):
         if rank == 0:
-            train_loop_config["counter"].set.remote(tokens)
+            train_loop_config["latest"].set.remote(step)
 
 
-@ray.remote
-class _Counter:
-    """The tokens that rank 0 has seen."""
+class _Latest:
+    """What rank 0 has told last."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.step: AlignStep | None = None
 
-    def set(self, tokens: int) -> None:
-        self.tokens = tokens
+    def set(self, step: AlignStep) -> None:
+        self.step = step
 
-    def get(self) -> int:
-        return self.tokens
+    def get(self) -> AlignStep | None:
+        return self.step
 
 
 def _by_layer(errors: dict[str, float]) -> dict[int, float]:

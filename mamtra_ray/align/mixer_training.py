@@ -212,23 +212,12 @@ class MixerTraining:
                 projection.bias.copy_(solution[:, -1])
         return sum_over_workers(tokens, self.world_size, self.device)
 
-    @torch.no_grad()
     def errors(self, batches: Iterable[Batch]) -> dict[int, float]:
         """Normalized error of every layer over all ``batches`` (sums of squares before the division)."""
-        sums: dict[int, Tensor] = {}
-        real_BL = torch.empty(0)
-
-        def add(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
-            with autocast(self.device, self.config.precision):
-                output_BLD = self.mixers[layer](hidden_BLD.float())
-            pair = torch.stack(_squares(output_BLD, target_BLD, real_BL)).double()
-            sums[layer] = sums.get(layer, 0) + pair
-
-        with attention_taps(self.teacher, add):
-            for batch in batches:
-                real_BL = batch.attention_mask_BL
-                self.teacher.hidden_states(batch.input_ids_BL)
-        return {layer: float(pair[0] / pair[1]) for layer, pair in sums.items()}
+        sums = ErrorSums(self)
+        for batch in batches:
+            sums.add(batch)
+        return sums.errors()
 
     def library(self) -> dict[int, dict[str, Tensor]]:
         """Tensors of every mixer, on the CPU: what :func:`~mamtra_ray.models.transfer.mixer_from_library` takes."""
@@ -256,6 +245,35 @@ class MixerTraining:
             mixer.load_state_dict(state["mixers"][str(layer)])
         self.optimizer.load_state_dict(state["optimizer"])
         return content
+
+
+class ErrorSums:
+    """Squared errors of every layer's mixer, batch by batch, so that a caller can tell how far the measuring is."""
+
+    def __init__(self, training: MixerTraining) -> None:
+        self.training = training
+        self.tokens = 0
+        """Real positions of the batches so far."""
+        self._sums: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """One more batch."""
+        training, real_BL = self.training, batch.attention_mask_BL
+
+        def measure(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
+            with autocast(training.device, training.config.precision):
+                output_BLD = training.mixers[layer](hidden_BLD.float())
+            pair = torch.stack(_squares(output_BLD, target_BLD, real_BL)).double()
+            self._sums[layer] = self._sums.get(layer, 0) + pair
+
+        with attention_taps(training.teacher, measure):
+            training.teacher.hidden_states(batch.input_ids_BL)
+        self.tokens += int(real_BL.sum())
+
+    def errors(self) -> dict[int, float]:
+        """By layer: the squared error over the target's squares."""
+        return {layer: float(pair[0] / pair[1]) for layer, pair in self._sums.items()}
 
 
 def _squares(output_BLD: Tensor, target_BLD: Tensor, real_BL: Tensor) -> tuple[Tensor, Tensor]:

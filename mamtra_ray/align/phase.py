@@ -45,7 +45,12 @@ def make_library(session: Session, train: SharedCache, validation: SharedCache) 
     made_by = library_made_by(config.align, sharing, teacher.fingerprint, train, config.seed)
     folder = session.shared / f"mixers-{content_hash(made_by)}"
     screen = session.screen
-    with screen.phase("align", f"every layer's mixer to its attention, into {folder}"), one_writer(folder, screen.say):
+
+    def say(line: str) -> None:
+        screen.say(line)
+        screen.now("waiting for the other process")
+
+    with screen.phase("align", f"every layer's mixer to its attention, into {folder}"), one_writer(folder, say):
         align_mixers(
             config.align,
             sharing,
@@ -56,5 +61,6 @@ def make_library(session: Session, train: SharedCache, validation: SharedCache) 
             worker=session.worker,
             seed=config.seed,
             on_progress=lambda done, total: screen.count(done, total, "tokens"),
+            on_activity=screen.now,
         )
     return folder

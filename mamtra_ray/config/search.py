@@ -81,12 +81,15 @@ class SearchConfig(Section):
     """What a layout costs: an objective beside CE where there are several ratios."""
     workers_per_trial: Count = 1
     """1: a trial is one actor; more: every trial is a Ray Train run of that many workers."""
+    loggers: Annotated[tuple[Literal["mlflow", "wandb"], ...], Several] = ()
+    """Where trials are told beside the run's own files: MLflow, Weights & Biases. Their packages are installed by the
+    user, and read their own environment variables."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchConfig:
         if list(self.rung_tokens) != sorted(set(self.rung_tokens)):
             raise ValueError(f"rung_tokens must ascend, such as [20000, 40000], not {list(self.rung_tokens)}")
-        for name in ("ratios", "strategies", "layouts", "objectives"):
+        for name in ("ratios", "strategies", "layouts", "objectives", "loggers"):
             values = getattr(self, name)
             if repeated := next((value for value in values if values.count(value) > 1), None):
                 raise ValueError(f"{name} has {repeated} twice")

@@ -70,10 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from mamtra_ray.runtime.cluster import connect
     from mamtra_ray.runtime.environment import note_session
-    from mamtra_ray.runtime.progress import Costs, Screen
+    from mamtra_ray.runtime.progress import Costs, Screen, said_while
     from mamtra_ray.runtime.resources import worker_resources
 
-    cluster = connect(options.address)
+    with said_while("connecting to Ray"):
+        cluster = connect(options.address)
     options.output.mkdir(parents=True, exist_ok=True)
     screen = Screen(("corpus",), Costs(options.output / COSTS))
     for line in note_session(options.output, cluster.resources):

@@ -35,10 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     from mamtra_ray.align.phase import make_library
     from mamtra_ray.distill.job import DistillJob, distill_data
     from mamtra_ray.distill.learning_rate import with_learning_rate
+    from mamtra_ray.distill.progress import show_progress, start_progress
     from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
     from mamtra_ray.run.distilled import distilled_row, write_distilled
     from mamtra_ray.run.rows import is_worse_than_start
     from mamtra_ray.run.session import start_session
+    from mamtra_ray.runtime.progress import repeatedly
     from mamtra_ray.teacher_cache.phase import make_cache
 
     phases = ("cache", "align", *(["learning rate"] if config.distill.learning_rate == "auto" else []), "distill")
@@ -53,11 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
         data=data,
         report_at=checkpoints_at(config.distill.tokens, config.distill.checkpoint_every_tokens),
         seed=config.seed,
+        progress=start_progress(),
     )
-    workers = config.distill.workers
+    workers, screen = config.distill.workers, session.screen
     # Scores of a student that is about to be replaced; the same command writes them again.
     (folder / DISTILLED_ROW).unlink(missing_ok=True)
-    with session.screen.phase("distill", f"{layout} on {workers} Ray Train workers"):
+    with (
+        screen.phase("distill", f"{layout} on {workers} Ray Train workers"),
+        repeatedly(lambda: show_progress(screen, job)),
+    ):
         report = distill_on_workers(job, folder, workers=workers, worker=session.worker)
     write_distilled(folder, distilled_row(layout, report, session.costs(layout)))
     print(

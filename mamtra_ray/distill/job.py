@@ -39,7 +39,8 @@ class DistillJob:
     """Training tokens after which the student is validated and reported; the last one ends the training."""
     seed: int = 0
     progress: Any = None
-    """Handle of an actor with ``note_tokens(layout, tokens)``, told about every second; none: nobody is told."""
+    """Handle of an actor that is a :class:`~mamtra_ray.distill.progress.TrainingProgress`, told about every second;
+    none: nobody is told."""
 
     @property
     def made_by(self) -> dict[str, str]:
@@ -69,7 +70,8 @@ class Report:
     kl_start: float
     """Held-out KL before the first step."""
     curve: list[dict[str, float]]
-    """Training loss terms since the last report, about 100 steps of them: step, tokens, total, ce, kl, hidden."""
+    """Training steps since the last report, about 100 of them: step, tokens, the loss terms total, ce, kl and hidden,
+    learning_rate, grad_norm."""
 
 
 def student_made_by(data: DistillData, student: StudentConfig, settings: DistillConfig, seed: int) -> dict[str, str]:

@@ -118,6 +118,8 @@ def with_learning_rate(session: Session, data: DistillData, layout: Layout) -> S
     values = {score.half_decades: objective(config.distill, score.ce, score.kl) for score in scores}
     with session.screen.phase("learning rate", f"{layout} for {config.search.rung_tokens[0]:,} tokens each"):
         while rates := next_rates(values):
+            tried = ", ".join(f"{rate_of(rate):g}" for rate in rates)
+            session.screen.now(f"training with the rates {tried}, each from the same start")
             # One that was stopped between two of these tries the missing ones only.
             running = [_score_of_rate.options(**session.worker.options()).remote(job, rate) for rate in rates]
             for task in running:

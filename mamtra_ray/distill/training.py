@@ -149,13 +149,15 @@ class Distillation:
         return self.peak_learning_rate * factor
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token.
+        """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token, and the
+        ``learning_rate`` and ``grad_norm`` (before clipping) of the step.
 
         Raises:
             DivergedError: the gradient is not finite; the student is not changed.
         """
+        learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate() * group["learning_rate_factor"]
+            group["lr"] = learning_rate * group["learning_rate_factor"]
         tokens = sum_over_workers(batch.num_tokens, self.world_size, self.device)
         with autocast(self.device, self.config.precision):
             # DDP averages gradients over the processes, so each divides by its share of all tokens.
@@ -173,7 +175,8 @@ class Distillation:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position, self.report = self.position.after(tokens), None
-        return {"total": float(total.detach()), "ce": float(ce), "kl": float(kl), "hidden": float(hidden)}
+        terms = {"total": float(total.detach()), "ce": float(ce), "kl": float(kl), "hidden": float(hidden)}
+        return terms | {"learning_rate": learning_rate, "grad_norm": float(norm)}
 
     def next_epoch(self) -> None:
         """Call when the batches of an epoch are used up."""

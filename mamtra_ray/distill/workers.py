@@ -74,6 +74,12 @@ def distill(
     Yields:
         every process yields at the same steps; the held-out scores are computed by each process itself.
     """
+
+    def tell(doing: str = "", tokens: int = 0) -> None:
+        if rank == 0 and job.progress is not None:
+            job.progress.note_progress.remote(str(job.layout), tokens, doing)
+
+    tell("loading the teacher and its student")
     sequence, size = job.data.teacher.load().sequence, job.settings.tokens_per_batch
     training = Distillation(
         initial_student(job), job.settings, job.report_at[-1], device, world_size, made_by=job.made_by
@@ -82,6 +88,7 @@ def distill(
         batches, job.data.validation, sequence, tokens_per_batch=VALIDATION_BATCHES * size, seed=0, epoch=0
     )
     # The initial student is cheap to score and shows that training trains.
+    tell("measuring held-out scores before the first step")
     before = validate(training.student, held_out(device=device))
     if start is not None:
         training.load(start)
@@ -89,6 +96,7 @@ def distill(
             yield Report(**training.report), training
     stopwatch, seconds_before = Stopwatch(), training.seconds
     first_tokens = training.position.tokens
+    tell(tokens=first_tokens)
     curve: list[dict[str, float]] = []
     for target in job.report_at:
         if target <= first_tokens:
@@ -107,13 +115,14 @@ def distill(
             )
             for batch in stopwatch.watch(epoch_batches):
                 terms = training.step(batch)
-                if rank == 0 and job.progress is not None and stopwatch.a_second_passed():
-                    job.progress.note_tokens.remote(str(job.layout), training.position.tokens)
+                if stopwatch.a_second_passed():
+                    tell(tokens=training.position.tokens)
                 curve.append({"step": training.position.step, "tokens": training.position.tokens, **terms})
                 if training.position.tokens >= target:
                     break
             else:
                 training.next_epoch()
+        tell("measuring held-out scores", training.position.tokens)
         scores = validate(training.student, held_out(device=device))
         if not (math.isfinite(scores.ce) and math.isfinite(scores.kl)):
             raise DivergedError(
@@ -136,7 +145,9 @@ def distill(
             curve=curve[:: max(1, len(curve) // 100)],
         )
         curve, training.report = [], dataclasses.asdict(report)
+        tell("saving", training.position.tokens)
         yield report, training
+        tell(tokens=training.position.tokens)
 
 
 def train_fn_per_worker(train_loop_config: dict[str, DistillJob]) -> None:

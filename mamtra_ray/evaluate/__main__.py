@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             teacher=session.shared_teacher,
             worker=session.worker,
             on_progress=lambda done, total: session.screen.count(done, total, "utterances"),
+            on_activity=session.screen.now,
         )
     print(f"\n{config.evaluate.recognizer} recognizer, {config.evaluate.normalization} normalization\n")
     print(result_table(evaluations))

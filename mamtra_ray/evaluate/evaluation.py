@@ -72,6 +72,7 @@ def evaluate_systems(
     teacher: SharedTeacher,
     worker: WorkerResources,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_activity: Callable[[str], None] = lambda what: None,
     adds_references: bool = True,
 ) -> dict[str, Evaluation]:
     """Score systems on the test split; Ray must be initialized.
@@ -84,6 +85,7 @@ def evaluate_systems(
         teacher: in the object store.
         worker: what an actor asks Ray for.
         on_progress: called with (utterances done, of how many) after every chunk.
+        on_activity: called with what is done beside that, in words.
         adds_references: whether the pseudo-systems are.
 
     Returns:
@@ -106,6 +108,8 @@ def evaluate_systems(
     total = sum(len(sentences_of(name, sentences)) for name in chosen)
     done = total - sum(len(chunk.utterances) for chunk in chunks)
     on_progress(done, total)
+    if chunks:
+        on_activity("starting actors, loading recognizer and models, first sentences")
     for chunk, rows, waveforms, sample_rate in evaluated(evaluation_settings(config, teacher), chunks, worker):
         sounds = {}
         for utterance_id, waveform in waveforms.items():
@@ -119,6 +123,7 @@ def evaluate_systems(
         write_rows(folder, chunk.system, finished[chunk.system].values())
         done += len(rows)
         on_progress(done, total)
+    on_activity("resampling sentences for the intervals")
     in_order = {
         name: [finished[name][sentence.utterance_id] for sentence in sentences_of(name, sentences)] for name in chosen
     }

@@ -58,23 +58,27 @@ def main(arguments: list[str] | None = None) -> int:
     from mamtra_ray.export.llama_cpp_check import PACKAGE
     from mamtra_ray.models.granite import check_representable
     from mamtra_ray.models.granite_gguf import check_gguf_possible
+    from mamtra_ray.runtime.progress import said_while
     from mamtra_ray.speech_lm.generation_check import check_generation
     from mamtra_ray.speech_lm.speech_lm import SpeechLM
     from mamtra_ray.teachers import load_teacher
     from mamtra_ray.teachers.cosyvoice2 import write_folder
 
-    teacher = load_teacher(source.kind, source.path)
+    with said_while("loading the teacher"):
+        teacher = load_teacher(source.kind, source.path)
     if options.format == "transformers":
         check_representable(teacher.model.config)
     if options.format == "gguf":
         check_gguf_possible(dataclasses.replace(teacher.model.config, layout=layout))
     if options.format == "cosyvoice2":
-        student = SpeechLM.load(trained).eval()
-        check_generation(student, teacher.sequence, f"student {layout}")
-        write_folder(student, Path(source.path or ""), output)
+        with said_while("checking that the student generates what it computes, writing it"):
+            student = SpeechLM.load(trained).eval()
+            check_generation(student, teacher.sequence, f"student {layout}")
+            write_folder(student, Path(source.path or ""), output)
     else:
         dtype = getattr(torch, options.dtype) if options.dtype else None
-        check = export_student(trained, output, row, teacher, source, options.format, dtype)
+        with said_while("writing the checkpoint, comparing it with the student"):
+            check = export_student(trained, output, row, teacher, source, options.format, dtype)
         if options.format == "gguf" and check is None:
             print(f"not run in llama.cpp: {PACKAGE} is not installed", file=sys.stderr)
     print(output)

@@ -25,6 +25,7 @@ def run_probe(session: Session, library: Path, validation: SharedCache) -> list[
     config = session.config
     given = given_candidates(session.space, config.search.strategies, config.search.layouts)
     with session.screen.phase("probe", f"at most {config.probe.num_layouts} layouts by forward passes"):
+        session.screen.now("starting actors that load the teacher and its mixers")
         rows = probe_layouts(
             config.probe,
             session.space,
@@ -35,5 +36,6 @@ def run_probe(session: Session, library: Path, validation: SharedCache) -> list[
             seed=config.seed,
             on_progress=lambda done, total: session.screen.count(done, total, "layouts"),
         )
+        session.screen.now("fitting the surrogate to the scores")
         session.screen.say(outcome_table(session.space, rows, config.seed))
     return rows

@@ -35,7 +35,7 @@ class Column:
     title: str
     show: str | Callable[[Row], str] = ""
     is_layout: bool = False
-    """Drawn as a strip of one box per layer."""
+    """Drawn as a strip of one box per layer, with its letters beside it, which can be copied."""
 
     @property
     def is_number(self) -> bool:
@@ -105,6 +105,8 @@ class Report:
 
     title: str
     subtitle: str
+    summary: tuple[str, ...] = ()
+    """Paragraphs: what was found, whether it is good, what to do next."""
     facts: tuple[tuple[str, str, str], ...] = ()
     alarms: tuple[str, ...] = ()
     """What contradicts itself in the runs, shown above everything else."""

@@ -26,22 +26,21 @@ DARK = Theme(
 )
 
 MARKERS = {
-    "block_beginning": "o",
-    "block_end": "s",
+    "block beginning": "o",
+    "block end": "s",
     "front": "^",
     "middle": "D",
     "back": "v",
     "sandwich": "P",
-    "importance_wer": "X",
-    "importance_cosine": "p",
-    "importance_kl": "h",
+    "importance wer": "X",
+    "importance cosine": "p",
+    "importance kl": "h",
     "wer": "X",
     "cosine": "p",
     "own": "d",
-    "probe": "*",
-    "optuna": "*",
+    "found": "*",
 }
-"""One per strategy; a found layout is a star."""
+"""One per placement, as :mod:`mamtra_ray.report.naming` calls it; a found layout is a star."""
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -168,15 +167,20 @@ def convergence(rows: Sequence[Row], unit: str) -> Callable[[MatplotlibFigure, T
 
 
 def cost_front(rows: Sequence[Row], cost: str) -> Callable[[MatplotlibFigure, Theme], None]:
-    """Rows with ratio, ce, ``cost`` and on_front: every layout, the front that none of them beats joined."""
+    """Rows with ratio, origin, ce, ``cost`` and on_front: every layout, the front that none of them beats joined."""
 
     def draw(picture: MatplotlibFigure, theme: Theme) -> None:
         axes = picture.subplots()
         unit, name = {"cache_bytes": (1e6, "cache (MB)"), "decode_flops": (1e9, "GFLOP per token")}.get(
             cost, (1e6, "parameters (millions)")
         )
-        ratios = _in_order(row["ratio"] for row in rows)
+        ratios = _in_order(row["ratio"] for row in rows if row["origin"] != "teacher")
         for row in rows:
+            if row["origin"] == "teacher":
+                place = (row[cost] / unit, row["ce"])
+                axes.scatter(*place, s=60, marker="h", color=theme.ink, zorder=3)
+                axes.annotate("teacher", place, xytext=(-6, 6), textcoords="offset points", ha="right")
+                continue
             colour = _colour(theme, ratios.index(row["ratio"]))
             size, alpha = (60, 1.0) if row["on_front"] else (18, 0.55)
             axes.scatter(row[cost] / unit, row["ce"], s=size, alpha=alpha, color=colour, zorder=3)

@@ -15,11 +15,14 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.listening_test.opinion_scores import OpinionScore, read_scores
 from mamtra_ray.report import comparisons as report_comparisons
 from mamtra_ray.report import costs as report_costs
+from mamtra_ray.report import lengths as report_lengths
 from mamtra_ray.report import search as report_search
 from mamtra_ray.report import sections as report_sections
 from mamtra_ray.report.comparisons import naturalness
 from mamtra_ray.report.content import Report
+from mamtra_ray.report.naming import finalist_names
 from mamtra_ray.report.page import check_files, write_files, write_page
+from mamtra_ray.report.summary import best_of_ratios, summary
 from mamtra_ray.run.folder import Run, read_runs
 from mamtra_ray.run.names import REPORT
 
@@ -28,6 +31,7 @@ SECTIONS = (
     report_sections.audio,
     report_sections.layouts,
     report_sections.ce_and_wer,
+    report_lengths.wer_by_length,
     report_search.search,
     report_costs.complexity,
     report_costs.cache,
@@ -36,7 +40,7 @@ SECTIONS = (
     report_comparisons.loss_ablation,
     report_search.costs,
 )
-OF_SPEECH = (report_sections.audio, report_sections.ce_and_wer)
+OF_SPEECH = (report_sections.audio, report_sections.ce_and_wer, report_lengths.wer_by_length)
 """Left out of a report on models of text, and so is the listening test."""
 
 
@@ -92,6 +96,7 @@ def build_report(runs: Sequence[Run], scores: Sequence[OpinionScore] = ()) -> Re
     return Report(
         title=f"{first.name}: Mamba hybrids of {_teacher_name(first)}",
         subtitle=f"{_names(runs)}; {trials} layouts tried, {finalists} distilled to the end.",
+        summary=summary(runs),
         facts=_facts(first),
         alarms=tuple(alarm for run in runs for alarm in _alarms(run, several=len(runs) > 1)),
         sections=tuple(sections),
@@ -111,21 +116,20 @@ def _names(runs: Sequence[Run]) -> str:
 
 def _alarms(run: Run, several: bool) -> list[str]:
     """One sentence per system with an alarm; which is the exported one is said."""
-    texts = {str(row.layout): row.alarm for row in run.finalists}
-    exported = {str(run.best_layout): f"{run.best_layout} (exported)"}
+    names = finalist_names(run)
+    texts = {f"{row.layout} ({names[row.layout]})": row.alarm for row in run.finalists}
     if run.reference is not None:
         texts["the teacher"] = run.reference.teacher_alarm
     place = f"{run.name}: " if several else ""
-    return [f"{place}{exported.get(system, system)} {text}." for system, text in texts.items() if text]
+    return [f"{place}{system} {text}." for system, text in texts.items() if text]
 
 
 def _facts(run: Run) -> tuple[tuple[str, str, str], ...]:
-    """The outcome in a few figures: the exported finalist (else the one with the lowest CE) against the teacher."""
+    """The outcome in a few figures: the exported finalist of the first ratio against the teacher."""
     if not run.finalists:
         return ()
-    exported = [row for row in run.finalists if row.layout == run.best_layout]
-    best = exported[0] if exported else min(run.finalists, key=lambda row: row.ce)
-    facts = [("best layout", str(best.layout), f"{best.layout.ratio}, {best.origin.replace('_', ' ')}")]
+    best = best_of_ratios(run)[0]
+    facts = [("best layout", str(best.layout), finalist_names(run)[best.layout])]
     teacher = run.reference.teacher if run.reference else None
     if best.wer is not None:
         beside = f"; teacher {100 * teacher.wer.value:.1f} %" if teacher else ""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from mamtra_ray import efficiency
+from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.layouts import Layout
 from mamtra_ray.report.content import Column, Figure, Row, Section, Table, as_rows, percent, with_interval
 from mamtra_ray.report.figures import by_rung, cost_front
-from mamtra_ray.report.sections import LAYOUT, WER, correlation_columns
+from mamtra_ray.report.naming import finalist_names
+from mamtra_ray.report.sections import GAIN, LAYOUT, WER, correlation_columns
 from mamtra_ray.run.folder import Run
 from mamtra_ray.run.rows import is_worse_than_start
 from mamtra_ray.surrogate.correlations import spearman
@@ -20,7 +23,13 @@ LOW_RANK_CORRELATION = 0.5
 def search(runs: Sequence[Run]) -> Section:
     """How the search went: all trials, the front of CE against cost, and whether cheap scores ranked well."""
     trials = [
-        {"run": run.name, **row, "remark": "worse than at its start" if is_worse_than_start(trial) else ""}
+        {
+            "run": run.name,
+            **row,
+            "finalist": finalist_names(run).get(trial.layout, ""),
+            "ce_gain": trial.ce_start - trial.ce,
+            "remark": "worse than at its start" if is_worse_than_start(trial) else "",
+        }
         for run in runs
         for trial, row in zip(run.trials, as_rows(run.trials), strict=True)
     ]
@@ -28,11 +37,12 @@ def search(runs: Sequence[Run]) -> Section:
         return Section("search", "Search", missing="No trial yet: python -m mamtra_ray.search runs them.")
     figures = [_progress(trials)]
     cost = runs[0].config.search.cost
-    if len({row[cost] for row in trials}) > 1:
-        front = pareto_front(_highest_rung(trials), cost)
+    compared = [*_highest_rung(trials), *_teachers(runs, cost, max(row["rung"] for row in trials))]
+    if len({row[cost] for row in compared}) > 1:
+        front = pareto_front(compared, cost)
         caption = (
-            "Every layout at the highest rung it reached; the joined ones are beaten by none at the last rung"
-            " in both cross-entropy and cost."
+            "Every layout at the highest rung it reached, and the teacher; the joined ones are beaten by none at the"
+            " last rung in both cross-entropy and cost."
         )
         description = f"Scatter plot of {len(front)} layouts, CE against {cost}."
         figures.append(Figure("search_front", caption, description, cost_front(front, cost), front))
@@ -41,8 +51,9 @@ def search(runs: Sequence[Run]) -> Section:
     spoken = any(row.get("wer") is not None for row in trials)
     heard = (WER, Column("token_error_rate", "token errors %", percent("token_error_rate"))) if spoken else ()
     columns = (
-        *run_column, LAYOUT, Column("origin", "from"), Column("ratio", "ratio"), Column("rung", "rung", "d"),
-        Column("tokens", "tokens", ",d"), Column("ce_start", "CE at start", ".3f"), Column("ce", "CE", ".3f"),
+        *run_column, LAYOUT, Column("finalist", "finalist"), Column("origin", "from"),
+        Column("ratio", "ratio"), Column("rung", "rung", "d"),
+        Column("tokens", "tokens", ",d"), Column("ce_start", "CE at start", ".3f"), Column("ce", "CE", ".3f"), GAIN,
         Column("kl_start", "KL at start", ".3f"), Column("kl", "KL", ".3f"), Column("remark", "remark"),
         *heard, Column("seconds", "seconds", ".0f"),
     )  # fmt: skip
@@ -147,6 +158,23 @@ def rank_agreement(run: Run) -> list[Row]:
                 remark = ""
             row = {"scores": f"{cheap_name} and {dear_name}", "ratio": ratio, "n": agreement.n, "remark": remark}
             rows.append(row | correlation_columns("spearman", agreement))
+    return rows
+
+
+def _teachers(runs: Sequence[Run], cost: str, rung: int) -> list[Row]:
+    """Where every run's teacher stands: even the layouts of one ratio have something to be compared with."""
+    of_layout: dict[str, Callable[[Architecture, Layout, int], float]] = {
+        "cache_bytes": efficiency.cache_bytes,
+        "decode_flops": efficiency.decode_flops,
+        "parameters": lambda architecture, layout, _: efficiency.parameters(architecture, layout),
+    }
+    rows = []
+    for run in runs:
+        if run.reference is not None and run.architecture is not None:
+            layout = Layout.all_attention(run.architecture.num_layers)
+            amount = of_layout[cost](run.architecture, layout, run.config.context_length)
+            place = {"layout": str(layout), "ratio": layout.ratio, "origin": "teacher", "rung": rung}
+            rows.append({"run": run.name, **place, "ce": run.reference.teacher_ce, cost: amount})
     return rows
 
 

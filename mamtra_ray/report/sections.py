@@ -11,7 +11,6 @@ from pathlib import Path
 
 from mamtra_ray.efficiency import cache_bytes, parameters, prefill_flops
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
-from mamtra_ray.layouts.candidates import OWN
 from mamtra_ray.report import paper_results
 from mamtra_ray.report.content import (
     AudioRow,
@@ -27,6 +26,7 @@ from mamtra_ray.report.content import (
     with_interval,
 )
 from mamtra_ray.report.figures import ce_against_wer
+from mamtra_ray.report.naming import finalist_names, placement
 from mamtra_ray.run.folder import Run
 from mamtra_ray.run.names import AUDIO, CODEC, TEACHER
 from mamtra_ray.surrogate.correlations import Correlation, pearson, spearman
@@ -36,11 +36,14 @@ AUDIO_LIMIT_BYTES = 20_000_000
 
 LAYOUT = Column("layout", "layout", is_layout=True)
 WER = Column("wer", "WER %", percent_with_interval("wer"))
+GAIN = Column("ce_gain", "CE gained", ".3f")
+"""By how much training lowered the held-out CE; negative: it did harm."""
 
 
 def layouts(runs: Sequence[Run]) -> Section:
     """Table 1: the paper's placements at the runs' ratios, and the layouts that were found."""
     rows: list[Row] = []
+    names = {layout: name for run in reversed(runs) for layout, name in finalist_names(run).items()}
     depths_and_ratios = [
         (num_layers, ratio)
         for run in runs
@@ -50,18 +53,16 @@ def layouts(runs: Sequence[Run]) -> Section:
     for num_layers, ratio in dict.fromkeys(depths_and_ratios):
         for strategy in PATTERNS:
             layout = from_strategy(strategy, num_layers, ratio)
-            rows.append({"ratio": ratio, "origin": strategy, "layout": str(layout)})
+            name = names.get(layout, f"{placement(strategy)} {ratio}")
+            rows.append({"ratio": ratio, "origin": name, "layout": str(layout)})
         if num_layers == 24 and ratio in ("1:5", "1:11"):
             kept = paper_results.ATTENTION_LAYERS_KEPT[ratio]
             letters = str(Layout.from_attention_layers(kept, 24))
             rows.append({"ratio": ratio, "origin": "wer (paper)", "layout": letters})
     placed = {row["layout"] for row in rows}
-    for run in runs:
-        for row in as_rows(run.finalists):
-            if row["layout"] not in placed:
-                placed.add(row["layout"])
-                origin = OWN if row["origin"] == OWN else f"found ({row['origin']})"
-                rows.append({"ratio": row["ratio"], "origin": origin, "layout": row["layout"]})
+    for layout, name in names.items():
+        if str(layout) not in placed:
+            rows.append({"ratio": layout.ratio, "origin": name, "layout": str(layout)})
     columns = (Column("ratio", "ratio"), Column("origin", "placement"), LAYOUT)
     return Section(
         "layouts",
@@ -80,15 +81,21 @@ def systems(runs: Sequence[Run]) -> Section:
         for row in [
             *_reference_rows(run),
             *(
-                {"run": run.name, "system": row["origin"], **row, **_prefill_flops(run, row)}
-                for row in as_rows(run.finalists)
+                {
+                    "run": run.name,
+                    "system": finalist_names(run)[finalist.layout],
+                    **row,
+                    "ce_gain": finalist.ce_start - finalist.ce,
+                    **_prefill_flops(run, row),
+                }
+                for finalist, row in zip(run.finalists, as_rows(run.finalists), strict=True)
             ),
         ]
     ]
     columns = [
         Column("system", "system"), Column("ratio", "ratio"), WER,
         Column("wer_difference", "WER - teacher (paired)", percent_with_interval("wer_difference")),
-        Column("alarm", "alarm"), Column("cer", "CER %", percent("cer")), Column("ce", "CE", ".3f"), LAYOUT,
+        Column("alarm", "alarm"), Column("cer", "CER %", percent("cer")), Column("ce", "CE", ".3f"), GAIN, LAYOUT,
         Column("speaker_similarity", "similarity", ".3f"), Column("utmos", "UTMOS", ".2f"),
         Column("dnsmos", "DNSMOS", ".2f"),
         Column("parameters", "M parameters", scaled("parameters", 1e6)),
@@ -154,7 +161,7 @@ def _prefill_flops(run: Run, row: Row) -> Row:
 def ce_and_wer(runs: Sequence[Run]) -> Section:
     """Fig. 4: is the cheap score, CE, a good stand-in for WER? Pooled and inside every ratio."""
     rows = [
-        {"run": run.name, "strategy": row["origin"], **{key: row.get(key) for key in _POINT}}
+        {"run": run.name, "strategy": placement(row["origin"]), **{key: row.get(key) for key in _POINT}}
         for run in runs
         for row in as_rows(run.finalists)
         if row["wer"] is not None
@@ -227,7 +234,7 @@ def _clips_of(utterance_id: str, runs: Sequence[Run]) -> list[tuple[str, Path, s
     """(label, file, hypothesis) in each run's order; what students are compared with is taken from the first run."""
     clips: dict[str, tuple[str, Path, str | None]] = {}
     for run in runs:
-        students = {str(row.layout): f"{row.origin.replace('_', ' ')} {row.layout.ratio}" for row in run.finalists}
+        students = {str(layout): name for layout, name in finalist_names(run).items()}
         in_run = f" ({run.name})" if len(runs) > 1 else ""
         for system in run.audio.systems:
             label = system if system in (CODEC, TEACHER) else f"{students.get(system, '')} {system}{in_run}"

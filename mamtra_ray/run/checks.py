@@ -6,6 +6,7 @@ to the run, which checks that before anything long.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def check_inputs(config: Config, *, speech: bool) -> CheckedInputs:
                 f"search.sentences={config.search.sentences}, but the validation split has no text to speak"
             )
     return CheckedInputs(outline, corpus_identity(corpus), train, validation, left_out, space)
+
+
+def check_loggers(config: Config) -> None:
+    """Before a search: are the packages of ``search.loggers`` there?
+
+    Raises:
+        InputError: one is not installed.
+    """
+    for name in config.search.loggers:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"search.loggers has {name}, which is not installed: pip install {name}, or leave it out")
 
 
 def search_space(config: Config, num_layers: int) -> SearchSpace:

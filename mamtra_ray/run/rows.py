@@ -95,7 +95,7 @@ class TrialRow(TableRow):
 
 @dataclass(frozen=True)
 class CurvePoint(TableRow):
-    """Loss terms of one training step; a term that is switched off is NaN."""
+    """One training step: loss terms of its batch; a term that is switched off is NaN."""
 
     trial_id: str
     rung: int
@@ -105,6 +105,10 @@ class CurvePoint(TableRow):
     ce: float
     kl: float
     hidden: float
+    learning_rate: float | None = None
+    """Of the mixers; None in runs of earlier versions, like the next one."""
+    grad_norm: float | None = None
+    """Over all weights, before it is clipped."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ def row_from_columns(kind: type[Row], content: Mapping[str, Any]) -> Row:
         elif part is Mapping:
             rest = name
         else:
-            value = left.pop(name)
+            value = left.pop(name, None) if name in _added_later(cast(Any, kind)) else left.pop(name)
             values[name] = Layout.from_string(value) if part is Layout else value
     if rest is not None:
         values[rest] = {name: value for name, value in left.items() if value is not None}
@@ -213,7 +217,8 @@ def read_table(path: Path, kind: type[Row]) -> list[Row]:
         contents, metadata = table.to_pylist(), table.schema.metadata or {}
     except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
         raise InputError(f"{path} is damaged or no Parquet file: {' '.join(str(error).split())[:200]}") from None
-    missing = [name for name in _schema(cast(Any, kind)).names if name not in table.column_names]
+    required = [name for name in _schema(cast(Any, kind)).names if name not in _added_later(cast(Any, kind))]
+    missing = [name for name in required if name not in table.column_names]
     if missing:
         raise InputError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
     if (found := metadata.get(_VERSION_KEY)) != _VERSION:
@@ -253,6 +258,14 @@ def _fields(kind: Any) -> dict[str, Any]:
         else:
             found[part.name] = options[0] if options else hint
     return found
+
+
+@cache
+def _added_later(kind: Any) -> frozenset[str]:
+    """Columns that files of earlier versions lack, which are read all the same: plain ones that may be None."""
+    return frozenset(
+        part.name for part in dataclasses.fields(kind) if part.default is None and _fields(kind)[part.name] in _ARROW
+    )
 
 
 @cache

@@ -22,7 +22,7 @@ from mamtra_ray.run.names import CONFIG, COSTS, LOCK
 from mamtra_ray.run.open_run import OpenRun
 from mamtra_ray.runtime.cluster import connect
 from mamtra_ray.runtime.environment import note_session
-from mamtra_ray.runtime.progress import Costs, Screen
+from mamtra_ray.runtime.progress import Costs, Screen, said_while
 from mamtra_ray.runtime.resources import WorkerResources, check_resources, worker_resources
 from mamtra_ray.runtime.stopping import take_stop_signals
 from mamtra_ray.teachers import cached_teacher
@@ -80,12 +80,14 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
             that another process is working on, or one with results of another teacher or corpus.
     """
     config, folder = run.config, run.folder
-    teacher = cached_teacher(config.teacher.kind, config.teacher.path)
+    with said_while("loading the teacher"):
+        teacher = cached_teacher(config.teacher.kind, config.teacher.path)
     search_space(config, teacher.model.layout.num_layers)
     corpus = read_corpus(config.corpus_path)
     check_text_tokens(corpus, config.teacher)
     identity = corpus_identity(corpus)
-    cluster = connect(address)
+    with said_while("connecting to Ray"):
+        cluster = connect(address)
     take_stop_signals()
     worker = worker_resources(config.resources, cluster.resources)
     check_resources(config, worker, cluster.resources)

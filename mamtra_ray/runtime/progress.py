@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mamtra_ray.artifacts import read_manifest, write_checked_json
 from mamtra_ray.errors import InputError
+from mamtra_ray.runtime.pace import Pace
 
 SECONDS_BETWEEN_NOTES = 5.0
+_LONGEST_SILENCE = 9.0
+"""Seconds, in a log; looked at every second, so that a line comes within ten."""
+_SECONDS_BETWEEN_REDRAWS = 0.2
 
 
 class Costs:
@@ -65,46 +71,148 @@ class Costs:
         write_checked_json(self.path, content)
 
 
-class Screen:
-    """Prints phases and their progress; on a terminal one line is redrawn, in a log a line every ten seconds."""
+@dataclass(frozen=True)
+class _Count:
+    """How far a phase is."""
 
-    def __init__(self, phases: Sequence[str], costs: Costs) -> None:
-        self.phases, self.costs = list(phases), costs
-        self.began = self.last_line = time.monotonic()
-        self.complete = False
+    done: float
+    total: float
+    unit: str
+    note: str
+
+    def __str__(self) -> str:
+        return f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"
+
+
+class Screen:
+    """Prints phases and their progress; on a terminal one line is redrawn, in a log there is one every ten seconds.
+
+    Nothing is silent for longer: where a phase has nothing new to tell, what it is doing is said again.
+
+    Args:
+        phases: names, in their order.
+        costs: where their seconds go.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, phases: Sequence[str], costs: Costs, clock: Callable[[], float] = time.monotonic) -> None:
+        self.phases, self.costs, self.clock = list(phases), costs, clock
         self.redraws = sys.stdout.isatty()
+        # Reentrant: a signal may end the block that holds it inside a print.
+        self._lock = threading.RLock()
+        self._spoke = self._activity_began = clock()
+        self._phase = self._activity = ""
+        self._part: float | None = None
+        self._count: _Count | None = None
+        self._pace = Pace()
 
     @contextmanager
     def phase(self, name: str, what: str) -> Iterator[None]:
         """A numbered heading; the phase's seconds go into the costs, also when it is stopped or killed."""
         number = f"[{self.phases.index(name) + 1}/{len(self.phases)}]"
         self.say(f"{number} {name}: {what}")
-        self.began = self.last_line = time.monotonic()
-        self.complete = False
+        self._begin(name)
+        began = self.clock()
         try:
-            with self.costs.timed(name):
+            with self.costs.timed(name), repeatedly(self.beat):
                 yield
         finally:
-            self.say(f"{number} {name}: {duration(time.monotonic() - self.began)}")
+            self._begin("")
+            self.say(f"{number} {name}: {duration(self.clock() - began)}")
 
-    def count(self, done: float, total: float, unit: str, note: str = "") -> None:
-        """``done`` of ``total`` with the time left at the present pace; ``note`` follows."""
-        now = time.monotonic()
-        if self.complete or (done < total and now - self.last_line < (0.2 if self.redraws else 10)):
-            return
-        self.last_line, self.complete = now, done >= total
-        elapsed = now - self.began
-        pace = f"{done / elapsed:,.0f}/s  " if unit == "tokens" and elapsed else ""
-        left = f"{duration(elapsed / done * max(total - done, 0))} left" if done else "..."
-        line = f"    {done:,.0f}/{total:,.0f} {unit}  {pace}{left}  {note}"
-        if self.redraws:
-            print(f"\r\033[K{line}", end="\n" if done >= total else "", flush=True)
-        else:
-            print(line, flush=True)
+    def now(self, what: str, part: float | None = None) -> None:
+        """Name what is done at present beside the phase's count, such as ``starting workers``.
+
+        The next count ends it, and what it took is not taken for the time of a step.
+
+        Args:
+            what: in words.
+            part: of it that is done, 0 to 1.
+        """
+        with self._lock:
+            if what != self._activity:
+                self._activity, self._activity_began = what, self.clock()
+            self._part = part
+            self._show_if_due(_SECONDS_BETWEEN_REDRAWS)
+
+    def count(self, done: float, total: float, unit: str, note: str = "", *, is_work: bool = True) -> None:
+        """``done`` of ``total`` with the time left at the pace of the latest steps; ``note`` follows.
+
+        Args:
+            done, total: the first call of a phase, or of another unit, says where the count stands.
+            unit: of both.
+            note: more words.
+            is_work: False where the count grew without work: an earlier session did it.
+        """
+        with self._lock:
+            before = self._count if self._count and self._count.unit == unit else None
+            if before is not None and done >= total and before.done >= before.total:
+                return
+            if before is None:
+                self._pace = Pace()
+            self._pace.note(done, self.clock(), is_work=is_work and not self._activity)
+            self._count, self._activity = _Count(done, total, unit, note), ""
+            if done >= total:
+                self._print(f"    {self._count}  {note}".rstrip(), end="\n")
+                self.now("finishing")
+            else:
+                self._show_if_due(_SECONDS_BETWEEN_REDRAWS)
+
+    def beat(self) -> None:
+        """Say again what the phase is doing, if nothing was said for a while."""
+        with self._lock:
+            self._show_if_due(1.0)
 
     def say(self, line: str) -> None:
         """Print a line of its own."""
-        print(f"\r\033[K{line}" if self.redraws else line, flush=True)
+        with self._lock:
+            self._print(line, end="\n")
+
+    def progress(self) -> tuple[str, float | None, float | None]:
+        """The phase (empty between phases), the part of its count that is done, and its tokens per second."""
+        with self._lock:
+            count = self._count
+            part = min(count.done / count.total, 1.0) if count and count.total else None
+            return self._phase, part, self._pace.per_second if count and count.unit == "tokens" else None
+
+    def _begin(self, phase: str) -> None:
+        with self._lock:
+            self._phase, self._activity, self._activity_began = phase, "", self.clock()
+            self._part = self._count = None
+            self._pace = Pace()
+
+    def _show_if_due(self, seconds_on_terminal: float) -> None:
+        if self._phase and self.clock() - self._spoke >= (seconds_on_terminal if self.redraws else _LONGEST_SILENCE):
+            self._print(self._line(), end="" if self.redraws else "\n")
+
+    def _line(self) -> str:
+        now, count = self.clock(), self._count
+        if self._activity or count is None:
+            part = "" if self._part is None or not self._activity else f", {self._part:.0%}"
+            doing = f"{self._activity or self._phase}{part}, {duration(now - self._activity_began)}"
+            return f"    {count}  {doing}" if count and count.done < count.total else f"    {doing}"
+        speed = self._pace.per_second
+        pace = f"  {speed:,.0f}/s" if count.unit == "tokens" and speed else ""
+        seconds = self._pace.seconds_left(count.total, now)
+        left = "..." if seconds is None else f"{duration(seconds)} left"
+        silent = self._pace.seconds_without_news(now)
+        news = f"  (nothing new for {duration(silent)})" if silent else ""
+        return f"    {count}{pace}  {left}{news}  {count.note}".rstrip()
+
+    def _print(self, line: str, end: str) -> None:
+        self._spoke = self.clock()
+        if self.redraws and not end:
+            # A line that wraps could not be redrawn.
+            line = line[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\033[K{line}" if self.redraws else line, end=end, flush=True)
+
+
+@contextmanager
+def said_while(what: str) -> Iterator[None]:
+    """Where no phase has begun: while the block runs, ``what`` and its seconds are printed about every ten seconds."""
+    began = time.monotonic()
+    with repeatedly(lambda: print(f"    {what}, {duration(time.monotonic() - began)}", flush=True), _LONGEST_SILENCE):
+        yield
 
 
 @contextmanager

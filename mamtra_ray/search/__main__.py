@@ -1,7 +1,8 @@
 """Verb ``search``: from a teacher and a corpus to the best hybrid of every ratio.
 
 Exit codes: 0 a result that can be used; 2 input or an installation that cannot; 3 the run is complete and its report
-written, but nothing it found can be used (:mod:`mamtra_ray.search.verdict`); 130 and 143 stopped by Ctrl-C or SIGTERM.
+written, but nothing it found can be used (:mod:`mamtra_ray.evaluate.verdict`); 130 and 143 stopped by Ctrl-C or
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(explain())
         return 0
     run = open_run(options.space, options.run, options.overrides, resume=options.resume)
+    if run.config.search.loggers:
+        from mamtra_ray.run.checks import check_loggers
+
+        check_loggers(run.config)
     if options.dry_run:
         from mamtra_ray.run.checks import check_inputs
         from mamtra_ray.search.plan import print_plan

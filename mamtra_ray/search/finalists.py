@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from tensorboardX import SummaryWriter
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
-from mamtra_ray.distill.job import Report
+from mamtra_ray.distill.job import DistillJob, Report
+from mamtra_ray.distill.progress import show_progress
 from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace, without_repeats
 from mamtra_ray.run.names import student_folder
-from mamtra_ray.run.rows import FINALIST_CURVE, CurvePoint, FinalistRow, TrialRow
+from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.progress import repeatedly
@@ -72,11 +72,12 @@ def _ranked(rows: Collection[TrialRow], evaluation: str) -> list[TrialRow]:
 
 
 def distill_finalist(
-    settings: TrialSettings, layout: Layout, folder: Path, on_progress: Callable[[int], None]
+    settings: TrialSettings, layout: Layout, folder: Path, on_progress: Callable[[DistillJob], None]
 ) -> Report:
     """Distill ``layout`` with the full token budget; ``folder/student`` holds the result, ``result.json`` the scores.
 
     A finished result of the same training is read back; a stopped training goes on from its last checkpoint.
+    ``on_progress`` is called with the job every second while it runs.
     """
     total = settings.settings.tokens
     job = settings.job(layout, checkpoints_at(total, settings.settings.checkpoint_every_tokens), settings.table)
@@ -90,14 +91,15 @@ def distill_finalist(
         raise InputError(
             f"{folder} was distilled with another {other.replace('_', ' ')}; move it away, or begin another run"
         )
-    result_of(settings.table.note_tokens.remote(str(layout), 0))
-    with repeatedly(lambda: on_progress(result_of(settings.table.tokens_of.remote(str(layout))))):
+    # A trial of the same layout has told of itself.
+    result_of(settings.table.end_progress.remote(str(layout)))
+    with repeatedly(lambda: on_progress(job)):
         report = distill_on_workers(
             job,
             folder,
             workers=settings.settings.workers,
             worker=settings.worker,
-            callbacks=[_CurveToTable(settings.table, layout, len(settings.search.rung_tokens))],
+            callbacks=[_ReportToTable(settings.table, layout, len(settings.search.rung_tokens))],
         )
     # The curve is in curves.parquet. A loss term that is switched off is NaN there, which JSON does not know.
     report = dataclasses.replace(report, curve=[])
@@ -105,14 +107,15 @@ def distill_finalist(
     return report
 
 
-class _CurveToTable(ray.train.UserCallback):
+class _ReportToTable(ray.train.UserCallback):
     """Every report's part of the training curve is on disk before the training goes on from its checkpoint."""
 
     def __init__(self, table: Any, layout: Layout, rung: int) -> None:
         self.table, self.layout, self.rung = table, layout, rung
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        result_of(self.table.add_curve.remote(FINALIST_CURVE, self.layout, self.rung, metrics[0]["curve"]))
+        report = Report(**{name: metrics[0][name] for name in Report.__dataclass_fields__})
+        result_of(self.table.add_finalist_report.remote(self.layout, self.rung, report))
 
 
 def distill_the_finalists(
@@ -129,13 +132,11 @@ def distill_the_finalists(
         for index, candidate in enumerate(finalists):
             layout = candidate.layout
 
-            def on_progress(done: int, index: int = index, candidate: Candidate = candidate) -> None:
+            def on_progress(job: DistillJob, index: int = index, candidate: Candidate = candidate) -> None:
                 note = f"{candidate.origin} {candidate.layout}"
-                session.screen.count(index * tokens + min(done, tokens), tokens * len(finalists), "tokens", note)
+                show_progress(session.screen, job, before=index * tokens, total=tokens * len(finalists), note=note)
 
             report = distill_finalist(settings, layout, student_folder(session.folder, layout).parent, on_progress)
-            curve = result_of(settings.table.curve_of.remote(FINALIST_CURVE, layout))
-            log_to_tensorboard(session.folder / "tensorboard" / str(layout), curve)
             session.screen.say(
                 f"    {candidate.origin} {layout}: CE {report.ce:.3f} (from {report.ce_start:.3f}), "
                 f"KL {report.kl:.3f} (from {report.kl_start:.3f})"
@@ -159,13 +160,3 @@ def finalist_row(candidate: Candidate, report: Report, costs: Mapping[str, Any])
         kl_start=report.kl_start,
         **costs,
     )
-
-
-def log_to_tensorboard(folder: Path, curve: Sequence[CurvePoint]) -> None:
-    """The training curve of a finalist, by tokens."""
-    with SummaryWriter(str(folder)) as writer:
-        for point in curve:
-            for name in ("total", "ce", "kl", "hidden"):
-                value = getattr(point, name)
-                if not math.isnan(value):  # a term that is switched off
-                    writer.add_scalar(f"loss/{name}", value, point.tokens)

@@ -16,15 +16,15 @@ from mamtra_ray.evaluate.evaluation import evaluate_systems
 from mamtra_ray.evaluate.race import Race, run_race
 from mamtra_ray.evaluate.results import Evaluation
 from mamtra_ray.evaluate.run_scores import contenders, measured_of, with_scores, write_race
+from mamtra_ray.evaluate.verdict import Outcome, training_warnings, verdict
 from mamtra_ray.export.checkpoint import export_student, form_of
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.folder import Reference, Score
 from mamtra_ray.run.names import TEACHER, TRIALS, best_folder, student_folder
 from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
-from mamtra_ray.runtime.progress import table
+from mamtra_ray.runtime.progress import said_while, table
 from mamtra_ray.search.metrics import SearchMetrics
-from mamtra_ray.search.verdict import Outcome, training_warnings, verdict
 from mamtra_ray.teacher_cache.batches import batches
 from mamtra_ray.teacher_cache.shared import SharedCache
 
@@ -41,9 +41,11 @@ def measure_wer(
     size = VALIDATION_BATCHES * config.distill.tokens_per_batch
     held_out = batches(validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0)
     heard = _evaluate(session, finalists) if config.evaluate.sentences else {}
-    finalists, reference = with_scores(finalists, heard, validate(teacher.model, held_out).ce)
+    with said_while("measuring the teacher's held-out cross-entropy"):
+        teacher_ce = validate(teacher.model, held_out).ce
+    finalists, reference = with_scores(finalists, heard, teacher_ce)
     if heard:
-        metrics.best_wer.set(min(row.wer.value for row in finalists if row.wer))
+        metrics.finalists_heard(finalists)
     return finalists, reference
 
 
@@ -66,6 +68,7 @@ def _heard(
         teacher=session.shared_teacher,
         worker=session.worker,
         on_progress=lambda done, total: session.screen.count(done, total, "utterances"),
+        on_activity=session.screen.now,
         adds_references=adds_references,
     )
 
@@ -98,11 +101,13 @@ def export(session: Session, best: Mapping[str, FinalistRow]) -> tuple[dict[Layo
     Returns:
         Folders by layout, and why others could not be written: what a search found is worth a report all the same.
     """
-    folders, refusals = {}, []
+    folders: dict[Layout, Path] = {}
+    refusals = []
     form = form_of(session.teacher.model.config)
     what = "a checkpoint that plain transformers loads" if form == "transformers" else "a checkpoint in our own form"
     with session.screen.phase("export", what):
         for ratio, row in best.items():
+            session.screen.now(f"checking and writing {row.layout}, {len(folders) + 1} of {len(best)}")
             folder = best_folder(session.folder, ratio, list(best))
             student = student_folder(session.folder, row.layout)
             try:

@@ -19,6 +19,7 @@ from mamtra_ray.distill.job import distill_data
 from mamtra_ray.distill.learning_rate import with_learning_rate
 from mamtra_ray.evaluate.evaluation import check_evaluation
 from mamtra_ray.evaluate.run_scores import choose
+from mamtra_ray.evaluate.verdict import EXIT_UNUSABLE, is_unusable
 from mamtra_ray.export.checkpoint import export_note
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, given_candidates, importance_criteria
@@ -31,7 +32,7 @@ from mamtra_ray.run.open_run import OpenRun
 from mamtra_ray.run.rows import FinalistRow, TrialRow, write_table
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.runtime.actor_pool import result_of
-from mamtra_ray.runtime.progress import repeatedly
+from mamtra_ray.runtime.progress import repeatedly, said_while
 from mamtra_ray.search.costs import cost_by_rung
 from mamtra_ray.search.finalists import distill_the_finalists
 from mamtra_ray.search.importance import layer_importance
@@ -40,7 +41,6 @@ from mamtra_ray.search.outcome import export, measure_wer, print_summary, race_t
 from mamtra_ray.search.proposals import UniformLayouts
 from mamtra_ray.search.trial_phase import run_the_trials, start_trial_table, trial_settings
 from mamtra_ray.search.trial_speech import prepare_trial_speech
-from mamtra_ray.search.verdict import EXIT_UNUSABLE, is_unusable
 from mamtra_ray.teacher_cache.phase import make_cache
 from mamtra_ray.teacher_cache.shared import SharedCache
 from mamtra_ray.teachers.generation_check import check_shared_teacher, check_teacher_and_hybrid
@@ -54,15 +54,22 @@ def search(run: OpenRun, address: str | None) -> int:
     """
     session = start_session(run, phases(run.config), address)
     config, folder, screen = session.config, session.folder, session.screen
-    check_decoding(session)
+    with said_while("checking that teacher and hybrid generate what they compute"):
+        check_decoding(session)
     if config.evaluate.sentences:
-        check_evaluation(config, session.shared_teacher, session.worker)
+        with said_while("loading recognizer, codec and metrics, to see whether they are there"):
+            check_evaluation(config, session.shared_teacher, session.worker)
     ratios = ", ".join(config.search.ratios)
     screen.say(f"run {folder}: {session.num_layers} layers, ratios {ratios}; dashboard {session.dashboard}")
     if note := export_note(session.teacher.model.config):
         screen.say(note.rstrip())
     metrics = SearchMetrics(str(folder))
-    with repeatedly(metrics.set_again, SECONDS_BETWEEN_EXPORTS):
+
+    def export_metrics() -> None:
+        metrics.note_progress(*screen.progress())
+        metrics.set_again()
+
+    with repeatedly(export_metrics, SECONDS_BETWEEN_EXPORTS):
         return _run_phases(session, metrics)
 
 
@@ -80,6 +87,7 @@ def _run_phases(session: Session, metrics: SearchMetrics) -> int:
     rows, failures = run_the_trials(session, settings, given, proposals, metrics)
     note_costs(session, train, library, rows, [])
     finalists = distill_the_finalists(session, settings, given, rows)
+    metrics.finalists_distilled(finalists)
     note_costs(session, train, library, rows, finalists)
     finalists, reference = measure_wer(session, finalists, validation, metrics)
     race = race_the_finalists(session, finalists, reference)

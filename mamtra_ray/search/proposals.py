@@ -23,6 +23,20 @@ from mamtra_ray.search.surrogate_sampler import FIRST_RUNG_KL, LAYOUT, WER
 
 _ASKS = 8
 """Repeats of a sampler before a layout is drawn instead."""
+_TOLD = (
+    "rung",
+    "tokens",
+    "ce",
+    "kl",
+    "ce_start",
+    "kl_start",
+    "wer",
+    "wer_low",
+    "wer_high",
+    "token_error_rate",
+    "seconds",
+)
+"""What of a trial's results becomes a user attribute of the study, where optuna-dashboard shows it."""
 
 
 class LayoutProposals(Searcher):
@@ -52,6 +66,7 @@ class LayoutProposals(Searcher):
         self.space, self.study, self.metrics = space, study, list(metrics)
         self.asks_study = asks_study
         self._waiting = deque(candidates)
+        self._origins = {candidate.layout: candidate.origin for candidate in candidates}
         self._tried = {candidate.layout for candidate in candidates}
         self._draws = UniformLayouts(space, seed)
         self._trials: dict[str, optuna.Trial] = {}
@@ -70,6 +85,8 @@ class LayoutProposals(Searcher):
             trial, layout = self._untried()
             self._tried.add(layout)
         trial.set_user_attr(LAYOUT, str(layout))
+        trial.set_user_attr("ratio", layout.ratio)
+        trial.set_user_attr("origin", self._origins.get(layout, "optuna"))
         self._trials[trial_id] = trial
         return {"layout": str(layout)}
 
@@ -90,7 +107,9 @@ class LayoutProposals(Searcher):
         return self.study.ask(param_space(self.space)), layout
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Only the end of a trial is told."""
+        """Only the end of a trial is told to the sampler; its scores so far are shown."""
+        # The sampler reads a WER from here, and is to see it with the trial's end alone.
+        self._show(self._trials[trial_id], {name: value for name, value in result.items() if name != WER})
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna; a trial that lacks an objective, such as the WER of one that never spoke, is told as failed:
@@ -100,10 +119,17 @@ class LayoutProposals(Searcher):
         for name in (FIRST_RUNG_KL, WER):
             if name in found:
                 trial.set_user_attr(name, found[name])
+        self._show(trial, found)
         if all(name in found for name in self.metrics):
             self.study.tell(trial, [found[name] for name in self.metrics])
         else:
             self.study.tell(trial, state=TrialState.FAIL)
+
+    @staticmethod
+    def _show(trial: optuna.Trial, result: dict[str, Any]) -> None:
+        for name in _TOLD:
+            if result.get(name) is not None and trial.user_attrs.get(name) != result[name]:
+                trial.set_user_attr(name, result[name])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials table has all that a later session needs."""

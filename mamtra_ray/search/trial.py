@@ -89,7 +89,7 @@ def _run_rungs(reporter: _RungReporter) -> None:
         reporter.tell_tune(row)
     if finished or len(known) == len(search.rung_tokens):
         return
-    job = settings.job(layout, search.rung_tokens)
+    job = settings.job(layout, search.rung_tokens, settings.table)
     if search.workers_per_trial > 1:
         _run_on_train_workers(job, reporter)
         return
@@ -99,6 +99,9 @@ def _run_rungs(reporter: _RungReporter) -> None:
         save_rung(training, reporter.state)
         student = reporter.state / str(training.position.step) / "student"
         is_last = report.tokens >= search.rung_tokens[-1]
+        if settings.speech and is_last:
+            doing = f"speaking {len(settings.speech.sentences)} sentences"
+            settings.table.note_progress.remote(str(layout), report.tokens, doing)
         heard = speech_score(settings.speech, str(layout), student) if settings.speech and is_last else None
         reporter.report(report, heard)
 

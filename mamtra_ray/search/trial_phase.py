@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,10 +21,14 @@ from mamtra_ray.run.names import trial_states
 from mamtra_ray.run.rows import FINISHED, TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.actor_pool import RESTARTS, result_of
+from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.search.metrics import SearchMetrics
 from mamtra_ray.search.trial import TrialSettings
 from mamtra_ray.search.trial_table import TrialFailure, TrialTable
 from mamtra_ray.search.tuning import TrialPlan, run_trials
+
+_SHOWN = 2
+"""Running trials that the line on the screen names."""
 
 
 def start_trial_table(session: Session, data: DistillData) -> Any:
@@ -81,7 +86,7 @@ def run_the_trials(
     asked = len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates))
     probed = {row.layout: row.kl for row in latest_scores(session.folder)}
     plan = TrialPlan(candidates, len(known), min(asked, session.space.num_layouts), probed)
-    progress = _TrialsProgress(session, metrics, table, plan.total)
+    progress = _TrialsProgress(session, metrics, table, plan)
     goes_on = f", {len(known)} known" if known else ""
     every_one = f", all there are (search.trials={asked})" if plan.total < asked else ""
     heading = f"{plan.total} layouts by Tune + Optuna ({search.sampler}){every_one}{goes_on}"
@@ -91,10 +96,12 @@ def run_the_trials(
                 f"    the teacher's WER on the trials' {len(settings.speech.sentences)} sentences: "
                 f"{settings.speech.teacher_wer}"
             )
+        progress.show()
         if every_trial_is_finished(plan, result_of(table.all_rows.remote())):
             session.screen.say("    all of them are finished")
         else:
-            run_trials(settings, plan, session.folder, progress)
+            with repeatedly(progress.show):
+                run_trials(settings, plan, session.folder, progress)
         result_of(table.compact.remote())
     rows, failures = result_of(table.all_rows.remote()), progress.failures
     if failures and not any(session.space.allows(row.layout) for row in rows):
@@ -112,11 +119,14 @@ def every_trial_is_finished(plan: TrialPlan, rows: list[TrialRow]) -> bool:
 class _TrialsProgress:
     """What the screen, the metrics and the table are told while trials run."""
 
-    def __init__(self, session: Session, metrics: SearchMetrics, table: Any, total: int) -> None:
-        self.session, self.metrics, self.table, self.total = session, metrics, table, total
+    def __init__(self, session: Session, metrics: SearchMetrics, table: Any, plan: TrialPlan) -> None:
+        self.session, self.metrics, self.table, self.total = session, metrics, table, plan.total
+        self.known = {candidate.layout for candidate in plan.candidates[: plan.num_known]}
         self.ended = 0
         self.failures: list[str] = []
         self.best: Mapping[str, Any] | None = None
+        # Reentrant: what has ended is counted and shown in one.
+        self._showing = threading.RLock()
 
     def __call__(self, layout: Layout, result: Mapping[str, Any], ended: bool, death: str | None) -> None:
         """See :data:`~mamtra_ray.search.tuning.OnResult`.
@@ -126,22 +136,36 @@ class _TrialsProgress:
         """
         if "ce" in result:
             self._note_score(layout, result)
+            if not ended:  # The end repeats the last result.
+                self.metrics.trial_scored(result)
         if ended:
-            self.ended += 1
-            self.metrics.trials_finished.inc()
             self._end(layout, death)
-        note = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
-        self.session.screen.count(self.ended, self.total, "trials", note)
+        with self._showing:
+            self.ended += ended
+            # A trial that repeats what an earlier session found says nothing about how long others take.
+            self.show(is_work=layout not in self.known)
+
+    def show(self, is_work: bool = True) -> None:
+        """How many trials have ended, the best one, and what runs; also called from a thread, every second."""
+        with self._showing:
+            self._show(result_of(self.table.running.remote()), is_work)
+
+    def _show(self, running: Mapping[str, tuple[int, str]], is_work: bool) -> None:
+        now = [f"{layout} {doing or f'{tokens:,} tokens'}" for layout, (tokens, doing) in sorted(running.items())]
+        more = f" and {len(now) - _SHOWN} more" if len(now) > _SHOWN else ""
+        best = f"best CE {self.best['ce']:.3f} {self.best['layout']}" if self.best else ""
+        runs = f"running {', '.join(now[:_SHOWN])}{more}" if now else "starting trials"
+        note = "; ".join(filter(None, (best, runs)))
+        self.session.screen.count(self.ended, self.total, "trials", note, is_work=is_work)
 
     def _note_score(self, layout: Layout, result: Mapping[str, Any]) -> None:
         if self.best is None or (result["rung"], -result["ce"]) > (self.best["rung"], -self.best["ce"]):
             self.best = result
-            self.metrics.best_ce.set(result["ce"])
-            self.metrics.cache_bytes.set(self.session.costs(layout)["cache_bytes"])
-        self.metrics.tokens_per_second.set(result["tokens_per_second"])
+            self.metrics.best_trial(result["ce"], self.session.costs(layout)["cache_bytes"])
 
     def _end(self, layout: Layout, death: str | None) -> None:
         failure = TrialFailure(death) if death else result_of(self.table.failure_of.remote(layout))
+        self.metrics.trial_ended(failed=failure is not None)
         if failure is None:
             result_of(self.table.finish.remote(layout))
             # Only an unfinished trial needs its training state again.

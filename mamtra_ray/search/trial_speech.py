@@ -26,6 +26,7 @@ from mamtra_ray.evaluate.results import scored
 from mamtra_ray.evaluate.worker import Chunk, EvaluationSettings, EvaluationWorker, Row
 from mamtra_ray.run.names import TEACHER
 from mamtra_ray.run.session import Session
+from mamtra_ray.runtime.progress import said_while
 from mamtra_ray.speech.error_rate import ErrorRate
 from mamtra_ray.speech.wer import NORMALIZATIONS
 
@@ -78,7 +79,7 @@ def prepare_trial_speech(session: Session) -> TrialSpeech | None:
     else:
         session.screen.say(f"    the teacher speaks {len(sentences)} validation sentences, as the trials will")
         chunks = [Chunk(TEACHER, None, part, frozenset()) for part in _parts(sentences)]
-        with session.screen.costs.timed("trials"):
+        with session.screen.costs.timed("trials"), said_while("the teacher speaks"):
             rows = [row for _, heard, *_ in evaluated(settings, chunks, session.worker) for row in heard]
         write_manifest(folder / FILE, _KIND, _SCHEMA_VERSION, made_by, rows=rows)
     if not any(row["speech_tokens"] for row in rows):

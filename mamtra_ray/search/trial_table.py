@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mamtra_ray.artifacts import write_text
+from mamtra_ray.distill.job import Report
+from mamtra_ray.distill.progress import TrainingProgress
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.journal import CURVE_KEY, TRIAL_KEY, Journal
 from mamtra_ray.run.names import CURVES, TRIAL_FAILURES, TRIALS
-from mamtra_ray.run.rows import FINISHED, CurvePoint, TrialRow
+from mamtra_ray.run.rows import FINALIST_CURVE, FINISHED, CurvePoint, TrialRow
+from mamtra_ray.search.tensorboard import finalist_folder, log_report, trial_folder
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class TrialFailure:
         return self.reason + (f" (traceback: {self.traceback})" if self.traceback else "")
 
 
-class TrialTable:
+class TrialTable(TrainingProgress):
     """Keeps rows in memory and on disk; every added row is on disk before ``add`` returns.
 
     Runs as a Ray actor beside the driver, so that trials on other nodes need no shared disk for their results. There is
@@ -38,18 +41,18 @@ class TrialTable:
     is on disk, and repeats the call.
 
     Args:
-        folder: run folder; holds ``trials.parquet`` and ``curves.parquet``.
+        folder: run folder; holds ``trials.parquet``, ``curves.parquet`` and ``tensorboard/``.
         settings_hash: identifies teacher, corpus, initialization and training; rows of another hash are kept in the
             table but not reused.
     """
 
     def __init__(self, folder: Path, settings_hash: str) -> None:
-        self.settings_hash = settings_hash
+        super().__init__()
+        self.folder, self.settings_hash = folder, settings_hash
         self.trials = Journal(folder / TRIALS, TrialRow, TRIAL_KEY)
         self.curves = Journal(folder / CURVES, CurvePoint, CURVE_KEY)
         self.failures_folder = folder / TRIAL_FAILURES
         self.failures: dict[Layout, TrialFailure] = {}
-        self.tokens: dict[str, int] = {}
 
     def note_failure(self, layout: Layout, failure: TrialFailure, traceback: str) -> None:
         """A trial says why it has no further score; its traceback is kept in a file, if there is space for one."""
@@ -58,18 +61,11 @@ class TrialTable:
             write_text(path, traceback)
             failure = replace(failure, traceback=path)
         self.failures[layout] = failure
+        self.end_progress(str(layout))
 
     def failure_of(self, layout: Layout) -> TrialFailure | None:
         """Why the trial of ``layout`` failed in this session."""
         return self.failures.get(layout)
-
-    def note_tokens(self, layout: str, tokens: int) -> None:
-        """A training tells how far it is."""
-        self.tokens[layout] = tokens
-
-    def tokens_of(self, layout: str) -> int:
-        """What the training of ``layout`` told last."""
-        return self.tokens.get(layout, 0)
 
     def rows_of(self, layout: Layout) -> list[TrialRow]:
         """What is known about ``layout`` under the present settings, by rung; stops at the first gap."""
@@ -86,6 +82,7 @@ class TrialTable:
     def finish(self, layout: Layout) -> None:
         """Mark the rows of ``layout`` as final: its trial has ended, by its own end or by successive halving."""
         self.trials.append(replace(row, status=FINISHED) for row in self.rows_of(layout) if row.status != FINISHED)
+        self.end_progress(str(layout))
         # Readers of the Parquet file see how far the search is. (The curves are large and are written at the end.)
         self.trials.compact()
 
@@ -95,14 +92,23 @@ class TrialTable:
 
     def add(self, row: TrialRow, curve: Iterable[Mapping[str, float]]) -> None:
         """Append ``row`` and its training curve."""
-        self.tokens[str(row.layout)] = row.tokens
         # The curve first: a row says that its rung is complete.
-        self.add_curve(row.trial_id, row.layout, row.rung, curve)
+        points = self._add_curve(row.trial_id, row.layout, row.rung, curve)
+        spoken = {"wer": row.wer.value if row.wer else None, "token_error_rate": row.token_error_rate}
+        log_report(trial_folder(self.folder, row.layout), points, row, **spoken)
         self.trials.append([replace(row, settings_hash=self.settings_hash)])
 
-    def add_curve(self, trial_id: str, layout: Layout, rung: int, curve: Iterable[Mapping[str, float]]) -> None:
-        """Append a part of a training curve."""
-        self.curves.append(CurvePoint(trial_id=trial_id, layout=layout, rung=rung, **step) for step in curve)  # type: ignore[arg-type]
+    def add_finalist_report(self, layout: Layout, rung: int, report: Report) -> None:
+        """Append a part of a finalist's training curve."""
+        points = self._add_curve(FINALIST_CURVE, layout, rung, report.curve)
+        log_report(finalist_folder(self.folder, layout), points, report)
+
+    def _add_curve(
+        self, trial_id: str, layout: Layout, rung: int, curve: Iterable[Mapping[str, float]]
+    ) -> list[CurvePoint]:
+        points = [CurvePoint(trial_id=trial_id, layout=layout, rung=rung, **step) for step in curve]  # type: ignore[arg-type]
+        self.curves.append(points)
+        return points
 
     def curve_of(self, trial_id: str, layout: Layout) -> list[CurvePoint]:
         """All of a training's curve, also what an earlier session recorded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate, SearchSpace
 from mamtra_ray.runtime.actor_pool import RESTARTS
 from mamtra_ray.runtime.stopping import run_interruptibly
+from mamtra_ray.search.loggers import logger_callbacks
 from mamtra_ray.search.parameter_space import sampler
 from mamtra_ray.search.proposals import LayoutProposals
 from mamtra_ray.search.surrogate_sampler import SurrogateSampler
@@ -128,7 +130,7 @@ def run_trials(settings: TrialSettings, plan: TrialPlan, folder: Path, on_result
         run_config=tune.RunConfig(
             name=STUDY_NAME,
             storage_path=str(folder / "tune"),
-            callbacks=[watch],
+            callbacks=[watch, *logger_callbacks(search.loggers, folder)],
             # Tune counts the death of a trial's process twice: the call and the actor both fail.
             failure_config=tune.FailureConfig(max_failures=2 * RESTARTS),
             verbose=0,
@@ -159,13 +161,8 @@ def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> Layout
     proposes = sampler(search.sampler, settings.seed + plan.num_known)
     if search.sampler == "surrogate":
         proposes = SurrogateSampler(settings.space, plan.probe, settings.seed, hears="wer" in metrics)
-    study = optuna.create_study(
-        # A journal that optuna-dashboard opens.
-        storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
-        sampler=proposes,
-        study_name=STUDY_NAME,
-        directions=["minimize"] * len(metrics),
-    )
+    names = {"first_rung_ce": "CE after the first rung", "cost": search.cost, "wer": "WER"}
+    study = new_study(folder, proposes, [names[metric] for metric in metrics])
     return LayoutProposals(
         settings.space,
         plan.candidates,
@@ -174,6 +171,26 @@ def _proposals(settings: TrialSettings, plan: TrialPlan, folder: Path) -> Layout
         settings.seed,
         asks_study=search.sampler not in ("random", "grid"),
     )
+
+
+def new_study(folder: Path, proposes: optuna.samplers.BaseSampler, metric_names: Sequence[str]) -> optuna.Study:
+    """A study whose values are all minimized, in a journal that optuna-dashboard opens.
+
+    Args:
+        folder: gets ``optuna.journal``.
+        proposes: its sampler.
+        metric_names: of the values of a trial, as the dashboard shows them.
+    """
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
+        sampler=proposes,
+        study_name=STUDY_NAME,
+        directions=["minimize"] * len(metric_names),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(metric_names))
+    return study
 
 
 def objectives(search: SearchConfig) -> list[str]:

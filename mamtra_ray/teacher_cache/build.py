@@ -82,6 +82,7 @@ def build_cache(
     repair: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    on_activity: Callable[[str], None] = lambda what: None,
 ) -> CacheManifest:
     """Make the teacher cache of the train and validation splits in ``folder``, or complete or reuse it.
 
@@ -99,11 +100,13 @@ def build_cache(
         repair: compute damaged or missing shards again and delete foreign ones, instead of refusing them.
         on_progress: called with the speech tokens done and in all.
         on_note: called with what the user should know, such as how many utterances are left out.
+        on_activity: called with what is done beside shards, in words.
 
     Raises:
         InputError: the folder holds a cache of another teacher, tokenizer, corpus or format; shards are
             damaged; another job writes there; the disk is full; or the teacher lacks a layer of ``cache.layers``.
     """
+    on_activity("reading the corpus, verifying what is there")
     storage = Storage.of(folder)
     whole = {split: read_corpus(corpus.path, split) for split in ("train", "validation")}
     overhead, longest = teacher.sequence.overhead, teacher.max_length
@@ -140,11 +143,13 @@ def build_cache(
         write_manifest(storage, manifest)
         job = CacheJob(shared_teacher, storage, made_by)
         if config.format == "hidden_quantized":
+            on_activity("learning the quantizer")
             quantizer = _quantizer(storage, manifest, job, corpora["train"], config.bits, worker)
             job = dataclasses.replace(job, quantizer=quantizer)
             manifest = dataclasses.replace(manifest, files={QUANTIZER_FILE: sha256(quantizer)})
             write_manifest(storage, manifest)
         shards = dict(manifest.shards)
+        on_activity("starting actors, first shards")
         for name, shard in _run(job, missing, corpora, config.actors, worker):
             shards[name] = shard
             done += shard.speech_tokens

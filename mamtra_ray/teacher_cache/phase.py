@@ -35,7 +35,9 @@ def make_cache(session: Session, *, repair: bool = False) -> tuple[SharedCache, 
             repair=repair,
             on_progress=lambda done, total: session.screen.count(done, total, "tokens"),
             on_note=lambda note: session.screen.say(f"    {note}"),
+            on_activity=session.screen.now,
         )
+        session.screen.now("reading the cache into the object store")
         train, validation = (
             share_cache(
                 folder,

@@ -1,0 +1,39 @@
+"""MLflow and Weights & Biases beside the run's own files: Ray Tune's callbacks for them, a run of theirs per trial."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def logger_callbacks(names: Sequence[str], run_folder: Path) -> list[Any]:
+    """Tune's callbacks of ``search.loggers``.
+
+    Addresses and keys are those packages' own environment variables (``MLFLOW_TRACKING_URI``, ``WANDB_API_KEY``).
+    Without an address MLflow writes into the run folder. Trials of a run stand together: as an experiment of MLflow, as
+    a group of Weights & Biases.
+
+    Args:
+        names: ``mlflow``, ``wandb``; that they are installed was checked (:mod:`mamtra_ray.run.checks`).
+        run_folder: of the search.
+    """
+    return [_MAKERS[name](run_folder) for name in names]
+
+
+def _mlflow(run_folder: Path) -> Any:
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    address = os.environ.get("MLFLOW_TRACKING_URI") or (run_folder / "mlruns").as_uri()
+    return MLflowLoggerCallback(address, experiment_name=str(run_folder), tags={"run": str(run_folder)})
+
+
+def _wandb(run_folder: Path) -> Any:
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    project = os.environ.get("WANDB_PROJECT_NAME", "mamtra_ray")
+    return WandbLoggerCallback(project=project, group=run_folder.name)
+
+
+_MAKERS = {"mlflow": _mlflow, "wandb": _wandb}
