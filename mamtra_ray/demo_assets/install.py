@@ -189,7 +189,8 @@ def _deep_card(settings: dict[str, Any], shape: TeacherSettings, measured: dict[
 A deep stack that speaks the demo's language in sentences of up to {longest} words, made by
 `python -m mamtra_ray.demo_assets --teacher demo24`. The codec, the voice and the vocabulary are those of `../demo`.
 
-- `corpus.parquet`: {counts} rows; {tokens:,} speech tokens. Columns as in `mamtra_ray/corpus/table.py`.
+- `corpus.parquet`: {counts} rows; {tokens:,} speech tokens. Columns as in
+  `mamtra_ray/corpus/table.py`.
 - `teacher/`: a Qwen2 of {shape.num_layers} layers (width {shape.hidden_size}, {shape.num_heads} query and
   {shape.num_kv_heads} key-value heads, MLP {shape.mlp_size}), in half precision.
 - `measured.json`: the numbers below with the errors of every utterance.
@@ -199,8 +200,9 @@ A deep stack that speaks the demo's language in sentences of up to {longest} wor
 and others for validation and test; a sentence is the sounds of its clauses end to end. Splits share no clause, so no
 clause of a test sentence was heard in training; within a split a clause serves several sentences.
 
-The teacher began as the demo's teacher and was trained on sentences of all lengths ({_trained(measured)}). Then each
-layer became two. The test sentences were not used for any choice.
+The demo's teacher was trained on sentences of all lengths; then each of its layers became two, and training went on:
+{_trained(measured)}.
+The test sentences were not used for any choice.
 
 Measured greedy, recognizer {measured["recognizer"]}, normalization `{measured["normalization"]}`; bootstrap intervals
 over utterances; at most {100 * TEACHER_LIMIT:.0f} points over the codec's round trip are allowed in each band:
