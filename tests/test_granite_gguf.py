@@ -231,3 +231,10 @@ def test_the_card_s_code_says_what_our_model_says(tmp_path):
     assert run.returncode == 0, run.stderr
     (expected,) = generate(student, [SEQUENCE.prompt(text, (), ())], [(0, 60)])
     assert json.loads(run.stdout) == list(expected.tokens)
+
+
+def test_the_verb_says_at_once_that_the_package_is_missing(monkeypatch, capsys, tmp_path):
+    found = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "gguf" else found(name, *rest))
+    assert main(["--run", str(tmp_path / "no_run"), "--layout", "AM", "--format", "gguf"]) == 2
+    assert "--format gguf needs the package gguf, which is not installed: pip install" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.dtype and options.format != "gguf":
         raise InputError(f"--dtype is for --format gguf: {options.format} keeps the student's own")
+    if options.format == "gguf" and importlib.util.find_spec("gguf") is None:
+        raise InputError("--format gguf needs the package gguf, which is not installed: pip install 'mamtra-ray[gguf]'")
     wanted = Layout.from_string(options.layout) if options.layout is not None else None
 
     from mamtra_ray.run.folder import read_run
