@@ -89,8 +89,9 @@ def race_the_finalists(session: Session, finalists: Sequence[FinalistRow], refer
         race = run_race(groups, heard, lambda layouts, count: _heard(session, layouts, count, False), most)
         for layout, why in race.lost.items():
             screen.say(f"    {layout} is out: {why}")
-        # The tables of the evaluation are again of what all have said.
-        _heard(session, everybody, config.evaluate.sentences)
+        if any(said > heard[layout].sentences for layout, said in race.sentences.items()):
+            # The tables of the evaluation are again of what all have said.
+            _heard(session, everybody, config.evaluate.sentences)
         write_race(session.folder, race, reference.evaluation)
     return race
 

@@ -24,13 +24,14 @@ from mamtra_ray.search.surrogate_sampler import FIRST_RUNG_KL, LAYOUT, WER
 _ASKS = 8
 """Repeats of a sampler before a layout is drawn instead."""
 _TOLD = (
+    FIRST_RUNG_KL,
     "rung",
     "tokens",
     "ce",
     "kl",
     "ce_start",
     "kl_start",
-    "wer",
+    WER,
     "wer_low",
     "wer_high",
     "token_error_rate",
@@ -108,17 +109,15 @@ class LayoutProposals(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Only the end of a trial is told to the sampler; its scores so far are shown."""
-        # The sampler reads a WER from here, and is to see it with the trial's end alone.
-        self._show(self._trials[trial_id], {name: value for name, value in result.items() if name != WER})
+        # What the sampler reads from here it is to see with the trial's end alone.
+        shown = {name: value for name, value in result.items() if name not in (FIRST_RUNG_KL, WER)}
+        self._show(self._trials[trial_id], shown)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna; a trial that lacks an objective, such as the WER of one that never spoke, is told as failed:
         nothing stands for what was not measured."""
         trial = self._trials.pop(trial_id)
         found = {name: value for name, value in (result or {}).items() if value is not None}
-        for name in (FIRST_RUNG_KL, WER):
-            if name in found:
-                trial.set_user_attr(name, found[name])
         self._show(trial, found)
         if all(name in found for name in self.metrics):
             self.study.tell(trial, [found[name] for name in self.metrics])

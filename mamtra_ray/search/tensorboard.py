@@ -15,7 +15,7 @@ from tensorboardX import SummaryWriter
 
 from mamtra_ray.artifacts import disk_full_is_said
 from mamtra_ray.layouts import Layout
-from mamtra_ray.run.rows import CurvePoint
+from mamtra_ray.run.rows import CurvePoint, Trained
 
 FOLDER = "tensorboard"
 _STEPS = {
@@ -30,21 +30,13 @@ _SCALARS_AT_ONCE = 20_000
 """More than one report has. The writer's thread ends where the disk is full, and would be waited for forever."""
 
 
-class Scored(Protocol):
+class Scored(Trained, Protocol):
     """A report of a training: a row of the trials table is one too."""
 
     @property
     def tokens(self) -> int: ...
     @property
     def tokens_per_second(self) -> float: ...
-    @property
-    def ce(self) -> float: ...
-    @property
-    def kl(self) -> float: ...
-    @property
-    def ce_start(self) -> float: ...
-    @property
-    def kl_start(self) -> float: ...
 
 
 def trial_folder(run_folder: Path, layout: Layout) -> Path:
