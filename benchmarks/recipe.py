@@ -1,11 +1,12 @@
 """Which training recipe makes a student better at every rung, and what is heard of it?
 
-    python benchmarks/recipe.py                  4 layouts x 6 recipes, 100 sentences each; 40 minutes on two cores
-    python benchmarks/recipe.py --sentences 0    without speech, about 15 minutes
-    python benchmarks/recipe.py --quick          one layout, few tokens; nothing written
+    python benchmarks/recipe.py                   4 layouts x 6 recipes, 100 sentences each; 40 minutes on two cores
+    python benchmarks/recipe.py --space demo24    the deep teacher: 4 layouts x 4 recipes
+    python benchmarks/recipe.py --sentences 0     without speech, about 15 minutes
+    python benchmarks/recipe.py --quick           one layout, few tokens; nothing written
 
-Every recipe trains the same layouts from the same aligned mixers and batches' seed. A trial's recipe is scored at the
-demo's rungs, a finalist's at a third of the demo's tokens and at all of them; each kind ends its own schedule. Every
+Every recipe trains the same layouts from the same aligned mixers and batches' seed. A trial's recipe is scored at
+two rungs, a finalist's at a third of its tokens and at all of them; each kind ends its own schedule. Every
 finished training is kept in the run folder and not made again.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,15 +48,55 @@ class Recipe:
     tokens_per_batch: int
 
 
-RECIPES = (
-    Recipe("demo before", 1e-3, 1.0, 2_000),
-    Recipe("lower rate", 3e-4, 1.0, 2_000),
-    Recipe("smaller batch", 3e-4, 1.0, 500),
-    Recipe("two rates", 5e-4, 0.3, 500),
-    Recipe("two rates, high", 1e-3, 0.3, 500),
-    Recipe("mixers only", 5e-4, 0.0, 500),
-)
-TRIAL, FINALIST = (8_000, 16_000), (15_000, 45_000)
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared on one teacher."""
+
+    recipes: tuple[Recipe, ...]
+    layouts: tuple[tuple[str, str], ...]
+    """(name, layout or placement of a ratio)."""
+    trial: tuple[int, ...]
+    """Tokens at which a trial is scored; its schedule ends at the last."""
+    finalist: tuple[int, ...]
+    """Likewise of a finalist, which is trained once for each of these besides."""
+
+
+COMPARISONS = {
+    "demo": Comparison(
+        recipes=(
+            Recipe("demo before", 1e-3, 1.0, 2_000),
+            Recipe("lower rate", 3e-4, 1.0, 2_000),
+            Recipe("smaller batch", 3e-4, 1.0, 500),
+            Recipe("two rates", 5e-4, 0.3, 500),
+            Recipe("two rates, high", 1e-3, 0.3, 500),
+            Recipe("mixers only", 5e-4, 0.0, 500),
+        ),
+        layouts=(
+            ("found", "AMMAMAMMAAMA"),
+            ("block_beginning 1:1", "block_beginning:1:1"),
+            ("back 1:1", "back:1:1"),
+            ("sandwich 1:3", "sandwich:1:3"),
+        ),
+        trial=(8_000, 16_000),
+        finalist=(15_000, 45_000),
+    ),
+    "demo24": Comparison(
+        recipes=(
+            Recipe("low", 1.5e-4, 0.3, 1_000),
+            Recipe("middle", 5e-4, 0.3, 1_000),
+            Recipe("high", 1.5e-3, 0.3, 1_000),
+            Recipe("one rate", 5e-4, 1.0, 1_000),
+        ),
+        layouts=(
+            ("block_beginning 1:1", "block_beginning:1:1"),
+            ("found 1:3", "AMAMAMAMMMMMMMMMMAAMMMMM"),
+            ("block_beginning 1:3", "block_beginning:1:3"),
+            ("block_beginning 1:11", "block_beginning:1:11"),
+        ),
+        trial=(8_000, 16_000),
+        finalist=(20_000, 60_000),
+    ),
+}
 QUICK = ["corpus.train_tokens=20000", "corpus.validation_tokens=600", "align.tokens=10000", "evaluate.sentences=2"]
 
 
@@ -69,17 +111,17 @@ def trained(job: DistillJob, folder: str) -> None:
     write_manifest(Path(folder) / "reports.json", "recipe", 1, job.made_by, reports=reports)
 
 
-def measure(
-    session: Session, layouts: dict[str, Layout], recipes: tuple[Recipe, ...], sentences: int
-) -> list[dict[str, Any]]:
+def measure(session: Session, compared: Comparison, sentences: int) -> list[dict[str, Any]]:
     """One row for each layout, recipe and place where it was scored."""
     config = session.config
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     data = distill_data(config, session.shared_teacher, train, validation, str(library))
+    kinds = {"trial": compared.trial, "finalist": compared.finalist, "finalist, a third": compared.finalist[:1]}
     jobs: dict[Path, tuple[str, Recipe, str, DistillJob]] = {}
-    for name, layout in layouts.items():
-        for recipe in recipes:
+    for name, text in compared.layouts:
+        layout = layout_of(text, session.num_layers)
+        for recipe in compared.recipes:
             settings = config.distill.model_copy(
                 update={
                     "learning_rate": recipe.learning_rate,
@@ -87,7 +129,7 @@ def measure(
                     "tokens_per_batch": recipe.tokens_per_batch,
                 }
             )
-            for kind, report_at in (("trial", TRIAL), ("finalist", FINALIST), ("finalist, a third", FINALIST[:1])):
+            for kind, report_at in kinds.items():
                 job = DistillJob(layout, settings, config.student, data, report_at, config.seed)
                 jobs[session.folder / "trained" / content_hash(job.made_by)] = (name, recipe, kind, job)
     with session.screen.phase("train", f"{len(jobs)} trainings"):
@@ -97,53 +139,60 @@ def measure(
             [done], running = ray.wait(running)
             ray.get(done)
             session.screen.count(total - len(running), total, "trainings")
+    wers = words_heard(session, [folder for folder, job in jobs.items() if job[2] != "trial"], sentences)
     rows = []
     for folder, (name, recipe, kind, job) in jobs.items():
-        for report in read_manifest(folder / "reports.json", "recipe", 1)["reports"]:
+        reports = read_manifest(folder / "reports.json", "recipe", 1)["reports"]
+        for report in reports:
             row = {"layout": str(job.layout), "from": name, "recipe": recipe.name, "kind": kind, **report}
             row["worse than its start"] = is_worse_than_start(SimpleNamespace(**report))
-            rows.append(row)
-    if sentences:
-        with session.screen.phase("speech", f"{sentences} sentences by each finalist"):
-            systems = {folder.name: folder / "student" for folder, job in jobs.items() if job[2] != "trial"}
-            heard = evaluate_systems(
-                config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"sentences": sentences})}),
-                systems,
-                session.folder,
-                teacher=session.shared_teacher,
-                worker=session.worker,
-                on_progress=lambda done, total: session.screen.count(done, total, "utterances"),
-            )
-        for folder, (name, recipe, kind, _) in jobs.items():
-            if kind != "trial":
-                last = [row for row in rows if (row["from"], row["recipe"], row["kind"]) == (name, recipe.name, kind)][
-                    -1
-                ]
-                wer = heard[folder.name].wer
-                last |= {"WER": wer.value, "WER low": wer.low, "WER high": wer.high}
+            rows.append(row | (wers.get(folder, {}) if report is reports[-1] else {}))
     return rows
+
+
+def layout_of(text: str, num_layers: int) -> Layout:
+    """A layout in letters, or ``placement:A:M``."""
+    strategy, separator, ratio = text.partition(":")
+    return from_strategy(strategy, num_layers, ratio) if separator else Layout.from_string(text)
+
+
+def words_heard(session: Session, folders: Sequence[Path], sentences: int) -> dict[Path, dict[str, float]]:
+    """WER of the students in ``folders``, with its interval; none without sentences."""
+    if not sentences:
+        return {}
+    config = session.config
+    with session.screen.phase("speech", f"{sentences} sentences by each finalist"):
+        heard = evaluate_systems(
+            config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"sentences": sentences})}),
+            {folder.name: folder / "student" for folder in folders},
+            session.folder,
+            teacher=session.shared_teacher,
+            worker=session.worker,
+            on_progress=lambda done, total: session.screen.count(done, total, "utterances"),
+        )
+    wers = {folder: heard[folder.name].wer for folder in folders}
+    return {folder: {"WER": wer.value, "WER low": wer.low, "WER high": wer.high} for folder, wer in wers.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--space", choices=list(COMPARISONS), default="demo")
     parser.add_argument("--quick", action="store_true", help="one layout, few tokens; nothing is written")
     parser.add_argument("--sentences", type=int, default=100)
-    parser.add_argument("--run", type=Path, default=Path("runs/recipe"))
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/recipe_SPACE)")
     options = parser.parse_args()
-    run = open_run(
-        "demo", options.run.with_name("recipe_quick") if options.quick else options.run, QUICK if options.quick else []
-    )
-    session = start_session(run, ("cache", "align", "train", "speech"), None)
-    layouts = {"found": Layout("AMMAMAMMAAMA")} | {
-        name: from_strategy(name, session.num_layers, ratio)
-        for name, ratio in (("block_beginning", "1:1"), ("back", "1:1"), ("sandwich", "1:3"))
-    }
+    folder = options.run or Path("runs") / f"recipe_{options.space}{'_quick' if options.quick else ''}"
+    compared, sentences = COMPARISONS[options.space], options.sentences
     if options.quick:
-        layouts = {"found": layouts["found"]}
-    rows = measure(session, layouts, RECIPES[: 2 if options.quick else None], 0 if options.quick else options.sentences)
+        compared = replace(compared, recipes=compared.recipes[:2], layouts=compared.layouts[:1])
+        sentences = 0
+    run = open_run(options.space, folder, QUICK if options.quick else [])
+    session = start_session(run, ("cache", "align", "train", "speech"), None)
+    rows = measure(session, compared, sentences)
     print_table([{key: row.get(key, "") for key in (*rows[0], "WER", "WER low", "WER high")} for row in rows])
     if not options.quick:
-        write_result("recipe", rows, sentences=options.sentences, recipes=[vars(recipe) for recipe in RECIPES])
+        recipes = [vars(recipe) for recipe in compared.recipes]
+        write_result(f"recipe_{options.space}", rows, sentences=sentences, recipes=recipes)
     return 0
 
 
