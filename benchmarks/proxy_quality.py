@@ -1,13 +1,17 @@
 """Does the score of a forward pass predict what distillation ends in, and the words that are heard?
 
-    python benchmarks/proxy_quality.py            12 layouts at each of two budgets; about an hour on two cores
-    python benchmarks/proxy_quality.py --quick    4 layouts, few tokens and sentences; nothing written
+    python benchmarks/proxy_quality.py                     12 layouts at each of two budgets; an hour on two cores
+    python benchmarks/proxy_quality.py --space demo24 --layouts 16 --found runs/demo24
+                                                           the deep teacher: hours; the found layouts of that run too
+    python benchmarks/proxy_quality.py --quick             4 layouts, few tokens and sentences; nothing written
 
-Layouts are spread evenly over the ranking by probe KL, the best one and the paper's patterns among them. Each is
-distilled from the library with equal settings, once as long as a trial's last rung ("short") and once, anew, as long as
-a finalist ("final"), and speaks the same sentences. Spearman correlations are taken inside each budget, with 95 %
-intervals of 2,000 bootstrap samples of the layouts; and between the WERs on two random halves of the sentences, which
-says how much of the ranking by WER is noise. Every distilled student is kept in the run folder and not distilled again.
+Layouts are spread evenly over the ranking by probe KL; the best one, what a search found and the paper's placements are
+among them. Each is distilled from the library with equal settings, once as long as a trial's last rung ("short") and
+once, anew, as long as a finalist ("final"), and speaks the same sentences. Spearman correlations are taken inside each
+budget, with 95 % intervals of 2,000 bootstrap samples of the layouts; and between the WERs on two random halves of the
+sentences, which says how much of the ranking by WER is noise. The found layout is compared with every placement on the
+sentences of both. ``--second-recognizer`` hears the found layouts and their closest rivals once more. Every distilled
+student is kept in the run folder and not distilled again.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import argparse
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +33,26 @@ from scipy.stats import spearmanr
 
 from mamtra_ray.align.phase import make_library
 from mamtra_ray.artifacts import read_manifest, write_manifest
-from mamtra_ray.distill.job import DistillJob, distill_data
+from mamtra_ray.distill.job import DistillData, DistillJob, distill_data
 from mamtra_ray.distill.workers import distill
 from mamtra_ray.evaluate.evaluation import evaluate_systems
-from mamtra_ray.evaluate.results import Evaluation
+from mamtra_ray.evaluate.results import Evaluation, compare
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
 from mamtra_ray.layouts.constraints import Constraints, sample_layouts
 from mamtra_ray.probe.phase import probe_data
 from mamtra_ray.probe.pool import ProbePool
+from mamtra_ray.run.folder import read_run
 from mamtra_ray.run.open_run import open_run
+from mamtra_ray.run.rows import FinalistRow
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.teacher_cache.phase import make_cache
+from mamtra_ray.teacher_cache.shared import SharedCache
 
-RATIOS = ("1:1", "1:3")
+RATIOS = {12: ("1:1", "1:3"), 24: ("1:1", "1:3", "1:5", "1:11")}
+"""By the teacher's layers."""
+BANDS = (9, 19, 29, 44, 62)
+"""Most words of a sentence of each band of length."""
 SCORES = ("probe KL", "probe CE", "short CE", "final CE", "WER")
 QUICK = [
     "corpus.train_tokens=20000",
@@ -54,6 +64,7 @@ QUICK = [
     "evaluate.audio_examples=0",
 ]
 _PROBED = 200
+"""Drawn of each budget."""
 
 
 def chosen_layouts(kl: dict[Layout, float], patterns: Sequence[Layout], count: int) -> list[Layout]:
@@ -101,69 +112,136 @@ def agreement_of_halves(evaluations: Sequence[Evaluation], samples: int = 1_000)
     return float(np.median(values))
 
 
-def measured_layouts(session: Session, layouts_per_budget: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Probe, distill and hear; one row a layout, and one a budget with what limits any prediction of the WER."""
-    config = session.config
-    train, validation = make_cache(session)
-    library = make_library(session, train, validation)
-    assert library is not None
-    rows: dict[Layout, dict[str, Any]] = {}
+def wer_by_band(evaluation: Evaluation) -> dict[str, float]:
+    """Word errors over words in each band of length."""
+    rates, shortest = {}, 1
+    for longest in BANDS:
+        of_band = [row for row in evaluation.rows if shortest <= row["words"] <= longest]
+        if of_band:
+            errors, words = (sum(row[name] for row in of_band) for name in ("word_errors", "words"))
+            rates[f"WER {shortest}-{longest}"] = round(errors / words, 4)
+        shortest = longest + 1
+    return rates
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What is distilled and heard at one budget."""
+
+    ratio: str
+    rows: dict[Layout, dict[str, Any]]
+    """A row of the result for each layout, with its probe scores."""
+
+
+def layouts_to_compare(
+    session: Session, library: Path, validation: SharedCache, found: Sequence[Layout], per_budget: int, probed: int
+) -> list[Compared]:
+    """Layouts over the whole ranking of each budget, by scores of the probe."""
+    compared = []
     with (
-        session.screen.phase("probe", f"{_PROBED} layouts of each budget"),
+        session.screen.phase("probe", f"{probed} layouts of each budget"),
         ProbePool(probe_data(session, library, validation), session.folder, session.worker) as pool,
     ):
-        for ratio in RATIOS:
+        for ratio in RATIOS[session.num_layers]:
             budget = Constraints.from_ratio(session.num_layers, ratio)
-            drawn = sample_layouts(budget, _PROBED, np.random.default_rng(0))
-            patterns = [from_strategy(name, session.num_layers, ratio) for name in PATTERNS]
-            for done in pool.score([layout for layout in {*drawn, *patterns} if layout not in pool.rows], 32):
-                session.screen.count(done, _PROBED, "layouts")
-            kl = {layout: row.kl for layout, row in pool.rows.items() if budget.allows(layout)}
-            for layout in chosen_layouts(kl, patterns, layouts_per_budget):
-                pattern = PATTERNS[patterns.index(layout)] if layout in patterns else ""
-                scored = {"probe KL": kl[layout], "probe CE": pool.rows[layout].ce}
-                rows[layout] = {"budget": ratio, "layout": str(layout), "pattern": pattern, **scored}
-    with session.screen.phase("distill", f"{len(rows)} layouts, {config.distill.tokens:,} tokens each"):
-        data = distill_data(config, session.shared_teacher, train, validation, str(library.resolve()))
-        folders = {layout: session.folder.resolve() / "distilled" / str(layout) for layout in rows}
-        missing = [layout for layout, folder in folders.items() if not (folder / "report.json").exists()]
+            drawn = sample_layouts(budget, min(probed, budget.num_layouts), np.random.default_rng(0))
+            origins = {layout: "found" for layout in found if budget.allows(layout)}
+            for name in PATTERNS:
+                origins.setdefault(from_strategy(name, session.num_layers, ratio), name)
+            for done in pool.score([layout for layout in {*drawn, *origins} if layout not in pool.rows], 32):
+                session.screen.count(done, probed, "layouts")
+            kl = {layout: pool.rows[layout].kl for layout in (*drawn, *origins)}
+            chosen = chosen_layouts(kl, list(origins), per_budget)
+            rows = {
+                layout: {
+                    "budget": ratio,
+                    "layout": str(layout),
+                    "from": origins.get(layout, ""),
+                    "probe KL": kl[layout],
+                    "probe CE": pool.rows[layout].ce,
+                }
+                for layout in chosen
+            }
+            compared.append(Compared(ratio, rows))
+    return compared
+
+
+def distill_all(session: Session, data: DistillData, layouts: Sequence[Layout]) -> dict[Layout, Path]:
+    """Folder of each distilled layout; finished ones are kept."""
+    config = session.config
+    folders = {layout: session.folder.resolve() / "distilled" / str(layout) for layout in layouts}
+    missing = [layout for layout, folder in folders.items() if not (folder / "report.json").exists()]
+    with session.screen.phase("distill", f"{len(layouts)} layouts, {config.distill.tokens:,} tokens each"):
         running = []
         for layout in missing:
             job = DistillJob(layout, config.distill, config.student, data, (config.distill.tokens,), config.seed)
             running.append(distilled.remote(job, config.search.rung_tokens, str(folders[layout])))
         for done in range(len(running)):
-            [_], running = ray.wait(running, num_returns=1)
+            finished, running = ray.wait(running, num_returns=1)
+            ray.get(finished)
             session.screen.count(done + 1, len(missing), "layouts")
-    with session.screen.phase("speech", f"{config.evaluate.sentences} sentences by each"):
-        systems: dict[str, Path | None] = {str(layout): folder / "student" for layout, folder in folders.items()}
-        heard = evaluate_systems(
+    return folders
+
+
+def heard(session: Session, systems: dict[str, Path | None], recognizer: str | None = None) -> dict[str, Evaluation]:
+    """Evaluations by layout, and of the teacher and the codec; another recognizer has a folder of its own."""
+    config, folder = session.config, session.folder
+    if recognizer is not None:
+        other = config.evaluate.model_copy(update={"recognizer": recognizer})
+        config, folder = config.model_copy(update={"evaluate": other}), folder / "second_recognizer"
+    what = f"{config.evaluate.sentences} sentences by each of {len(systems)}, {config.evaluate.recognizer}"
+    with session.screen.phase("speech" if recognizer is None else "second recognizer", what):
+        return evaluate_systems(
             config,
             systems,
-            session.folder,
+            folder,
             teacher=session.shared_teacher,
             worker=session.worker,
-            on_progress=lambda d, t: session.screen.count(d, t, "utterances"),
+            on_progress=lambda done, total: session.screen.count(done, total, "utterances"),
         )
-    for layout, row in rows.items():
-        row |= read_manifest(folders[layout] / "report.json", "distilled", 1)["report"]
-        row["WER"] = heard[str(layout)].wer.value
+
+
+def paired_rows(compared: Sequence[Compared], evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    """Found layout minus every other one of its budget that has a name, and minus the teacher."""
+    rows = []
+    for one in compared:
+        found = [layout for layout, row in one.rows.items() if row["from"] == "found"]
+        others = {str(layout): row["from"] for layout, row in one.rows.items() if row["from"] not in ("", "found")}
+        for layout in found:
+            if str(layout) not in evaluations:
+                continue
+            for other, name in {**others, "teacher": "teacher"}.items():
+                if other in evaluations:
+                    result = compare(evaluations[str(layout)], evaluations[other])
+                    difference = result.difference
+                    rows.append(
+                        {"budget": one.ratio, "found": str(layout), "minus": name, "other": other}
+                        | {"WER difference": difference.value, "95 % low": difference.low}
+                        | {"95 % high": difference.high, "not worse": result.probability_a_not_worse}
+                    )
+    return rows
+
+
+def limits_of_prediction(compared: Sequence[Compared], evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    """How far the noise of the WER lets anything predict it, for each budget."""
     limits = []
-    for ratio in RATIOS:
-        half = agreement_of_halves([heard[row["layout"]] for row in rows.values() if row["budget"] == ratio])
+    for one in compared:
+        half = agreement_of_halves([evaluations[str(layout)] for layout in one.rows])
         # Spearman-Brown: agreement of two measurements with all sentences; its root bounds any predictor.
-        limits.append({"budget": ratio, "WER of two halves": half, "best possible": (2 * half / (1 + half)) ** 0.5})
-    return list(rows.values()), limits
+        possible = max(0.0, 2 * half / (1 + half)) ** 0.5
+        limits.append({"budget": one.ratio, "WER of two halves": half, "best possible": possible})
+    return limits
 
 
-def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def correlations(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     """Spearman of every pair of scores inside each budget."""
     found = []
-    for ratio in RATIOS:
-        of_budget = [row for row in rows if row["budget"] == ratio]
+    for one in compared:
+        rows = list(one.rows.values())
         for first, second in itertools.combinations(SCORES, 2):
-            value, low, high = bootstrap_spearman([r[first] for r in of_budget], [r[second] for r in of_budget])
+            value, low, high = bootstrap_spearman([row[first] for row in rows], [row[second] for row in rows])
             found.append(
-                {"budget": ratio, "of": first, "with": second, "layouts": len(of_budget), "Spearman": value}
+                {"budget": one.ratio, "of": first, "with": second, "layouts": len(rows), "Spearman": value}
                 | {"95 % low": low, "95 % high": high}
             )
     return found
@@ -173,26 +251,77 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 layouts, few tokens; nothing is written")
     parser.add_argument("--layouts", type=int, default=12, help="of each budget")
-    parser.add_argument("--space", help="search-space file (default: the packaged demo)")
-    parser.add_argument("--run", type=Path, help="run folder (default: runs/proxy_quality)")
+    parser.add_argument("--probed", type=int, default=_PROBED, help="drawn of each budget, to choose from")
+    parser.add_argument("--found", type=Path, help="run folder whose found layouts are among them")
+    parser.add_argument("--second-recognizer", help="such as faster-whisper:FOLDER, for found layouts and rivals")
+    parser.add_argument("--space", default="demo", help="search-space file (default: the packaged demo)")
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/proxy_quality_SPACE)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
-    overrides = [*([] if options.space else LONG_DEMO), *(QUICK if options.quick else []), *options.overrides]
-    folder = options.run or Path("runs") / ("proxy_quality_quick" if options.quick else "proxy_quality")
+    options = parser.parse_intermixed_args()
+    is_demo, name = options.space == "demo", f"proxy_quality_{Path(options.space).stem}"
+    overrides = [*(LONG_DEMO if is_demo else []), *(QUICK if options.quick else []), *options.overrides]
+    folder = options.run or Path("runs") / f"{name}{'_quick' if options.quick else ''}"
+    found = [row.layout for row in read_run(options.found).finalists if is_found(row)] if options.found else []
     run = open_run(options.space, folder, overrides)
-    session = start_session(run, ("cache", "align", "probe", "distill", "speech"), None)
-    rows, limits = measured_layouts(session, 4 if options.quick else options.layouts)
-    found = correlations(rows)
-    print_table(rows)
-    print()
-    print_table(found)
-    print()
-    print_table(limits)
-    if not options.quick:
-        write_result(
-            "proxy_quality", rows, correlations=found, limits=limits, distilled_tokens=run.config.distill.tokens
+    session = start_session(run, ("cache", "align", "probe", "distill", "speech", "second recognizer"), None)
+    train, validation = make_cache(session)
+    library = make_library(session, train, validation)
+    assert library is not None
+    data = distill_data(session.config, session.shared_teacher, train, validation, str(library.resolve()))
+    per_budget, probed = (4, 10) if options.quick else (options.layouts, options.probed)
+    compared = layouts_to_compare(session, library, validation, found, per_budget, probed)
+    folders = distill_all(session, data, [layout for one in compared for layout in one.rows])
+    systems: dict[str, Path | None] = {str(layout): folder / "student" for layout, folder in folders.items()}
+    evaluations = heard(session, systems)
+    for layout, row in ((layout, row) for one in compared for layout, row in one.rows.items()):
+        evaluation = evaluations[str(layout)]
+        row |= read_manifest(folders[layout] / "report.json", "distilled", 1)["report"]
+        row |= {"WER": evaluation.wer.value, "WER low": evaluation.wer.low, "WER high": evaluation.wer.high}
+        row |= wer_by_band(evaluation)
+    tables = {
+        "correlations": correlations(compared),
+        "limits": limits_of_prediction(compared, evaluations),
+        "paired": paired_rows(compared, evaluations),
+    }
+    if options.second_recognizer:
+        again = heard(session, contenders(compared, systems), options.second_recognizer)
+        tables["second_recognizer"] = [
+            {"system": system, "WER": one.wer.value, "WER low": one.wer.low, "WER high": one.wer.high}
+            for system, one in again.items()
+        ]
+        tables["paired_by_second_recognizer"] = paired_rows(compared, again)
+    rows = [row for one in compared for row in one.rows.values()]
+    for name_of_system in ("codec", "teacher"):
+        wer = evaluations[name_of_system].wer
+        tables.setdefault("references", []).append(
+            {"system": name_of_system, "WER": wer.value, "WER low": wer.low, "WER high": wer.high}
+            | wer_by_band(evaluations[name_of_system])
         )
+    for table in (rows, *tables.values()):
+        print()
+        print_table(table)
+    if not options.quick:
+        settings = {
+            key: run.config.distill.model_dump()[key]
+            for key in ("tokens", "learning_rate", "pretrained_learning_rate_factor", "tokens_per_batch", "schedule")
+        }
+        write_result(name, rows, **tables, distill=settings, sentences=run.config.evaluate.sentences)
     return 0
+
+
+def contenders(compared: Sequence[Compared], systems: Mapping[str, Path | None]) -> dict[str, Path | None]:
+    """Found layouts, and the two others of their budgets with the lowest WER."""
+    chosen = []
+    for one in compared:
+        ranked = sorted(one.rows, key=lambda layout: one.rows[layout]["WER"])
+        found = [layout for layout in ranked if one.rows[layout]["from"] == "found"]
+        chosen += [*found, *[layout for layout in ranked if layout not in found][:2]]
+    return {str(layout): systems[str(layout)] for layout in chosen}
+
+
+def is_found(row: FinalistRow) -> bool:
+    """Whether the search proposed it, and not the paper."""
+    return row.origin in ("probe", "optuna")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Ways to find a good layout with a limited number of scores, for ``search_quality.py``.
 
+``additive`` is the replace-one ranking with the exact optimum of the sums (HALO, Puzzle), ``greedy`` replaces layer by
+layer (Distill-then-Replace), ``greedy restore`` gives attention back layer by layer (Taylor-Calibrate),
+``alignment error`` keeps attention where the mixers fit worst. Methods that train are in ``trained_selection.py``.
+
 A method is a function ``(scores, budgets, seed)``. It asks :class:`Scores` for the score of layouts until that raises
 :class:`SpentError`; what counts is the best scored layout of every budget. Every method gets the same number of scores:
 those that look at one budget at a time get an equal part of them for each.
@@ -9,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import optuna
@@ -27,10 +33,16 @@ class SpentError(Exception):
     """All scores are used up."""
 
 
+class Truth(Protocol):
+    """The score of any layout: a table, or a model that is asked."""
+
+    def __getitem__(self, layout: Layout, /) -> float: ...
+
+
 class Scores:
     """A limited number of scores; asking for a known layout again is free."""
 
-    def __init__(self, truth: Mapping[Layout, float], limit: int) -> None:
+    def __init__(self, truth: Truth, limit: int) -> None:
         self.truth, self.limit = truth, limit
         self.known: dict[Layout, float] = {}
 
@@ -59,6 +71,7 @@ def optuna_layouts(kind: str) -> Callable[[Scores, Constraints, int], None]:
         samplers = {
             "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, seed=seed),
             "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+            "gp": lambda: optuna.samplers.GPSampler(seed=seed, deterministic_objective=True),
         }
         study = optuna.create_study(sampler=samplers[kind]())
         distributions = param_space(space)
@@ -97,12 +110,40 @@ def beam(scores: Scores, budget: Constraints, seed: int) -> None:
         survivors = sorted(children, key=scores)[:width]
 
 
+def greedy_restore(scores: Scores, budget: Constraints, seed: int) -> None:
+    """From Mamba everywhere, give attention back where that helps most, one by one."""
+    kept: set[int] = set()
+    while len(kept) < budget.attention_counts[0]:
+        options = [
+            Layout.from_attention_layers(kept | {layer}, budget.num_layers)
+            for layer in range(budget.num_layers)
+            if layer not in kept
+        ]
+        kept = set(min(options, key=scores).attention_layers)
+
+
 def additive(scores: Scores, budget: Constraints, seed: int) -> None:
     """Score the single replacements, then the layouts of the lowest sums, lowest first."""
     single = additive_costs(scores, budget.num_layers)
-    for layout in sorted(scores.truth, key=lambda layout: sum(single[i] for i in layout.mamba_layers)):
-        if budget.allows(layout):
-            scores(layout)
+    for mamba in lowest_sums(single, budget.num_layers - budget.attention_counts[0]):
+        scores(Layout.from_attention_layers(set(range(budget.num_layers)) - set(mamba), budget.num_layers))
+
+
+def lowest_sums(costs: Sequence[float], count: int) -> Iterator[tuple[int, ...]]:
+    """Every choice of ``count`` indices, in the order of the sums of their costs."""
+    order = sorted(range(len(costs)), key=costs.__getitem__)
+    first = tuple(range(count))
+    heap, seen = [(sum(costs[order[rank]] for rank in first), first)], {first}
+    while heap:
+        value, ranks = heapq.heappop(heap)
+        yield tuple(order[rank] for rank in ranks)
+        for place, rank in enumerate(ranks):
+            above = ranks[place + 1] if place + 1 < count else len(costs)
+            following = (*ranks[:place], rank + 1, *ranks[place + 1 :])
+            if rank + 1 < above and following not in seen:
+                seen.add(following)
+                change = costs[order[rank + 1]] - costs[order[rank]]
+                heapq.heappush(heap, (value + change, following))
 
 
 def additive_costs(scores: Callable[[Layout], float], num_layers: int) -> list[float]:
@@ -119,6 +160,17 @@ def paper_patterns(scores: Scores, budget: Constraints, seed: int, *, importance
     for strategy in STRATEGIES:
         for importance in importances if strategy == "importance" else [None]:
             scores(from_strategy(strategy, budget.num_layers, ratio, importance))
+
+
+def keep_most_important(scores: Scores, budget: Constraints, seed: int, *, importance: Sequence[float]) -> None:
+    """One layout: attention where ``importance`` is highest."""
+    scores(from_importance(importance, budget))
+
+
+def from_importance(importance: Sequence[float], budget: Constraints) -> Layout:
+    """Attention where ``importance`` is highest, Mamba elsewhere."""
+    ranked = sorted(range(budget.num_layers), key=lambda layer: (-importance[layer], layer))
+    return Layout.from_attention_layers(ranked[: budget.attention_counts[0]], budget.num_layers)
 
 
 def surrogate(scores: Scores, budgets: Sequence[Constraints], seed: int) -> None:
@@ -151,16 +203,25 @@ def for_each_budget(method: Callable[[Scores, Constraints, int], None]) -> Metho
     return run
 
 
-def methods(importances: Sequence[Sequence[float]]) -> dict[str, Method]:
-    """All methods by name; ``importances`` as for :func:`paper_patterns`."""
+def methods(importances: Sequence[Sequence[float]], alignment_errors: Sequence[float]) -> dict[str, Method]:
+    """All methods by name.
+
+    Args:
+        importances: as for :func:`paper_patterns`.
+        alignment_errors: held-out error of every layer's aligned mixer.
+    """
+    by_error = functools.partial(keep_most_important, importance=alignment_errors)
     return {
         "surrogate": surrogate,
         "random": for_each_budget(random_layouts),
         "tpe": for_each_budget(optuna_layouts("tpe")),
         "nsga2": for_each_budget(optuna_layouts("nsga2")),
+        "gp": for_each_budget(optuna_layouts("gp")),
         "greedy": for_each_budget(greedy),
+        "greedy restore": for_each_budget(greedy_restore),
         "beam": for_each_budget(beam),
         "additive": for_each_budget(additive),
+        "alignment error": for_each_budget(by_error),
         "paper": for_each_budget(functools.partial(paper_patterns, importances=importances)),
     }
 

@@ -1,12 +1,15 @@
 """How good are the layouts that a number of forward-only scores finds, and at which cost?
 
-    python benchmarks/search_quality.py            the demo teacher; about an hour on two cores
-    python benchmarks/search_quality.py --quick    few tokens, one seed; nothing written
+    python benchmarks/search_quality.py                   the demo teacher; about an hour on two cores
+    python benchmarks/search_quality.py --space demo24    the deep teacher, whose 2^24 layouts nobody has scored
+    python benchmarks/search_quality.py --quick           few tokens, one seed; nothing written
 
-1. Truth: the KL divergence of all 2^12 layouts with aligned mixers, by forward passes (resumable).
+1. Truth: the KL divergence of a layout with aligned mixers, by forward passes (resumable). Of 12 layers all 2^12
+   layouts are scored. Of more layers those that a method asks for; the best known one of all stands for the optimum.
 2. Search: the best layout that each method finds with the same number of scores, over three budgets together, as
-   regret: its KL over the best possible, minus 1. And how well models of the score predict the layouts not scored.
-3. Cost: seconds of one score, with and without shared prefixes, beside the seconds of a short distillation.
+   regret: its KL over the best, minus 1. Methods that train (``trained_selection.py``) stand beside what they cost in
+   CPU seconds. And how well models of the score predict the layouts not scored.
+3. Cost: seconds of one score, with and without shared prefixes.
 
 `benchmarks/proxy_quality.py` asks the other question: whether these scores predict what distillation ends in.
 """
@@ -16,62 +19,52 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from layout_scores import ScoredOnDemand, TimedScores, cost_rows, exhaustive_truth, made_batches
 from measurement import LONG_DEMO, print_table, quartiles, write_result
 from scipy.stats import spearmanr
-from search_methods import Method, Scores, SpentError, additive_costs, methods
+from search_methods import Method, SpentError, Truth, additive_costs, from_importance, methods
+from trained_selection import Selection, restored_one_by_one, trained_gates
 
-from mamtra_ray.align.mixer_library import load_library
+from mamtra_ray.align.mixer_library import load_library, read_library_manifest
 from mamtra_ray.align.phase import make_library
+from mamtra_ray.distill.job import DistillJob, distill_data
 from mamtra_ray.layouts import Layout
-from mamtra_ray.layouts.constraints import Constraints, sample_layouts
+from mamtra_ray.layouts.constraints import Constraints
 from mamtra_ray.probe.layout_scoring import LayoutScorer
 from mamtra_ray.probe.phase import probe_data
-from mamtra_ray.probe.pool import ProbePool, first_utterances
 from mamtra_ray.run.open_run import open_run
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.search.importance import layer_importance
 from mamtra_ray.surrogate.acquisition import fit_log
-from mamtra_ray.teacher_cache.batches import batches
 from mamtra_ray.teacher_cache.phase import make_cache
 from mamtra_ray.teacher_cache.shared import SharedCache
 
-RATIOS = ("1:1", "1:2", "1:3")
-EVALUATIONS = (100, 200, 400, 600)
+RATIOS = {12: ("1:1", "1:2", "1:3"), 24: ("1:1", "1:3", "1:11"), 30: ("1:1", "1:2", "1:4")}
+"""By the teacher's layers."""
+EVALUATIONS = {12: (100, 200, 400, 600), 24: (100, 300), 30: (100,)}
+MOST_LAYERS_OF_A_TABLE = 12
+GATE_STEPS = 50
+"""For each budget."""
+RESTORE_TOKENS = 4_000
+"""For each layer."""
+WITHOUT_CHANCE = ("additive", "alignment error", "beam", "greedy restore", "paper")
 QUICK = [
     "corpus.train_tokens=20000",
     "corpus.validation_tokens=600",
     "align.tokens=10000",
     "probe.validation_tokens=300",
 ]
-
-
-def every_layout(num_layers: int) -> list[Layout]:
-    """All 2^L layouts."""
-    return [
-        Layout(format(bits, f"0{num_layers}b").replace("0", "A").replace("1", "M")) for bits in range(2**num_layers)
-    ]
-
-
-def exhaustive_truth(session: Session, library: Path, validation: SharedCache) -> dict[Layout, float]:
-    """KL of every layout; scores are kept in the run folder."""
-    every = every_layout(session.num_layers)
-    with (
-        session.screen.phase("truth", f"{len(every)} layouts by forward passes"),
-        ProbePool(probe_data(session, library, validation), session.folder, session.worker) as pool,
-    ):
-        new = [layout for layout in every if layout not in pool.rows]
-        for done in pool.score(new, layouts_per_task=64):
-            session.screen.count(done, len(new), "layouts")
-        return {layout: pool.rows[layout].kl for layout in every}
 
 
 def importances(session: Session, library: Path, validation: SharedCache) -> list[list[float]]:
@@ -83,66 +76,131 @@ def importances(session: Session, library: Path, validation: SharedCache) -> lis
     ]
 
 
-def search_rows(
+@dataclass(frozen=True)
+class Found:
+    """The best layouts that one method found with so many scores, one of each seed, at one budget."""
+
+    method: str
+    scores: int
+    ratio: str
+    layouts: list[Layout]
+    kl: list[float]
+    cpu_seconds: float
+    """Of one seed, all budgets together: the method's own, not that of the scores."""
+
+
+def search(
     methods: Mapping[str, Method],
-    truth: Mapping[Layout, float],
+    truth: Truth,
     budgets: Mapping[str, Constraints],
     evaluations: Sequence[int],
     seeds: int,
-) -> list[dict[str, Any]]:
-    """Regret of every method at every budget and number of scores, median and quartiles over the seeds."""
-    best = {ratio: min(kl for x, kl in truth.items() if c.allows(x)) for ratio, c in budgets.items()}
-    rows = []
+) -> list[Found]:
+    """Every method with every number of scores."""
+    found = []
     for name, method in methods.items():
-        for limit in evaluations:
-            began = time.process_time()
-            regrets: dict[str, list[float]] = {ratio: [] for ratio in budgets}
-            for seed in range(seeds):
-                scores = Scores(truth, limit)
+        # Optuna's Gaussian process takes a second and more to propose one layout.
+        for limit in evaluations[:1] if name == "gp" else evaluations:
+            best: dict[str, list[tuple[float, Layout]]] = {ratio: [] for ratio in budgets}
+            seconds = 0.0
+            for seed in range(1 if name in WITHOUT_CHANCE else min(seeds, 3) if name == "gp" else seeds):
+                scores = TimedScores(truth, limit)
+                began = time.process_time()
                 with contextlib.suppress(SpentError):
                     method(scores, list(budgets.values()), seed)
+                seconds += time.process_time() - began - scores.seconds
                 for ratio, constraints in budgets.items():
-                    found = [kl for layout, kl in scores.known.items() if constraints.allows(layout)]
-                    regrets[ratio].append(min(found, default=np.inf) / best[ratio] - 1)
-            seconds = (time.process_time() - began) / seeds
-            for ratio, values in regrets.items():
-                finite = [min(value, 1e3) for value in values]
-                median, low, high = quartiles(finite)
-                rows.append(
-                    {
-                        "method": name,
-                        "scores": limit,
-                        "budget": ratio,
-                        "median regret": median,
-                        "lower quartile": low,
-                        "upper quartile": high,
-                        "optimum found": float(np.mean([value == 0 for value in values])),
-                        "CPU s of the method": round(seconds, 2),
-                    }
-                )
-            print(f"{name}, {limit} scores: {seconds:.1f} CPU s a seed", flush=True)
+                    known = [(kl, layout) for layout, kl in scores.known.items() if constraints.allows(layout)]
+                    best[ratio] += [min(known)] if known else []
+            for ratio, pairs in best.items():
+                layouts, values = [layout for _, layout in pairs], [kl for kl, _ in pairs]
+                found.append(Found(name, limit, ratio, layouts, values, seconds / max(1, len(pairs))))
+            print(f"{name}, {limit} scores: {seconds:.1f} CPU s", flush=True)
+    return found
+
+
+def regret_rows(found: Sequence[Found], best: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Regret of every method at every budget and number of scores, median and quartiles over the seeds."""
+    rows = []
+    for one in found:
+        regrets = [kl / best[one.ratio] - 1 for kl in one.kl]
+        if not regrets:
+            continue
+        median, low, high = quartiles(regrets)
+        rows.append(
+            {
+                "method": one.method,
+                "scores": one.scores,
+                "budget": one.ratio,
+                "median regret": median,
+                "lower quartile": low,
+                "upper quartile": high,
+                "optimum found": float(np.mean([value == 0 for value in regrets])),
+                "CPU s of the method": round(one.cpu_seconds, 2),
+                "layout": str(one.layouts[0]),
+            }
+        )
+    return rows
+
+
+def trained_rows(
+    selections: Mapping[str, Mapping[str, Selection]],
+    truth: Truth,
+    budgets: Mapping[str, Constraints],
+    best: Mapping[str, float],
+    seconds_of_a_score: float,
+) -> list[dict[str, Any]]:
+    """The one layout of each method that trains, with its cost in scores' worth of CPU seconds."""
+    rows = []
+    for method, by_ratio in selections.items():
+        for ratio, selection in by_ratio.items():
+            layout = from_importance(selection.importance, budgets[ratio])
+            rows.append(
+                {
+                    "method": method,
+                    "budget": ratio,
+                    "regret": truth[layout] / best[ratio] - 1,
+                    "training tokens": selection.tokens,
+                    "CPU s": round(selection.cpu_seconds, 1),
+                    "worth scores": round(selection.cpu_seconds / seconds_of_a_score),
+                    "layout": str(layout),
+                }
+            )
     return rows
 
 
 def prediction_rows(
-    truth: Mapping[Layout, float], budgets: Mapping[str, Constraints], evaluations: Sequence[int], seeds: int
+    truth: Mapping[Layout, float],
+    singles: Sequence[float],
+    budgets: Mapping[str, Constraints],
+    evaluations: Sequence[int],
+    seeds: int,
 ) -> list[dict[str, Any]]:
-    """Spearman correlation, inside each budget, of predicted and true scores of layouts that were not scored."""
-    num_layers = next(iter(truth)).num_layers
-    single = additive_costs(truth.__getitem__, num_layers)
+    """Spearman correlation, inside each budget, of predicted and known scores of layouts that were not scored.
+
+    Args:
+        truth: the known scores.
+        singles: of the layouts with one Mamba layer.
+        budgets, evaluations, seeds: as of :func:`search`.
+    """
     rows = []
     for limit in evaluations:
         found: dict[tuple[str, str], list[float]] = {}
         for seed in range(seeds):
             rng = np.random.default_rng(seed)
-            scored = [x for c in budgets.values() for x in sample_layouts(c, limit // len(budgets), rng)]
-            model = fit_log({layout: truth[layout] for layout in scored})
+            scored: set[Layout] = set()
+            for constraints in budgets.values():
+                # Sorted, since the order of a file is that of the methods.
+                known = sorted(layout for layout in truth if constraints.allows(layout))
+                picked = rng.choice(len(known), size=min(limit // len(budgets), len(known)), replace=False)
+                scored |= {known[index] for index in picked}
+            model = fit_log({layout: truth[layout] for layout in sorted(scored)})
             for ratio, constraints in budgets.items():
-                others = [layout for layout in truth if constraints.allows(layout) and layout not in set(scored)]
+                others = [layout for layout in truth if constraints.allows(layout) and layout not in scored]
                 if len(others) < 10:
                     continue
                 actual = [truth[layout] for layout in others]
-                sums = [sum(single[i] for i in layout.mamba_layers) for layout in others]
+                sums = [sum(singles[i] for i in layout.mamba_layers) for layout in others]
                 for name, predicted in (("surrogate", model.predict(others)[0]), ("replace-one sums", sums)):
                     found.setdefault((name, ratio), []).append(float(spearmanr(predicted, actual).statistic))
         for (name, ratio), values in found.items():
@@ -150,7 +208,7 @@ def prediction_rows(
             rows.append(
                 {
                     "model": name,
-                    "scores": limit if name == "surrogate" else num_layers,
+                    "scores": limit if name == "surrogate" else len(singles),
                     "budget": ratio,
                     "median Spearman": median,
                     "lower quartile": low,
@@ -160,67 +218,80 @@ def prediction_rows(
     return rows
 
 
-def cost_rows(session: Session, library: Path, validation: SharedCache, layouts: int) -> list[dict[str, Any]]:
-    """CPU seconds of one score in this process."""
-    teacher, config = session.teacher, session.config
-    mixers = load_library(library, teacher_fingerprint=teacher.fingerprint)
-    held_out = first_utterances(validation, config.probe.validation_tokens)
-    made = list(batches(held_out, teacher.sequence, tokens_per_batch=4096, seed=0, epoch=0))
-    import torch
-
-    scorer = LayoutScorer(teacher.model, mixers, config.student.state_sharing, torch.device("cpu"))
-    rng = np.random.default_rng(0)
-    chosen = sorted(sample_layouts(Constraints.from_ratio(session.num_layers, "1:1"), layouts, rng))
-    rows = []
-    for name, tasks, share in (
-        ("one by one", [chosen], False),
-        ("prefixes shared in tasks of 8", [chosen[i : i + 8] for i in range(0, len(chosen), 8)], True),
-        ("prefixes shared by all", [chosen], True),
-    ):
-        began = time.process_time()
-        for task in tasks:
-            scorer.score(task, made, share_prefixes=share)
-        seconds = (time.process_time() - began) / len(chosen)
-        rows.append({"scoring": name, "layouts": len(chosen), "CPU s a layout": seconds})
-    for row in rows:
-        row["of one by one"] = row["CPU s a layout"] / rows[0]["CPU s a layout"]
-    return rows
-
-
-def main() -> int:
+def options_of(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few tokens, one seed, nothing is written")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--space", help="search-space file (default: the packaged demo)")
-    parser.add_argument("--run", type=Path, help="run folder (default: runs/search_quality)")
+    parser.add_argument("--methods", help="names with commas between (default: all)")
+    parser.add_argument("--space", default="demo", help="search-space file (default: the packaged demo)")
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/search_quality_SPACE)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
-    overrides = [*([] if options.space else LONG_DEMO), *(QUICK if options.quick else []), *options.overrides]
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> int:
+    options = options_of()
+    is_demo, name = options.space == "demo", f"search_quality_{Path(options.space).stem}"
+    overrides = [*(LONG_DEMO if is_demo else []), *(QUICK if options.quick else []), *options.overrides]
     seeds = 1 if options.quick else options.seeds
-    folder = options.run or Path("runs") / ("search_quality_quick" if options.quick else "search_quality")
-    run = open_run(options.space, folder, overrides)
+    run = open_run(options.space, options.run or Path("runs") / f"{name}{'_quick' if options.quick else ''}", overrides)
     session = start_session(run, ("cache", "align", "truth"), None)
+    config, num_layers = session.config, session.num_layers
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     assert library is not None
-    truth = exhaustive_truth(session, library, validation)
-    budgets = {ratio: Constraints.from_ratio(session.num_layers, ratio) for ratio in RATIOS}
-    evaluations = EVALUATIONS[:2] if options.quick else EVALUATIONS
-    every_method = methods(importances(session, library, validation))
-    found = search_rows(every_method, truth, budgets, evaluations, seeds)
-    predicted = prediction_rows(truth, budgets, evaluations, seeds)
-    cost = cost_rows(session, library, validation, layouts=16 if options.quick else 64)
-    for rows in (found, predicted, cost):
+    torch.set_num_threads(1)
+    mixers = load_library(library, teacher_fingerprint=session.teacher.fingerprint)
+    scorer = LayoutScorer(session.teacher.model, mixers, config.student.state_sharing, torch.device("cpu"))
+    held_out = made_batches(validation, session, config.probe.validation_tokens, 4096)
+    budgets = {ratio: Constraints.from_ratio(num_layers, ratio) for ratio in RATIOS[num_layers]}
+    evaluations = EVALUATIONS[num_layers][: 1 if options.quick else None]
+
+    is_table = num_layers <= MOST_LAYERS_OF_A_TABLE
+    on_demand = ScoredOnDemand(scorer, held_out, session.folder / "scores.jsonl")
+    truth = exhaustive_truth(session, library, validation) if is_table else on_demand
+    cost = cost_rows(scorer, held_out, num_layers, layouts=16 if options.quick or not is_table else 64)
+
+    errors = read_library_manifest(library).errors
+    every = methods(importances(session, library, validation), [errors[layer] for layer in range(num_layers)])
+    names = options.methods.split(",") if options.methods else list(every)
+    found = search({name: every[name] for name in names}, truth, budgets, evaluations, seeds)
+    batch_tokens = max(500, config.distill.tokens_per_batch // 2)
+    training = made_batches(train, session, GATE_STEPS * batch_tokens, batch_tokens)
+    gates = {
+        ratio: trained_gates(scorer, training, budget.attention_counts[0], GATE_STEPS, config.seed)
+        for ratio, budget in budgets.items()
+    }
+    data = distill_data(config, session.shared_teacher, train, validation, str(library.resolve()))
+    restored = restored_one_by_one(
+        DistillJob(Layout.all_mamba(num_layers), config.distill, config.student, data, (), config.seed),
+        min(RESTORE_TOKENS, config.search.rung_tokens[0]),
+    )
+    selections = {"gates": gates, "restore one, distilled": dict.fromkeys(budgets, restored)}
+    singles = additive_costs(truth.__getitem__, num_layers)
+    for selection in selections.values():
+        for ratio, one in selection.items():
+            truth[from_importance(one.importance, budgets[ratio])]  # scored before the best known one is chosen
+
+    known = truth if isinstance(truth, dict) else on_demand.known
+    best = {ratio: min((kl, x) for x, kl in known.items() if c.allows(x)) for ratio, c in budgets.items()}
+    lowest = {ratio: kl for ratio, (kl, _) in best.items()}
+    rows = regret_rows(found, lowest)
+    trained = trained_rows(selections, truth, budgets, lowest, cost[0]["CPU s a layout"])
+    predicted = prediction_rows(known, singles, budgets, evaluations, seeds)
+    for table in (rows, trained, predicted, cost):
         print()
-        print_table(rows)
+        print_table(table)
     if not options.quick:
-        best = {ratio: min((x for x in truth if c.allows(x)), key=truth.__getitem__) for ratio, c in budgets.items()}
         write_result(
-            "search_quality",
-            found,
+            name,
+            rows,
+            trained=trained,
             predictions=predicted,
             cost=cost,
-            optima={ratio: {"layout": str(layout), "kl": truth[layout]} for ratio, layout in best.items()},
+            optima={ratio: {"layout": str(layout), "kl": kl} for ratio, (kl, layout) in best.items()},
+            scored=len(known),
+            every_layout_scored=is_table,
             seeds=seeds,
             validation_tokens=run.config.probe.validation_tokens,
         )
