@@ -98,7 +98,7 @@ def settings_with(distill: DistillConfig, calls: list) -> SimpleNamespace:
         seed=0,
         worker=None,
         table=SimpleNamespace(end_progress=SimpleNamespace(remote=lambda *_: None)),
-        job=lambda layout, report_at, progress: DistillJob(layout, distill, StudentConfig(), data, report_at),
+        job=lambda layout, report_at, progress=None: DistillJob(layout, distill, StudentConfig(), data, report_at),
     )
 
 
@@ -111,7 +111,7 @@ def test_a_finished_finalist_is_read_back_and_only_that_one(tmp_path, monkeypatc
 
     def distilled(**changes):
         settings = settings_with(DistillConfig(tokens=10, **changes), calls)
-        return distill_finalist(settings, Layout("AM"), tmp_path, lambda _: None)
+        return distill_finalist(settings, Layout("AM"), tmp_path)
 
     assert [distilled().ce, distilled().ce] == [1.5, 1.5] and calls == [1]
     # What changes no weight by more than rounding is no reason to train again, nor to refuse.

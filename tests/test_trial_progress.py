@@ -11,7 +11,7 @@ from tiny_cache import LocalTeacher, tiny_config
 from mamtra_ray.config import DistillConfig, StudentConfig
 from mamtra_ray.distill import workers
 from mamtra_ray.distill.job import DistillData, DistillJob
-from mamtra_ray.distill.progress import TrainingProgress, show_progress
+from mamtra_ray.distill.progress import TrainingProgress, show_progress, show_progress_of_several
 from mamtra_ray.distill.training import HeldOut
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import Candidate
@@ -107,7 +107,7 @@ def test_a_training_tells_what_it_does(tmp_path, screen, monkeypatch, capsys):
         seen.append((tokens, doing))
         actor.note_progress(layout, tokens, doing)
 
-    handle = SimpleNamespace(note_progress=SimpleNamespace(remote=note), progress_of=Handle(actor).progress_of)
+    handle = SimpleNamespace(note_progress=SimpleNamespace(remote=note), running=Handle(actor).running)
     job = DistillJob(
         Layout("AMAM"),
         DistillConfig(tokens=30, tokens_per_batch=10, learning_rate=1e-3),
@@ -127,10 +127,11 @@ def test_a_training_tells_what_it_does(tmp_path, screen, monkeypatch, capsys):
     monkeypatch.setattr("mamtra_ray.distill.training.Stopwatch.a_second_passed", lambda _: True)
     monkeypatch.setattr("mamtra_ray.distill.progress.result_of", lambda value: value)
     with screen.phase("distill", "AMAM"):
-        assert actor.progress_of("AMAM") == (0, "starting workers"), "before it has told anything"
+        screen.test_clock.seconds += 10
+        show_progress(screen, job)  # before it has told anything
         for _ in workers.distill(job, torch.device("cpu")):
             screen.test_clock.seconds += 10
-            show_progress(screen, job, before=100, total=130, note="back AMAM")
+            show_progress(screen, job)
     assert seen == [
         (0, "loading the teacher and its student"),
         (0, "measuring held-out scores before the first step"),
@@ -145,7 +146,24 @@ def test_a_training_tells_what_it_does(tmp_path, screen, monkeypatch, capsys):
         (30, "saving"),
         (30, ""),
     ]
-    assert "    back AMAM  saving, 0:00" in capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out.splitlines()
+    assert any("starting workers" in line for line in shown) and any("AMAM  saving" in line for line in shown), shown
     with screen.phase("distill", "AMAM"):
-        show_progress(screen, job, before=100, total=130, note="back AMAM")
-    assert "    130/130 tokens  back AMAM" in capsys.readouterr().out.splitlines()
+        show_progress(screen, job)
+    assert "    30/30 tokens" in capsys.readouterr().out.splitlines()
+
+
+def test_trainings_side_by_side_are_counted_together(screen, monkeypatch, capsys):
+    actor = TrainingProgress()
+    handle = SimpleNamespace(running=Handle(actor).running)
+    monkeypatch.setattr("mamtra_ray.distill.progress.result_of", lambda value: value)
+    shown = {"layouts": ["AMAM", "AAMM", "MMAA", "MAMA"], "tokens": 100}
+    actor.note_progress("AMAM", 100, "saving")  # its end has not been told yet
+    actor.note_progress("AAMM", 40)
+    actor.note_progress("MMAA", 0, "loading the teacher and its student")
+    actor.note_progress("AMMA", 70)  # of no concern here
+    with screen.phase("distill", "four"):
+        screen.test_clock.seconds += 10
+        show_progress_of_several(screen, handle, finished={"AMAM"}, **shown)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "tokens" in line]
+    assert line.startswith("    140/400 tokens") and "AAMM and MMAA" in line

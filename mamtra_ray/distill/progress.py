@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -21,10 +22,6 @@ class TrainingProgress:
         """A training tells how many tokens it has seen, and what it is doing if that is no training step."""
         self._last[layout] = tokens, doing
 
-    def progress_of(self, layout: str) -> tuple[int, str]:
-        """What the training of ``layout`` told last; nothing yet: it is being started."""
-        return self._last.get(layout, (0, "starting workers"))
-
     def running(self) -> dict[str, tuple[int, str]]:
         """What all trainings that have not ended told last."""
         return dict(self._last)
@@ -39,21 +36,32 @@ def start_progress() -> Any:
     return ray.remote(num_cpus=0)(TrainingProgress).remote()  # type: ignore[attr-defined]
 
 
-def show_progress(
-    screen: Screen, job: DistillJob, *, before: int = 0, total: int | None = None, note: str = ""
+def show_progress(screen: Screen, job: DistillJob) -> None:
+    """Put what the training of ``job`` told last on the screen, in the phase of this one training."""
+    show_progress_of_several(screen, job.progress, [str(job.layout)], finished=set(), tokens=job.report_at[-1])
+
+
+def show_progress_of_several(
+    screen: Screen, progress: Any, layouts: Sequence[str], *, finished: Collection[str], tokens: int
 ) -> None:
-    """Put what the training of ``job`` told last on the screen.
+    """Put how far trainings are on the screen: their tokens, or what they do as long as none of them trains.
 
     Args:
-        screen: of the session, in the phase of the training.
-        job: whose ``progress`` is asked.
-        before: tokens of this phase's earlier trainings.
-        total: of all its trainings; None: of this one alone.
-        note: more words.
+        screen: of the session, in the phase of the trainings.
+        progress: handle of an actor that is a :class:`TrainingProgress`.
+        layouts: of all trainings of the phase.
+        finished: those that have ended.
+        tokens: of each training.
     """
-    of_this = job.report_at[-1]
-    tokens, doing = result_of(job.progress.progress_of.remote(str(job.layout)))
-    if doing:
-        screen.now(f"{note}  {doing}" if note else doing)
-    else:
-        screen.count(before + min(tokens, of_this), of_this if total is None else total, "tokens", note)
+    running = {name: told for name, told in result_of(progress.running.remote()).items() if name in layouts}
+    # One that has ended may still stand in the actor.
+    running = {name: told for name, told in running.items() if name not in finished}
+    doing = {name: what for name, (_, what) in running.items()}
+    if all(doing.values()):
+        screen.now("; ".join(f"{name}  {what}" for name, what in doing.items()) or "starting workers")
+        return
+    done = len(finished) * tokens + sum(min(seen, tokens) for seen, _ in running.values())
+    note = " and ".join(running) if len(running) <= 2 else f"{len(running)} trainings side by side"
+    if len(layouts) == 1:
+        note = ""
+    screen.count(done, tokens * len(layouts), "tokens", note)

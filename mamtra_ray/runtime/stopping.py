@@ -5,11 +5,12 @@ Ray Tune and Ray Train have handlers of their own, which end ``fit()`` as if all
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from mamtra_ray.errors import STOP_SIGNALS, Stopped
 
@@ -55,6 +56,52 @@ def run_interruptibly(function: Callable[[], Result], look: Callable[[], None] =
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
+
+
+def run_side_by_side(
+    functions: Sequence[Callable[[], Result]],
+    at_once: int,
+    on_result: Callable[[int, Result], None] = lambda index, result: None,
+    look: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """:func:`run_interruptibly` of several functions, so many of them at a time, begun in their order.
+
+    The first error is raised as soon as it is there, and nothing more is begun. What runs beside it is left behind like
+    what a signal interrupts: it ends with the process.
+
+    Args:
+        functions: what to run.
+        at_once: how many at a time.
+        on_result: called here, with the place in ``functions``, as soon as each has ended.
+        look: called here all the while; an error that it raises is raised.
+
+    Returns:
+        The results in the order of ``functions``.
+    """
+    outcomes: queue.SimpleQueue[tuple[int, Result | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run(index: int) -> None:
+        try:
+            outcomes.put((index, functions[index](), None))
+        except BaseException as error:
+            outcomes.put((index, None, error))
+
+    results: dict[int, Result] = {}
+    begun = 0
+    while len(results) < len(functions):
+        while begun < len(functions) and begun - len(results) < at_once:
+            threading.Thread(target=run, args=(begun,), daemon=True).start()
+            begun += 1
+        look()
+        try:
+            index, result, error = outcomes.get(timeout=_SECONDS_BETWEEN_LOOKS)
+        except queue.Empty:
+            continue
+        if error is not None:
+            raise error
+        results[index] = cast(Result, result)
+        on_result(index, results[index])
+    return [results[index] for index in range(len(functions))]
 
 
 def _is_main_thread() -> bool:

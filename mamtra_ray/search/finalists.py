@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 
 from mamtra_ray.artifacts import read_manifest, write_manifest
-from mamtra_ray.distill.job import DistillJob, Report
-from mamtra_ray.distill.progress import show_progress
+from mamtra_ray.distill.job import Report
+from mamtra_ray.distill.progress import show_progress_of_several
 from mamtra_ray.distill.workers import checkpoints_at, distill_on_workers
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
@@ -22,6 +24,8 @@ from mamtra_ray.run.rows import FinalistRow, TrialRow
 from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.progress import repeatedly
+from mamtra_ray.runtime.resources import WorkerResources
+from mamtra_ray.runtime.stopping import run_side_by_side
 from mamtra_ray.search.trial import TrialSettings
 
 _RESULT_VERSION = 3
@@ -71,13 +75,10 @@ def _ranked(rows: Collection[TrialRow], evaluation: str) -> list[TrialRow]:
     return sorted(rows, key=lambda row: (-row.rung, is_ruled_out(row), row.ce))
 
 
-def distill_finalist(
-    settings: TrialSettings, layout: Layout, folder: Path, on_progress: Callable[[DistillJob], None]
-) -> Report:
+def distill_finalist(settings: TrialSettings, layout: Layout, folder: Path) -> Report:
     """Distill ``layout`` with the full token budget; ``folder/student`` holds the result, ``result.json`` the scores.
 
     A finished result of the same training is read back; a stopped training goes on from its last checkpoint.
-    ``on_progress`` is called with the job every second while it runs.
     """
     total = settings.settings.tokens
     job = settings.job(layout, checkpoints_at(total, settings.settings.checkpoint_every_tokens), settings.table)
@@ -91,16 +92,13 @@ def distill_finalist(
         raise InputError(
             f"{folder} was distilled with another {other.replace('_', ' ')}; move it away, or begin another run"
         )
-    # A trial of the same layout has told of itself.
-    result_of(settings.table.end_progress.remote(str(layout)))
-    with repeatedly(lambda: on_progress(job)):
-        report = distill_on_workers(
-            job,
-            folder,
-            workers=settings.settings.workers,
-            worker=settings.worker,
-            callbacks=[_ReportToTable(settings.table, layout, len(settings.search.rung_tokens))],
-        )
+    report = distill_on_workers(
+        job,
+        folder,
+        workers=settings.settings.workers,
+        worker=settings.worker,
+        callbacks=[_ReportToTable(settings.table, layout, len(settings.search.rung_tokens))],
+    )
     # The curve is in curves.parquet. A loss term that is switched off is NaN there, which JSON does not know.
     report = dataclasses.replace(report, curve=[])
     write_manifest(result, "finalist", _RESULT_VERSION, made_by, report=dataclasses.asdict(report))
@@ -121,29 +119,60 @@ class _ReportToTable(ray.train.UserCallback):
 def distill_the_finalists(
     session: Session, settings: TrialSettings, paper_placements: list[Candidate], rows: list[TrialRow]
 ) -> list[FinalistRow]:
-    """Every finalist with the full token budget; rows of ``finalists.parquet`` without their WER."""
+    """Every finalist with the full token budget; rows of ``finalists.parquet`` without their WER.
+
+    As many as the cluster has room for are trained side by side: no worker waits while another training starts.
+    """
     evaluation = settings.speech.identity if settings.speech else ""
     finalists = choose_finalists(settings.space, paper_placements, rows, settings.search.finalists, evaluation)
-    tokens = settings.settings.tokens
-    results = []
-    with session.screen.phase(
-        "finalists", f"{len(finalists)} layouts on {settings.settings.workers} Ray Train workers"
-    ):
-        for index, candidate in enumerate(finalists):
-            layout = candidate.layout
+    workers, screen = settings.settings.workers, session.screen
+    at_once = min(len(finalists), trainings_at_once(settings.worker, workers, ray.cluster_resources()))
+    finished: list[str] = []
+    for candidate in finalists:
+        # A trial of the same layout has told of itself.
+        result_of(settings.table.end_progress.remote(str(candidate.layout)))
 
-            def on_progress(job: DistillJob, index: int = index, candidate: Candidate = candidate) -> None:
-                note = f"{candidate.origin} {candidate.layout}"
-                show_progress(session.screen, job, before=index * tokens, total=tokens * len(finalists), note=note)
+    def say_result(index: int, report: Report) -> None:
+        candidate = finalists[index]
+        finished.append(str(candidate.layout))
+        screen.say(
+            f"    {candidate.origin} {candidate.layout}: CE {report.ce:.3f} (from {report.ce_start:.3f}), "
+            f"KL {report.kl:.3f} (from {report.kl_start:.3f})"
+        )
 
-            report = distill_finalist(settings, layout, student_folder(session.folder, layout).parent, on_progress)
-            session.screen.say(
-                f"    {candidate.origin} {layout}: CE {report.ce:.3f} (from {report.ce_start:.3f}), "
-                f"KL {report.kl:.3f} (from {report.kl_start:.3f})"
+    side_by_side = f", {at_once} at a time" if at_once > 1 else ""
+    with (
+        screen.phase("finalists", f"{len(finalists)} layouts on {workers} Ray Train workers each{side_by_side}"),
+        repeatedly(
+            lambda: show_progress_of_several(
+                screen,
+                settings.table,
+                [str(candidate.layout) for candidate in finalists],
+                finished=set(finished),
+                tokens=settings.settings.tokens,
             )
-            results.append(finalist_row(candidate, report, session.costs(layout)))
+        ),
+    ):
+        reports = run_side_by_side(
+            [
+                functools.partial(
+                    distill_finalist, settings, one.layout, student_folder(session.folder, one.layout).parent
+                )
+                for one in finalists
+            ],
+            at_once,
+            say_result,
+        )
         result_of(settings.table.compact.remote())
-    return results
+    return [
+        finalist_row(candidate, report, session.costs(candidate.layout))
+        for candidate, report in zip(finalists, reports, strict=True)
+    ]
+
+
+def trainings_at_once(worker: WorkerResources, workers: int, cluster: Mapping[str, float]) -> int:
+    """How many trainings of so many workers a cluster of these resources has room for; at least one."""
+    return max(1, worker.slots(cluster) // workers)
 
 
 def finalist_row(candidate: Candidate, report: Report, costs: Mapping[str, Any]) -> FinalistRow:
