@@ -21,7 +21,7 @@ NEUTRAL = [
     *("seed", "context_length", "corpus.seed", "resources.cpus_per_worker", "resources.gpus_per_worker"),
     *(f"cache.{key}" for key in ("location", "top_k", "layers", "utterances_per_shard", "actors")),
     *("student.state_sharing", "align.precision", "probe.importance_sentences", "search.objectives"),
-    *("evaluate.race_sentences", "search.loggers"),
+    *("evaluate.race_sentences", "search.loggers", "search.learning_rate"),
     *(f"search.{key}" for key in ("layouts", "sampler", "keep_attention", "always_mamba", "cost", "workers_per_trial")),
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),
@@ -30,6 +30,7 @@ NEUTRAL = [
     # How the teacher's own system samples.
     *("evaluate.temperature", "evaluate.top_p", "evaluate.top_k", "evaluate.repetition_aware"),
 ]
+SET_BY_DEMO24 = ("evaluate.temperature", "distill.pretrained_learning_rate_factor", "search.learning_rate")
 INHERITED = {
     "demo": [
         *(key for key in NEUTRAL if key not in ("evaluate.temperature", "distill.pretrained_learning_rate_factor")),
@@ -37,7 +38,7 @@ INHERITED = {
         *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
     ],
     "demo24": [
-        *(key for key in NEUTRAL if key not in ("evaluate.temperature", "distill.pretrained_learning_rate_factor")),
+        *(key for key in NEUTRAL if key not in SET_BY_DEMO24),
         *("teacher.path", "corpus.path", "cache.format", "cache.bits", "student.initialization", "align.workers"),
         *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
     ],
@@ -171,7 +172,7 @@ def test_a_ratio_is_not_a_base_60_number(tmp_path):
         ("distill.learning_rate=1e18", "less than or equal to 1"),
         ("distill.learning_rate=.inf", "finite"),
         ("distill.learning_rate=.nan", "finite"),
-        ("distill.tokens_per_batch=1", "leaves a worker without a token"),
+        ("distill.workers=501", "leaves a worker without a token"),
         ("align.tokens_per_batch=0", "greater than 0"),
         ("seed=-1", "greater than or equal to 0"),
         ("seed=4294967296", "less than 4294967296"),

@@ -1,7 +1,9 @@
 """``distill.learning_rate: auto``, and the separate rates of mixers and pretrained weights."""
 
+import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_training import CONFIG, CPU, make_batch, student_of, teacher  # noqa: 
 from tiny_search import write_search_space
 
 from mamtra_ray.artifacts import write_manifest
-from mamtra_ray.config import DistillConfig, StudentConfig, load_config, save_config
+from mamtra_ray.config import Config, DistillConfig, StudentConfig, load_config, save_config
 from mamtra_ray.distill import __main__ as distill_verb
 from mamtra_ray.distill import learning_rate
 from mamtra_ray.distill.job import DistillJob
@@ -31,8 +33,18 @@ from mamtra_ray.errors import DivergedError, InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.mamba import MambaMixer
 from mamtra_ray.run.distilled import read_distilled
+from mamtra_ray.runtime.progress import Costs, Screen
 
 ALL_RATES = range(LOWEST, HIGHEST + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuringSession:
+    """What the measuring needs of a session."""
+
+    config: Config
+    folder: Path
+    screen: Screen
 
 
 def walk(function):
@@ -123,6 +135,26 @@ def test_every_trained_parameter_is_in_one_group(teacher):  # noqa: F811
 def test_a_training_without_a_number_is_a_fault_of_ours(teacher):  # noqa: F811
     with pytest.raises(ValueError, match="must be a number"):
         Distillation(student_of(teacher), CONFIG.model_copy(update={"learning_rate": "auto"}), 100, CPU)
+
+
+@pytest.mark.parametrize(
+    ("of_finalists", "of_trials", "after"),
+    [
+        ("auto", None, (1e-4, 1e-4)),
+        (3e-4, "auto", (3e-4, 1e-4)),
+        ("auto", 2e-5, (1e-4, 2e-5)),
+        ("auto", "auto", (1e-4,) * 2),
+    ],
+)
+def test_the_measured_rate_goes_where_auto_stands(tmp_path, monkeypatch, of_finalists, of_trials, after):
+    rates = [f"distill.learning_rate={of_finalists}", *([f"search.learning_rate={of_trials}"] if of_trials else [])]
+    config = load_config(None, rates)
+    monkeypatch.setattr(learning_rate, "student_made_by", lambda *_: {})
+    monkeypatch.setattr(learning_rate, "read_scores", lambda *_: [score(-9, 1.2), score(-8, 1.1), score(-7, 1.3)])
+    screen = Screen(("learning rate",), Costs(tmp_path / "costs.json"))
+    session = MeasuringSession(config, tmp_path, screen)
+    measured = learning_rate.with_learning_rate(session, None, Layout("AM")).config
+    assert (measured.distill.learning_rate, measured.distill_of_trials.learning_rate) == after
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_what_finished_results_contradict_is_refused_with_the_key(run, made, ove
     [
         "search.trials=40",
         "search.sampler=random",
-        "distill.workers=1",
+        "distill.workers=3",
         "align.workers=2",
         "distill.checkpoint_every_tokens=100",
         "cache.actors=2",
@@ -93,6 +93,22 @@ def test_what_no_finished_result_depends_on_may_change(run, override):
     opened = open_run(None, run, [override], resume=True)
     assert opened.writes_config, "a resumed search keeps its settings with its results"
     assert not open_run(None, run, [override]).writes_config, "another verb does not"
+
+
+def test_trials_and_finalists_depend_on_the_learning_rate_that_each_was_trained_with(tmp_path):
+    folder = tmp_path / "mine"
+    save_config(load_config(None, ["distill.learning_rate=1e-4"]), folder / CONFIG)
+    with_trials(folder)
+    other_finalists = ["search.learning_rate=1e-4", "distill.learning_rate=3e-4"]
+    config = open_run(None, folder, other_finalists).config
+    assert (config.distill_of_trials.learning_rate, config.distill.learning_rate) == (1e-4, 3e-4)
+    with pytest.raises(InputError, match=r"^distill.learning_rate is 0.0003, but .* trials made with 0.0001"):
+        open_run(None, folder, ["distill.learning_rate=3e-4"])
+    with pytest.raises(InputError, match=r"^search.learning_rate is 2e-05, but .* trials made with 0.0001"):
+        open_run(None, folder, ["search.learning_rate=2e-5"])
+    with_finalists(folder)
+    with pytest.raises(InputError, match=r"^distill.learning_rate is 0.0003, but .* finalists made with 0.0001"):
+        open_run(None, folder, other_finalists)
 
 
 def test_a_search_does_not_go_on_with_settings_that_it_would_not_keep(run):

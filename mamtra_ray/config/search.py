@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mamtra_ray.config.types import Count, CountOrZero, Layers, Section, Several
+from mamtra_ray.config.types import Count, CountOrZero, Layers, LearningRate, Section, Several
 from mamtra_ray.errors import InputError, nearest_name
 from mamtra_ray.layouts import PATTERNS, Layout, parse_ratio
 
@@ -62,6 +62,9 @@ class SearchConfig(Section):
     Optuna's for comparison, or nothing (grid): exactly the strategies at the ratios, and the layouts."""
     rung_tokens: Annotated[tuple[Count, ...], Several] = Field((1_000_000, 4_000_000), min_length=1)
     """Training tokens at which successive halving compares trials, ascending; the last one ends a trial."""
+    learning_rate: LearningRate | Literal["auto"] | None = None
+    """Peak learning rate of trials, where their short schedules want a lower one than finalists do; none: that of
+    `distill.learning_rate`; auto: measured, as there."""
     reduction_factor: Annotated[int, Field(ge=2, le=1000)] = 4
     """One of this many trials passes a rung."""
     keep_attention: Layers = ()

@@ -243,6 +243,12 @@ class Config(Section):
         is_packaged = self.corpus.path is None and self.teacher.kind in PACKAGED
         return str(packaged_folder(self.teacher.kind) / CORPUS) if is_packaged else self.corpus.path
 
+    @property
+    def distill_of_trials(self) -> DistillConfig:
+        """How trials are trained: as finalists are, but with `search.learning_rate` if there is one."""
+        rate = self.search.learning_rate
+        return self.distill if rate is None else self.distill.model_copy(update={"learning_rate": rate})
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         cache, distill, search = self.cache, self.distill, self.search

@@ -43,14 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
     from mamtra_ray.runtime.progress import repeatedly
     from mamtra_ray.teacher_cache.phase import make_cache
 
-    phases = ("cache", "align", *(["learning rate"] if config.distill.learning_rate == "auto" else []), "distill")
+    is_auto = config.distill.learning_rate == "auto"
+    phases = ("cache", "align", *(["learning rate"] if is_auto else []), "distill")
     session = start_session(run, phases, options.address)
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     data = distill_data(config, session.shared_teacher, train, validation, str(library) if library else None)
     job = DistillJob(
         layout=layout,
-        settings=with_learning_rate(session, data, layout).config.distill,
+        settings=(with_learning_rate(session, data, layout) if is_auto else session).config.distill,
         student=config.student,
         data=data,
         report_at=checkpoints_at(config.distill.tokens, config.distill.checkpoint_every_tokens),

@@ -1,4 +1,4 @@
-"""``distill.learning_rate: auto``: short trainings of one layout at a handful of rates, of which the best is kept.
+"""``distill.learning_rate`` or ``search.learning_rate: auto``: the best rate of some short trainings of one layout.
 
 Rates stand half a decade apart. Three are tried first; while the best one is the lowest or the highest of those tried,
 the next one beyond it is. The score is Eq. 5 on the validation split, without its embedding loss: CE and KL with the
@@ -96,7 +96,7 @@ def _score_of_rate(job: DistillJob, half_decades: int) -> RateScore:
 
 
 def with_learning_rate(session: Session, data: DistillData, layout: Layout) -> Session:
-    """The session with a number for ``distill.learning_rate``; the same one unless it is ``auto``.
+    """The session with a number wherever a learning rate of the distillation is ``auto``; else the same one.
 
     What was tried is kept in the run folder, so a resumed run trains with the rate that it began with.
 
@@ -109,13 +109,14 @@ def with_learning_rate(session: Session, data: DistillData, layout: Layout) -> S
         InputError: the training diverged at every rate.
     """
     config, folder = session.config, session.folder
-    if config.distill.learning_rate != "auto":
+    if "auto" not in (config.distill.learning_rate, config.search.learning_rate):
         return session
-    made_by = student_made_by(data, config.student, config.distill, config.seed)
+    settings = config.distill.model_copy(update={"learning_rate": "auto"})
+    made_by = student_made_by(data, config.student, settings, config.seed)
     made_by |= {"tokens": str(config.search.rung_tokens[0])}
     scores = read_scores(folder, made_by)
-    job = DistillJob(layout, config.distill, config.student, data, config.search.rung_tokens[:1], config.seed)
-    values = {score.half_decades: objective(config.distill, score.ce, score.kl) for score in scores}
+    job = DistillJob(layout, settings, config.student, data, config.search.rung_tokens[:1], config.seed)
+    values = {score.half_decades: objective(settings, score.ce, score.kl) for score in scores}
     with session.screen.phase("learning rate", f"{layout} for {config.search.rung_tokens[0]:,} tokens each"):
         while rates := next_rates(values):
             tried = ", ".join(f"{rate_of(rate):g}" for rate in rates)
@@ -125,15 +126,20 @@ def with_learning_rate(session: Session, data: DistillData, layout: Layout) -> S
             for task in running:
                 score: RateScore = result_of(task)
                 scores.append(score)
-                values[score.half_decades] = objective(config.distill, score.ce, score.kl)
+                values[score.half_decades] = objective(settings, score.ce, score.kl)
                 write_scores(folder, made_by, layout, scores)
             session.screen.say(
                 f"    {len(scores)} rates tried, best so far {rate_of(min(values, key=values.__getitem__)):g}"
             )
-        best = chosen(config.distill, scores)
-        session.screen.say("\n".join(report_lines(config.distill, scores, best)))
-    distill_config = config.distill.model_copy(update={"learning_rate": best.rate})
-    return replace(session, config=config.model_copy(update={"distill": distill_config}))
+        best = chosen(settings, scores)
+        key = "distill.learning_rate" if config.distill.learning_rate == "auto" else "search.learning_rate"
+        session.screen.say("\n".join(report_lines(settings, scores, best, key)))
+    measured = {
+        name: section.model_copy(update={"learning_rate": best.rate})
+        for name, section in (("distill", config.distill), ("search", config.search))
+        if section.learning_rate == "auto"
+    }
+    return replace(session, config=config.model_copy(update=measured))
 
 
 def chosen(settings: DistillConfig, scores: Sequence[RateScore]) -> RateScore:
@@ -145,17 +151,19 @@ def chosen(settings: DistillConfig, scores: Sequence[RateScore]) -> RateScore:
     best = min(scores, key=lambda score: (objective(settings, score.ce, score.kl), score.half_decades))
     if best.ce is None:
         rates = ", ".join(f"{score.rate:g}" for score in sorted(scores, key=lambda score: score.half_decades))
-        raise InputError(f"distill.learning_rate=auto: the training diverged at every rate tried ({rates})")
+        raise InputError(f"learning_rate=auto: the training diverged at every rate tried ({rates})")
     return best
 
 
-def report_lines(settings: DistillConfig, scores: Sequence[RateScore], best: RateScore) -> list[str]:
-    """A table of what was tried, and what follows."""
+def report_lines(
+    settings: DistillConfig, scores: Sequence[RateScore], best: RateScore, key: str = "distill.learning_rate"
+) -> list[str]:
+    """A table of what was tried, and what follows for the setting ``key``."""
     rows = [["start", f"{best.ce_start:.4f}", f"{best.kl_start:.4f}"]]
     for score in sorted(scores, key=lambda score: score.half_decades):
         diverged = score.ce is None or score.kl is None
         rows.append([f"{score.rate:g}", *(["diverged", ""] if diverged else [f"{score.ce:.4f}", f"{score.kl:.4f}"])])
-    lines = [table(["learning rate", "CE", "KL"], rows), f"    distill.learning_rate={best.rate:g}"]
+    lines = [table(["learning rate", "CE", "KL"], rows), f"    {key}={best.rate:g}"]
     if objective(settings, best.ce, best.kl) > objective(settings, best.ce_start, best.kl_start):
         lines.append(
             "    warning: at every rate the student is worse than before its training; the first rung may be too "

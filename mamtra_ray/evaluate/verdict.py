@@ -72,7 +72,7 @@ def training_warnings(trials: Sequence[TrialRow], finalists: Sequence[FinalistRo
     if worse:
         warnings.append(
             f"{len(worse)} of {len(last)} trials ended worse than they began (held-out CE or KL), such as {worse[0]}: "
-            "lower distill.learning_rate, or lengthen search.rung_tokens, in another run"
+            "lower search.learning_rate, or lengthen search.rung_tokens, in another run"
         )
     for row in finalists:
         if is_worse_than_start(row):

@@ -31,13 +31,13 @@ _OF_STUDENTS = (
     "cache.layers",
     *(f"student.{key}" for key in ("initialization", "state_sharing")),
     *(f"align.{key}" for key in ("tokens", "tokens_per_batch", "learning_rate", "precision")),
-    *(f"distill.{key}" for key in ("tokens_per_batch", "learning_rate", "schedule", "warmup_fraction")),
+    *(f"distill.{key}" for key in ("tokens_per_batch", "schedule", "warmup_fraction")),
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("weight_decay", "max_grad_norm", "ce_weight", "kl_weight", "hidden_weight")),
     *(f"distill.{key}" for key in ("hidden_layers", "kl_skew", "precision")),
 )
-_OF_TRIALS = (*_OF_STUDENTS, "search.rung_tokens")
-_OF_FINALISTS = (*_OF_STUDENTS, "distill.tokens")
+_OF_TRIALS = (*_OF_STUDENTS, "search.learning_rate", "search.rung_tokens")
+_OF_FINALISTS = (*_OF_STUDENTS, "distill.learning_rate", "distill.tokens")
 _UNUSED = {
     "cache.top_k": ("cache.format", "topk"),
     "cache.bits": ("cache.format", "hidden_quantized"),
@@ -120,15 +120,22 @@ def _check_new(config: Config, folder: Path, resume: bool) -> bool:
 
 def _check_results(folder: Path, before: Config, now: Config) -> None:
     """Refuse changes that make finished results wrong."""
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    old, new = (
+        # None stands for the finalists' rate.
+        _flat(config.model_dump()) | {"search.learning_rate": config.distill_of_trials.learning_rate}
+        for config in (before, now)
+    )
     for has_results, keys, what in (
         (_has_trials(folder), _OF_TRIALS, "trials"),
         (_has_finalists(folder), _OF_FINALISTS, "finalists"),
     ):
         for key in keys if has_results else ():
             if old[key] != new[key] and (_counts(old, key) or _counts(new, key)):
+                # The key that was given, where trials are trained with the finalists' rate.
+                inherits = key == "search.learning_rate" and now.search.learning_rate is None
+                name = "distill.learning_rate" if inherits else key
                 raise InputError(
-                    f"{key} is {new[key]!r}, but {folder} has {what} made with {old[key]!r}: leave it, or begin "
+                    f"{name} is {new[key]!r}, but {folder} has {what} made with {old[key]!r}: leave it, or begin "
                     "another run with --run and --space"
                 )
 

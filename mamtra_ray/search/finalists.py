@@ -123,6 +123,7 @@ def distill_the_finalists(
 
     As many as the cluster has room for are trained side by side: no worker waits while another training starts.
     """
+    settings = dataclasses.replace(settings, settings=session.config.distill)
     evaluation = settings.speech.identity if settings.speech else ""
     finalists = choose_finalists(settings.space, paper_placements, rows, settings.search.finalists, evaluation)
     workers, screen = settings.settings.workers, session.screen

@@ -112,7 +112,7 @@ def phases(config: Config) -> tuple[str, ...]:
         "align": aligned,
         "probe": aligned and config.probe.num_layouts > 0,
         "importance": bool(importance_criteria(config.search.strategies)),
-        "learning rate": config.distill.learning_rate == "auto",
+        "learning rate": "auto" in (config.distill.learning_rate, config.search.learning_rate),
         "trials": True,
         "finalists": True,
         "speech": config.evaluate.sentences > 0,

@@ -39,7 +39,7 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     # Every Mamba layer is trained beside the teacher's forward pass, which the alignment repeats.
     aligned = config.align.tokens if config.student.initialization == "aligned" else 0
     probed = config.probe.num_layouts * config.probe.validation_tokens if aligned else 0
-    is_auto = distill.learning_rate == "auto"
+    is_auto = "auto" in (distill.learning_rate, search.learning_rate)
     phases = [
         ("cache", "teacher forward", train + validation, 2),
         ("align", f"{layers} mixers at once", aligned, 8),

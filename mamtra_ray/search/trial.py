@@ -32,7 +32,7 @@ from mamtra_ray.search.trial_table import TrialFailure
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What all trials and finalists of a search share; goes to the object store once."""
+    """What all trials of a search share, or all finalists; goes to the object store once."""
 
     space: SearchSpace
     search: SearchConfig

@@ -43,17 +43,17 @@ def settings_hash(session: Session, data: DistillData) -> str:
     """What a rung's score depends on; how many trials there are and which sampler proposes them do not matter."""
     config = session.config
     return content_hash(
-        [student_made_by(data, config.student, config.distill, config.seed), list(config.search.rung_tokens)]
+        [student_made_by(data, config.student, config.distill_of_trials, config.seed), list(config.search.rung_tokens)]
     )
 
 
 def trial_settings(session: Session, data: DistillData, table: Any) -> TrialSettings:
-    """What trials and finalists of this run share."""
+    """What trials of this run share."""
     config, layers = session.config, session.num_layers
     return TrialSettings(
         space=session.space,
         search=config.search,
-        settings=config.distill,
+        settings=config.distill_of_trials,
         student=config.student,
         data=data,
         worker=session.worker,
