@@ -58,7 +58,7 @@ def test_trials_of_an_earlier_session_do_not_make_the_others_look_fast(tmp_path,
     session = SimpleNamespace(screen=screen, folder=tmp_path, costs=lambda layout: {"cache_bytes": 10.0})
     known = [Candidate(Layout(layout), "back") for layout in ("AAMM", "AMAM")]
     plan = TrialPlan([*known, Candidate(Layout("MAMA"), "probe")], num_known=2, total=6)
-    told = _TrialsProgress(session, metrics, Handle(table), plan)
+    told = _TrialsProgress(session, metrics, Handle(table), plan, [])
 
     def ended(layout, ce, **more):
         row = score(layout, 1, ce)

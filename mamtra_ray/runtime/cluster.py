@@ -94,6 +94,16 @@ def _keep_token_private() -> None:
 
 def lost_by_ray(error: Exception) -> str | None:
     """Processes and nodes are replaced where they die; what remains an error after that, in one sentence."""
+    if not isinstance(error, ray.exceptions.RayError) and isinstance(error.__cause__, ray.exceptions.RayError):
+        # Ray's libraries put errors of Ray that they do not expect into their own.
+        return lost_by_ray(error.__cause__)
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        reason = str(error).partition("\n")[0][:200]
+        return (
+            f"a node ran out of memory, and Ray ended processes that this run needs ({reason}); give every worker more "
+            "with a higher resources.cpus_per_worker, or end what else needs memory there; the same command goes on "
+            "where it stopped"
+        )
     # A RayTaskError is an error of our own, wherever it happened.
     if not isinstance(error, ray.exceptions.RayError) or isinstance(error, ray.exceptions.RayTaskError):
         return None

@@ -25,7 +25,7 @@ from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.search.metrics import SearchMetrics
 from mamtra_ray.search.trial import TrialSettings
 from mamtra_ray.search.trial_table import TrialFailure, TrialTable
-from mamtra_ray.search.tuning import TrialPlan, run_trials
+from mamtra_ray.search.tuning import NodeOutOfMemoryError, TrialPlan, max_concurrent_trials, run_trials
 
 _SHOWN = 2
 """Running trials that the line on the screen names."""
@@ -79,34 +79,71 @@ def run_the_trials(
     Raises:
         InputError: all trials failed.
     """
-    search, table = session.config.search, settings.table
-    known = known_layouts(session, result_of(table.all_rows.remote()))
-    candidates = without_repeats([*known, *paper_placements, *proposals])
-    settings = replace(settings, origins={candidate.layout: candidate.origin for candidate in candidates})
-    asked = len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates))
-    probed = {row.layout: row.kl for row in latest_scores(session.folder)}
-    plan = TrialPlan(candidates, len(known), min(asked, session.space.num_layouts), probed)
-    progress = _TrialsProgress(session, metrics, table, plan)
-    goes_on = f", {len(known)} known" if known else ""
-    every_one = f", all there are (search.trials={asked})" if plan.total < asked else ""
-    heading = f"{plan.total} layouts by Tune + Optuna ({search.sampler}){every_one}{goes_on}"
-    with session.screen.phase("trials", heading):
+    failures: list[str] = []
+    at_once = max_concurrent_trials(settings)
+    with session.screen.phase("trials", f"by Tune + Optuna ({session.config.search.sampler})"):
         if settings.speech is not None:
             session.screen.say(
                 f"    the teacher's WER on the trials' {len(settings.speech.sentences)} sentences: "
                 f"{settings.speech.teacher_wer}"
             )
-        progress.show()
-        if every_trial_is_finished(plan, result_of(table.all_rows.remote())):
-            session.screen.say("    all of them are finished")
-        else:
-            with repeatedly(progress.show):
-                run_trials(settings, plan, session.folder, progress)
-        result_of(table.compact.remote())
-    rows, failures = result_of(table.all_rows.remote()), progress.failures
+        while True:
+            try:
+                _run_to_the_end(session, settings, [*paper_placements, *proposals], metrics, at_once, failures)
+                break
+            except NodeOutOfMemoryError as error:
+                at_once = fewer_at_once(at_once, error)
+                session.screen.say(
+                    f"    a node ran out of memory and Ray ended trials; they go on, {at_once} at a time from now on"
+                )
+        result_of(settings.table.compact.remote())
+    rows = result_of(settings.table.all_rows.remote())
     if failures and not any(session.space.allows(row.layout) for row in rows):
         raise InputError(f"all {len(failures)} trials failed; the first one: {failures[0]}")
     return rows, failures
+
+
+def fewer_at_once(at_once: int, error: NodeOutOfMemoryError) -> int:
+    """Half as many trials.
+
+    Raises:
+        InputError: it was one alone.
+    """
+    if at_once == 1:
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(
+            "a node ran out of memory with one trial at a time: lower distill.micro_batch_tokens, or end "
+            f"what else needs memory there ({reason}); the same command goes on"
+        )
+    return at_once // 2
+
+
+def _run_to_the_end(
+    session: Session,
+    settings: TrialSettings,
+    starting_points: list[Candidate],
+    metrics: SearchMetrics,
+    at_once: int,
+    failures: list[str],
+) -> None:
+    """All trials that are left; why some failed is added to ``failures``."""
+    search, table = session.config.search, settings.table
+    known = known_layouts(session, result_of(table.all_rows.remote()))
+    candidates = without_repeats([*known, *starting_points])
+    settings = replace(settings, origins={candidate.layout: candidate.origin for candidate in candidates})
+    asked = len(candidates) if search.sampler == "grid" else max(search.trials, len(candidates))
+    probed = {row.layout: row.kl for row in latest_scores(session.folder)}
+    plan = TrialPlan(candidates, len(known), min(asked, session.space.num_layouts), probed)
+    progress = _TrialsProgress(session, metrics, table, plan, failures)
+    goes_on = f", {len(known)} known" if known else ""
+    every_one = f", all there are (search.trials={asked})" if plan.total < asked else ""
+    session.screen.say(f"    {plan.total} layouts{every_one}{goes_on}")
+    progress.show()
+    if every_trial_is_finished(plan, result_of(table.all_rows.remote())):
+        session.screen.say("    all of them are finished")
+        return
+    with repeatedly(progress.show):
+        run_trials(settings, plan, session.folder, progress, at_once)
 
 
 def every_trial_is_finished(plan: TrialPlan, rows: list[TrialRow]) -> bool:
@@ -119,11 +156,13 @@ def every_trial_is_finished(plan: TrialPlan, rows: list[TrialRow]) -> bool:
 class _TrialsProgress:
     """What the screen, the metrics and the table are told while trials run."""
 
-    def __init__(self, session: Session, metrics: SearchMetrics, table: Any, plan: TrialPlan) -> None:
+    def __init__(
+        self, session: Session, metrics: SearchMetrics, table: Any, plan: TrialPlan, failures: list[str]
+    ) -> None:
         self.session, self.metrics, self.table, self.total = session, metrics, table, plan.total
         self.known = {candidate.layout for candidate in plan.candidates[: plan.num_known]}
         self.ended = 0
-        self.failures: list[str] = []
+        self.failures = failures
         self.best: Mapping[str, Any] | None = None
         # Reentrant: what has ended is counted and shown in one.
         self._showing = threading.RLock()

@@ -86,7 +86,13 @@ class _Watch(tune.Callback):
             raise self.error
 
 
-def run_trials(settings: TrialSettings, plan: TrialPlan, folder: Path, on_result: OnResult) -> None:
+class NodeOutOfMemoryError(Exception):
+    """Ray has ended processes of the trials, because a node ran out of memory, and Tune ended with them."""
+
+
+def run_trials(
+    settings: TrialSettings, plan: TrialPlan, folder: Path, on_result: OnResult, at_once: int | None = None
+) -> None:
     """Run the search's trials; their scores end in the table actor.
 
     Going on after a stop needs no state of Tune or Optuna: the table knows every rung of every layout, so the
@@ -98,9 +104,11 @@ def run_trials(settings: TrialSettings, plan: TrialPlan, folder: Path, on_result
         plan: which layouts.
         folder: run folder; ``tune/`` holds Tune's experiment, ``optuna.journal`` the study.
         on_result: see :data:`OnResult`; what it raises ends the trials and is raised here.
+        at_once: trials that run at the same time; None: as many as the cluster has room for.
 
     Raises:
         DiskFullError: Tune or Optuna have no space left.
+        NodeOutOfMemoryError: fewer trials at the same time may go on where these stopped.
     """
     folder = folder.resolve()
     search = settings.search
@@ -124,7 +132,7 @@ def run_trials(settings: TrialSettings, plan: TrialPlan, folder: Path, on_result
             search_alg=_proposals(settings, plan, folder),
             scheduler=HalvingInsideRatios(search, settings.space),
             num_samples=plan.total,
-            max_concurrent_trials=max_concurrent_trials(settings),
+            max_concurrent_trials=at_once or max_concurrent_trials(settings),
             reuse_actors=search.workers_per_trial == 1,
         ),
         run_config=tune.RunConfig(
@@ -137,7 +145,13 @@ def run_trials(settings: TrialSettings, plan: TrialPlan, folder: Path, on_result
         ),
     )
     with disk_full_is_said(folder / "tune"):
-        run_interruptibly(tuner.fit, watch.raise_error)
+        try:
+            run_interruptibly(tuner.fit, watch.raise_error)
+        except RuntimeError as error:
+            # Tune replaces the trials whose processes die, but not those that Ray ends for want of memory.
+            if isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
+                raise NodeOutOfMemoryError(str(error.__cause__)) from None
+            raise
 
 
 def death_reason(error_file: str | None) -> str:
