@@ -66,7 +66,7 @@ def planned() -> list[dict[str, Any]]:
         trained += kept * (rung_tokens - tokens_before)
         kept, tokens_before = kept / search.reduction_factor, rung_tokens
     work = {
-        "cache": 2 * LIBRITTS_TOKENS,
+        "cache": 2 * (config.corpus.train_tokens or LIBRITTS_TOKENS),
         "align": 8 * config.align.tokens,
         "probe": 2 * config.probe.num_layouts * config.probe.validation_tokens,
         "trials": 6 * trained,

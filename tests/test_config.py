@@ -21,7 +21,7 @@ NEUTRAL = [
     *("seed", "context_length", "corpus.seed", "resources.cpus_per_worker", "resources.gpus_per_worker"),
     *(f"cache.{key}" for key in ("location", "top_k", "layers", "utterances_per_shard", "actors")),
     *("student.state_sharing", "align.precision", "probe.importance_sentences", "search.objectives"),
-    *("evaluate.race_sentences", "search.loggers", "search.learning_rate"),
+    *("evaluate.race_sentences", "search.loggers", "search.learning_rate", "search.tokens_per_batch"),
     *(f"search.{key}" for key in ("layouts", "sampler", "keep_attention", "always_mamba", "cost", "workers_per_trial")),
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),
@@ -31,6 +31,10 @@ NEUTRAL = [
     *("evaluate.temperature", "evaluate.top_p", "evaluate.top_k", "evaluate.repetition_aware"),
 ]
 SET_BY_DEMO24 = ("evaluate.temperature", "distill.pretrained_learning_rate_factor", "search.learning_rate")
+SET_BY_COSYVOICE2 = (
+    *("search.objectives", "search.learning_rate", "search.tokens_per_batch"),
+    "evaluate.race_sentences",
+)
 INHERITED = {
     "demo": [
         *(key for key in NEUTRAL if key not in ("evaluate.temperature", "distill.pretrained_learning_rate_factor")),
@@ -43,8 +47,8 @@ INHERITED = {
         *("search.finalists", "distill.precision", "evaluate.corpus", "evaluate.recognizer", "evaluate.codec"),
     ],
     "cosyvoice2": [
-        *(key for key in NEUTRAL if key not in ("search.objectives", "evaluate.race_sentences")),
-        *("corpus.train_tokens", "student.initialization", "evaluate.codec"),
+        *(key for key in NEUTRAL if key not in SET_BY_COSYVOICE2),
+        *("student.initialization", "evaluate.codec"),
     ],
     "llasa_1b": [
         *NEUTRAL,
@@ -84,7 +88,8 @@ def test_every_shipped_search_space_is_valid_and_says_what_matters(space):
 def test_a_real_teacher_inherits_no_number_of_the_demo():
     """All of the corpus, not its first nine speakers."""
     for name in ("cosyvoice2", "llasa_1b", "paper_grid"):
-        assert load_config(name).corpus.train_tokens is None
+        config = load_config(name)
+        assert config.corpus.train_tokens in (None, config.distill.tokens)
     assert Config().corpus.train_tokens is None and Config().evaluate.normalization != "demo"
 
 
@@ -173,6 +178,7 @@ def test_a_ratio_is_not_a_base_60_number(tmp_path):
         ("distill.learning_rate=.inf", "finite"),
         ("distill.learning_rate=.nan", "finite"),
         ("distill.workers=501", "leaves a worker without a token"),
+        ("search.tokens_per_batch=7000", "search.tokens_per_batch=7,000"),
         ("align.tokens_per_batch=0", "greater than 0"),
         ("seed=-1", "greater than or equal to 0"),
         ("seed=4294967296", "less than 4294967296"),

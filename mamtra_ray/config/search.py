@@ -65,6 +65,9 @@ class SearchConfig(Section):
     learning_rate: LearningRate | Literal["auto"] | None = None
     """Peak learning rate of trials, where their short schedules want a lower one than finalists do; none: that of
     `distill.learning_rate`; auto: measured, as there."""
+    tokens_per_batch: Count | None = None
+    """Padded tokens of a trial's batch, over all its workers: smaller ones make more steps of a short rung; none: as
+    `distill.tokens_per_batch`."""
     reduction_factor: Annotated[int, Field(ge=2, le=1000)] = 4
     """One of this many trials passes a rung."""
     keep_attention: Layers = ()

@@ -245,9 +245,9 @@ class Config(Section):
 
     @property
     def distill_of_trials(self) -> DistillConfig:
-        """How trials are trained: as finalists are, but with `search.learning_rate` if there is one."""
-        rate = self.search.learning_rate
-        return self.distill if rate is None else self.distill.model_copy(update={"learning_rate": rate})
+        """How trials are trained: as finalists are, but for what section `search` has of its own."""
+        own = {name: getattr(self.search, name) for name in ("learning_rate", "tokens_per_batch")}
+        return self.distill.model_copy(update={name: value for name, value in own.items() if value is not None})
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -259,16 +259,20 @@ class Config(Section):
         for layer in distill.hidden_layers:
             if layer != "final" and layer not in cache.layers:
                 raise ValueError(f"distill.hidden_layers has layer {layer}, which cache.layers does not keep")
-        if distill.tokens_per_batch < distill.workers or distill.tokens_per_batch < search.workers_per_trial:
+        of_trials = self.distill_of_trials.tokens_per_batch
+        batch_of_trials = f"{'distill' if search.tokens_per_batch is None else 'search'}.tokens_per_batch={of_trials:,}"
+        if distill.tokens_per_batch < distill.workers:
             raise ValueError(f"distill.tokens_per_batch={distill.tokens_per_batch} leaves a worker without a token")
+        if of_trials < search.workers_per_trial:
+            raise ValueError(f"{batch_of_trials} leaves a worker of a trial without a token")
         if self.align.tokens_per_batch < self.align.workers:
             raise ValueError(f"align.tokens_per_batch={self.align.tokens_per_batch} leaves a worker without a token")
         rungs = (0, *search.rung_tokens)
         closest = min(after - before for before, after in itertools.pairwise(rungs))
-        if closest < distill.tokens_per_batch:
+        if closest < of_trials:
             raise ValueError(
                 f"search.rung_tokens has rungs {closest:,} tokens apart, closer than one batch "
-                f"(distill.tokens_per_batch={distill.tokens_per_batch:,}): two rungs would be one"
+                f"({batch_of_trials}): two rungs would be one"
             )
         asked = [strategy for strategy in search.strategies if strategy.startswith("importance_")]
         if asked and self.student.initialization != "aligned":

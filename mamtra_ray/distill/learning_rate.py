@@ -111,7 +111,8 @@ def with_learning_rate(session: Session, data: DistillData, layout: Layout) -> S
     config, folder = session.config, session.folder
     if "auto" not in (config.distill.learning_rate, config.search.learning_rate):
         return session
-    settings = config.distill.model_copy(update={"learning_rate": "auto"})
+    of_trials = config.distill_of_trials
+    settings = of_trials if of_trials.learning_rate == "auto" else config.distill
     made_by = student_made_by(data, config.student, settings, config.seed)
     made_by |= {"tokens": str(config.search.rung_tokens[0])}
     scores = read_scores(folder, made_by)

@@ -31,13 +31,15 @@ _OF_STUDENTS = (
     "cache.layers",
     *(f"student.{key}" for key in ("initialization", "state_sharing")),
     *(f"align.{key}" for key in ("tokens", "tokens_per_batch", "learning_rate", "precision")),
-    *(f"distill.{key}" for key in ("tokens_per_batch", "schedule", "warmup_fraction")),
+    *(f"distill.{key}" for key in ("schedule", "warmup_fraction")),
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("weight_decay", "max_grad_norm", "ce_weight", "kl_weight", "hidden_weight")),
     *(f"distill.{key}" for key in ("hidden_layers", "kl_skew", "precision")),
 )
-_OF_TRIALS = (*_OF_STUDENTS, "search.learning_rate", "search.rung_tokens")
-_OF_FINALISTS = (*_OF_STUDENTS, "distill.learning_rate", "distill.tokens")
+_OWN_OF_TRIALS = ("learning_rate", "tokens_per_batch")
+"""Keys of section search that replace those of section distill."""
+_OF_TRIALS = (*_OF_STUDENTS, *(f"search.{key}" for key in _OWN_OF_TRIALS), "search.rung_tokens")
+_OF_FINALISTS = (*_OF_STUDENTS, *(f"distill.{key}" for key in _OWN_OF_TRIALS), "distill.tokens")
 _UNUSED = {
     "cache.top_k": ("cache.format", "topk"),
     "cache.bits": ("cache.format", "hidden_quantized"),
@@ -121,8 +123,8 @@ def _check_new(config: Config, folder: Path, resume: bool) -> bool:
 def _check_results(folder: Path, before: Config, now: Config) -> None:
     """Refuse changes that make finished results wrong."""
     old, new = (
-        # None stands for the finalists' rate.
-        _flat(config.model_dump()) | {"search.learning_rate": config.distill_of_trials.learning_rate}
+        # None stands for the finalists' own.
+        _flat(config.model_dump()) | {f"search.{key}": getattr(config.distill_of_trials, key) for key in _OWN_OF_TRIALS}
         for config in (before, now)
     )
     for has_results, keys, what in (
@@ -131,9 +133,10 @@ def _check_results(folder: Path, before: Config, now: Config) -> None:
     ):
         for key in keys if has_results else ():
             if old[key] != new[key] and (_counts(old, key) or _counts(new, key)):
-                # The key that was given, where trials are trained with the finalists' rate.
-                inherits = key == "search.learning_rate" and now.search.learning_rate is None
-                name = "distill.learning_rate" if inherits else key
+                # The key that was given, where trials are trained as the finalists are.
+                section, _, last = key.partition(".")
+                inherits = section == "search" and last in _OWN_OF_TRIALS and getattr(now.search, last) is None
+                name = f"distill.{last}" if inherits else key
                 raise InputError(
                     f"{name} is {new[key]!r}, but {folder} has {what} made with {old[key]!r}: leave it, or begin "
                     "another run with --run and --space"
