@@ -53,7 +53,7 @@ RATIOS = {12: ("1:1", "1:3"), 24: ("1:1", "1:3", "1:5", "1:11")}
 """By the teacher's layers."""
 BANDS = (9, 19, 29, 44, 62)
 """Most words of a sentence of each band of length."""
-SCORES = ("probe KL", "probe CE", "short CE", "final CE", "WER")
+SCORES = ("probe KL", "probe CE", "short KL", "short CE", "final KL", "final CE", "WER")
 QUICK = [
     "corpus.train_tokens=20000",
     "corpus.validation_tokens=600",
@@ -77,13 +77,19 @@ def chosen_layouts(kl: dict[Layout, float], patterns: Sequence[Layout], count: i
 
 
 @ray.remote(max_retries=1)
-def distilled(job: DistillJob, rung_tokens: tuple[int, ...], folder: str) -> dict[str, Any]:
-    """Distill on one process, short and then anew to the end, and keep the final student."""
+def distilled(job: DistillJob, of_trial: DistillJob, folder: str) -> dict[str, Any]:
+    """Distill on one process, as a trial and then anew as a finalist, and keep the final student."""
     device = device_of_this_process()
-    *_, (short, _) = distill(dataclasses.replace(job, report_at=rung_tokens), device)
+    *_, (short, _) = distill(of_trial, device)
     *_, (final, training) = distill(job, device)
     training.student.save(Path(folder) / "student")
-    content = {"short CE": short.ce, "final CE": final.ce, "final KL": final.kl, "seconds": final.seconds}
+    content = {
+        "short CE": short.ce,
+        "short KL": short.kl,
+        "final CE": final.ce,
+        "final KL": final.kl,
+        "seconds": final.seconds,
+    }
     write_manifest(Path(folder) / "report.json", "distilled", 1, {"layout": str(job.layout)}, report=content)
     return content
 
@@ -134,7 +140,14 @@ class Compared:
 
 
 def layouts_to_compare(
-    session: Session, library: Path, validation: SharedCache, found: Sequence[Layout], per_budget: int, probed: int
+    session: Session,
+    library: Path,
+    validation: SharedCache,
+    *,
+    ratios: Sequence[str],
+    found: Sequence[Layout],
+    per_budget: int,
+    probed: int,
 ) -> list[Compared]:
     """Layouts over the whole ranking of each budget, by scores of the probe."""
     compared = []
@@ -142,7 +155,7 @@ def layouts_to_compare(
         session.screen.phase("probe", f"{probed} layouts of each budget"),
         ProbePool(probe_data(session, library, validation), session.folder, session.worker) as pool,
     ):
-        for ratio in RATIOS[session.num_layers]:
+        for ratio in ratios:
             budget = Constraints.from_ratio(session.num_layers, ratio)
             drawn = sample_layouts(budget, min(probed, budget.num_layouts), np.random.default_rng(0))
             origins = {layout: "found" for layout in found if budget.allows(layout)}
@@ -175,7 +188,8 @@ def distill_all(session: Session, data: DistillData, layouts: Sequence[Layout]) 
         running = []
         for layout in missing:
             job = DistillJob(layout, config.distill, config.student, data, (config.distill.tokens,), config.seed)
-            running.append(distilled.remote(job, config.search.rung_tokens, str(folders[layout])))
+            of_trial = dataclasses.replace(job, settings=config.distill_of_trials, report_at=config.search.rung_tokens)
+            running.append(distilled.remote(job, of_trial, str(folders[layout])))
         for done in range(len(running)):
             finished, running = ray.wait(running, num_returns=1)
             ray.get(finished)
@@ -251,6 +265,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 layouts, few tokens; nothing is written")
     parser.add_argument("--layouts", type=int, default=12, help="of each budget")
+    parser.add_argument("--ratios", help="with commas between (default: 1:1,1:3; 1:5 and 1:11 of 24 layers)")
     parser.add_argument("--probed", type=int, default=_PROBED, help="drawn of each budget, to choose from")
     parser.add_argument("--found", type=Path, help="run folder whose found layouts are among them")
     parser.add_argument("--second-recognizer", help="such as faster-whisper:FOLDER, for found layouts and rivals")
@@ -269,7 +284,10 @@ def main() -> int:
     assert library is not None
     data = distill_data(session.config, session.shared_teacher, train, validation, str(library.resolve()))
     per_budget, probed = (4, 10) if options.quick else (options.layouts, options.probed)
-    compared = layouts_to_compare(session, library, validation, found, per_budget, probed)
+    ratios = options.ratios.split(",") if options.ratios else RATIOS[session.num_layers]
+    compared = layouts_to_compare(
+        session, library, validation, ratios=ratios, found=found, per_budget=per_budget, probed=probed
+    )
     folders = distill_all(session, data, [layout for one in compared for layout in one.rows])
     systems: dict[str, Path | None] = {str(layout): folder / "student" for layout, folder in folders.items()}
     evaluations = heard(session, systems)
