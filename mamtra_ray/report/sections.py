@@ -97,12 +97,12 @@ def systems(runs: Sequence[Run]) -> Section:
         Column("wer_difference", "WER - teacher (paired)", percent_with_interval("wer_difference")),
         Column("alarm", "alarm"), Column("cer", "CER %", percent("cer")), Column("ce", "CE", ".3f"), GAIN, LAYOUT,
         Column("speaker_similarity", "similarity", ".3f"), Column("utmos", "UTMOS", ".2f"),
-        Column("dnsmos", "DNSMOS", ".2f"),
+        Column("dnsmos", "DNSMOS", ".2f"), Column("distillmos", "Distill-MOS", ".2f"),
         Column("parameters", "M parameters", scaled("parameters", 1e6)),
         Column("prefill_flops", "TFLOP", scaled("prefill_flops", 1e12, 3)),
         Column("cache_bytes", "cache MB", scaled("cache_bytes", 1e6)), Column("tokens", "tokens", ",d"),
     ]  # fmt: skip
-    optional = ["wer_difference", "alarm", "speaker_similarity", "utmos", "dnsmos"]
+    optional = ["wer_difference", "alarm", "speaker_similarity", "utmos", "dnsmos", "distillmos"]
     optional += [] if speaks(runs) else ["wer", "cer"]
     columns = [c for c in columns if c.key not in optional or any(row.get(c.key) is not None for row in rows)]
     if len(runs) > 1:
