@@ -191,7 +191,7 @@ def load_distillmos(path: Path | None) -> PredictedOpinion:
     """Distill-MOS, a small network distilled from one on XLS-R, through the package distillmos, which carries its
     weights (Stahl and Gamper, 2025, arXiv:2502.05356).
 
-    It hears windows of 7.68 s: a shorter sound is padded with silence, of a longer one its windows' scores are averaged.
+    It hears 7.68 s at once: a shorter sound is padded with silence, of a longer one its windows' scores are averaged.
 
     Raises:
         InputError: a package is missing or does not load.

@@ -117,7 +117,7 @@ def _numbers(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _number(value: Any) -> float | None:
-    """Counts and yes-or-no answers are numbers too: 0 or 1, whose mean is a share. Texts, labels and lists have no mean."""
+    """Counts are numbers, and so is yes or no: 1 or 0, whose mean is a share. Texts, labels and lists have no mean."""
     if isinstance(value, int | float):  # bool is an int
         return float(value)
     if not hasattr(value, "item"):
