@@ -34,7 +34,7 @@ def dockerfile() -> list[tuple[str, str]]:
 
 
 def stages(dockerfile):
-    """Base image and instructions by stage, in order; the last one has no name. ARGs before it are put in, but VARIANT."""
+    """Base image and instructions by stage, in order; the last one has no name. Global ARGs have their defaults."""
     arguments = {}
     for name, rest in dockerfile[: next(i for i, (name, _) in enumerate(dockerfile) if name == "FROM")]:
         assert name == "ARG"
