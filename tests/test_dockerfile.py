@@ -57,7 +57,7 @@ def test_both_variants_are_stages_and_every_image_has_a_version(dockerfile):
         assert re.fullmatch(r"[\w./-]+:\d+\.\d+[\w.-]*", found[stage][0])
     python = re.search(r"python:(\d+\.\d+)", found["base"][0])[1]
     assert python in SpecifierSet(PROJECT["requires-python"])
-    assert any(entry.endswith(f":: {python[0]}") for entry in PROJECT["classifiers"])
+    assert any(entry.endswith(f":: {python}") for entry in PROJECT["classifiers"])
     cuda = re.search(r":(\d+\.\d+)\.", found["kernels"][0])[1]
     assert VERSIONS["cuda-toolkit"].startswith(f"{cuda}."), "kernels are built for the CUDA of torch"
 
