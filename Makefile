@@ -20,7 +20,7 @@ slow-test: $(VENV)/.installed-test
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# A search does without what the tests need: 46 of 162 packages, 0.3 GB.
+# A search does without what the tests need.
 $(VENV)/.installed-demo: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint $(LOCK) --editable '.[demo]'

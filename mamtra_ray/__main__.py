@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
+from mamtra_ray import __version__
 from mamtra_ray.errors import nearest_name
 
 VERBS = {
@@ -33,6 +34,9 @@ def main() -> int:
         print("mamtra VERB --help, or python -m mamtra_ray.VERB --help\n")
         for name, what in VERBS.items():
             print(f"  {name:15} {what}")
+        return 0
+    if verb == "--version":
+        print(f"mamtra_ray {__version__}")
         return 0
     if verb not in VERBS:
         print(f"error: unknown verb {verb!r}: {nearest_name(verb, VERBS)}", file=sys.stderr)

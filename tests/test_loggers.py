@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -25,7 +26,10 @@ class _Info:
 class _Run:
     info = _Info()
 class _Client:
-    def __init__(self, *args, **kwargs): pass
+    def __init__(self, address="", *args, **kwargs):
+        if address.startswith("file:"):
+            from mlflow.exceptions import MlflowException
+            raise MlflowException("The filesystem tracking backend is in maintenance mode.\\nUse a database.")
     def __getattr__(self, name): return lambda *args, **kwargs: _note(name, *args, *kwargs.values()) or _Run()
 MlflowClient = _Client
 __version__ = "2.0"
@@ -77,7 +81,7 @@ def test_trials_reach_both_through_rays_callbacks(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "WANDB"))}
     process = subprocess.run(
         [sys.executable, "-c", A_TRIAL_IS_TOLD, str(run)],
-        env={**environment, "PYTHONPATH": path, "NOTES": str(notes)},
+        env={**environment, "PYTHONPATH": path, "NOTES": str(notes), "WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
         check=False,
@@ -85,11 +89,44 @@ def test_trials_reach_both_through_rays_callbacks(tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["WandbLoggerCallback", "mamtra_ray", "demo"]
     noted = [json.loads(line) for line in notes.read_text().splitlines()]
-    assert ["set_tracking_uri", (run / "mlruns").as_uri()] in noted and ["create_experiment", str(run)] in noted
+    assert ["set_tracking_uri", f"sqlite:///{run}/mlflow.db"] in noted and ["create_experiment", str(run)] in noted
     assert any(note[0] == "create_run" and str(run) in note[-1] for note in noted)
     assert ["log_param", "7", "layout", "AMAM"] in noted
     assert any(note[:4] == ["log_metric", "7", "ce", "1.5"] for note in noted)
     assert any(note[:4] == ["log_metric", "7", "wer", "0.25"] for note in noted)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "reason"),
+    [
+        (
+            "mlflow",
+            {"MLFLOW_TRACKING_URI": "file:///tmp/mlruns"},
+            r"cannot use file:///tmp/mlruns: The filesystem .* Use",
+        ),
+        ("wandb", {}, r"set WANDB_API_KEY, or WANDB_MODE=offline"),
+    ],
+)
+def test_an_address_or_a_key_that_is_missing_is_one_sentence(name, variables, reason, tmp_path):
+    for path, content in {**MLFLOW, **WANDB}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "WANDB"))}
+    code = (
+        "from pathlib import Path\nfrom mamtra_ray.errors import InputError\n"
+        "from mamtra_ray.search.loggers import logger_callbacks\n"
+        f"try:\n    logger_callbacks([{name!r}], Path('run'))\nexcept InputError as error:\n    print(error)"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, **variables, "PYTHONPATH": path, "NOTES": str(tmp_path / "notes"), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert re.search(reason, process.stdout) and process.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])

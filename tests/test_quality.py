@@ -2,15 +2,21 @@
 
 import sys
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import scipy.signal
 import soundfile
 import torch
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
 
+from mamtra_ray.config import sections
+from mamtra_ray.corpus.table import read_corpus, utterances
 from mamtra_ray.errors import InputError
-from mamtra_ray.speech.quality import METRICS, metric_from_name
+from mamtra_ray.search.__main__ import main as search
+from mamtra_ray.speech.demo_codec import load_codec
+from mamtra_ray.speech.quality import METRICS, check_packages, metric_from_name
 
 RATE = 16_000
 
@@ -98,6 +104,7 @@ class _Versa:
     """VERSA's scorer as far as it matters: it skips with a log line what does not work."""
 
     loads, returns = {"whisper_wer", "speaker"}, None
+    found: ClassVar = {"whisper_wer_equal": 2, "spk_similarity": np.float32(0.5), "ref_text": "x"}
 
     class registry:  # noqa: N801 - an attribute of theirs
         @staticmethod
@@ -113,7 +120,7 @@ class _Versa:
         for index, (name, path) in enumerate(files.items()):
             assert soundfile.info(path).samplerate == 24_000 and text_info[name] == f"text {index}"
             assert (gt_files is None) == ("speaker" not in suite.metrics)
-            results.append({"key": name, "whisper_wer_equal": 2, "spk_similarity": np.float32(0.5), "ref_text": "x"})
+            results.append({"key": name, **self.found})
         return self.returns(results) if self.returns else results
 
 
@@ -136,6 +143,21 @@ def test_versa_scores_every_utterance(versa, prompt):
     with pytest.raises(InputError, match="needs a prompt"):
         metric.score(*arguments, [prompt, None])
     assert metric.score([], 24_000, [], []) == []
+
+
+def test_versas_counts_and_answers_are_numbers_and_its_texts_are_not(versa, monkeypatch):
+    counts = {"insertions": 3, "deletions": np.int64(0), "words": torch.tensor(7), "frames": np.array([12], np.uint8)}
+    answers = {"is_speech": True, "is_music": np.bool_(False)}
+    rates = {"wer": 0.5, "similarity": np.float16(0.25), "loss": torch.tensor([1.5])}
+    others = {"text": "x", "label": np.str_("3"), "none": None, "pitch": np.zeros(3), "spans": [1], "vad": {"start": 0}}
+    monkeypatch.setattr(_Versa, "found", {**counts, **answers, **rates, **others, "curve": torch.zeros(2)})
+    (score,) = versa("- {name: whisper_wer}\n").score([sound(1)], 24_000, ["text 0"], [None])
+    assert score == {
+        **{"insertions": 3.0, "deletions": 0.0, "words": 7.0, "frames": 12.0},
+        **{"is_speech": 1.0, "is_music": 0.0},
+        **{"wer": 0.5, "similarity": 0.25, "loss": 1.5},
+    }
+    assert all(type(value) is float for value in score.values())
 
 
 def test_versa_may_not_leave_anything_out(versa, monkeypatch):
@@ -166,14 +188,67 @@ def test_versa_may_not_leave_anything_out(versa, monkeypatch):
 
 
 def test_missing_packages_and_names(tmp_path, monkeypatch):
-    for package in ("resemblyzer", "speechmos", "utmos_pytorch", "versa"):
+    for package in ("resemblyzer", "speechmos", "utmos_pytorch", "versa", "distillmos"):
         monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "x").write_text("- {name: speaker}\n")
-    for name in ("speaker_similarity", "dnsmos", f"utmos:{tmp_path / 'x'}", f"versa:{tmp_path / 'x'}"):
-        with pytest.raises(InputError, match="install"):
-            metric_from_name(name)
+    for name in ("speaker_similarity", "dnsmos", f"utmos:{tmp_path / 'x'}", f"versa:{tmp_path / 'x'}", "distillmos"):
+        for refuses in (metric_from_name, check_packages):  # a run, and its dry run
+            with pytest.raises(InputError, match="pip install"):
+                refuses(name)
+    check_packages(f"speaker_similarity:{tmp_path}")  # transformers does it
     with pytest.raises(InputError, match="did you mean 'utmos'"):
         metric_from_name("utmo")
     with pytest.raises(InputError, match="does not exist"):
         metric_from_name("utmos:/nowhere.pt")
-    assert set(METRICS) == {"speaker_similarity", "utmos", "dnsmos", "versa"}
+    assert tuple(METRICS) == sections.METRICS, "what a setting may name"
+
+
+def test_a_dry_run_names_the_command_that_installs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distillmos", None)
+    arguments = ["--space", "demo", "--run", str(tmp_path / "run"), "--dry-run", "evaluate.metrics=distillmos"]
+    assert search(arguments) == 2
+    assert capsys.readouterr().err == (
+        "error: evaluate.metrics=distillmos needs the package distillmos, which is not installed: "
+        "pip install 'mamtra-ray[quality]'\n"
+    )
+
+
+def test_distillmos_hears_16_khz_one_utterance_at_a_time(monkeypatch):
+    class Network(torch.nn.Module):
+        def forward(self, sound_BL):
+            assert not self.training and len(sound_BL) == 1 and sound_BL.dtype == torch.float32
+            return 1 + sound_BL.shape[1] * torch.ones(1, 1) / RATE
+
+    monkeypatch.setitem(sys.modules, "distillmos", module("distillmos", ConvTransformerSQAModel=Network))
+    metric = metric_from_name("distillmos")
+    for rate in (8_000, RATE, 24_000):
+        scores = metric.score([sound(1, 1, rate), sound(2, 2.5, rate)], rate, ["a", "b"], [None, None])
+        assert scores == [{"distillmos": 2.0}, {"distillmos": 3.5}]
+    with pytest.raises(ValueError, match="no sound"):
+        metric.score([np.zeros(RATE, np.float32)], RATE, ["a"], [None])
+
+
+def test_distillmos_itself(capsys):
+    """The package's own network and weights, called as its documentation does, on the demo's speech."""
+    distillmos = pytest.importorskip("distillmos", reason="pip install 'mamtra-ray[quality]'", exc_type=ImportError)
+    network = distillmos.ConvTransformerSQAModel().eval()
+    capsys.readouterr()
+    metric = metric_from_name("distillmos")
+    assert capsys.readouterr().out == "", "standard output may be a sound's"
+    codec, rows = load_codec(), utterances(read_corpus().slice(0, 8))
+    spoken = np.concatenate([codec.decode(row.speech_tokens) for row in rows])
+    noise = 0.1 * np.random.default_rng(0).normal(size=len(spoken)).astype(np.float32)
+    assert len(spoken) > 10 * RATE
+    # A part of a window, exactly one, and several that overlap.
+    for samples in (RATE // 2, 122_880, 10 * RATE):
+        clean, noisy = spoken[:samples], (spoken + noise)[:samples]
+        (score,), (under_noise,) = (metric.score([sound], RATE, ["a"], [None]) for sound in (clean, noisy))
+        with torch.no_grad():
+            assert score["distillmos"] == pytest.approx(network(torch.from_numpy(clean)[None]).item(), abs=1e-5)
+        assert 1 <= score["distillmos"] <= 5
+        assert samples < 122_880 or under_noise["distillmos"] < score["distillmos"] - 0.1
+    # The same sound at 48 kHz, by another resampling; read as 16 kHz it would be another voice.
+    fast = scipy.signal.resample(spoken[:122_880], 3 * 122_880).astype(np.float32)
+    (heard,), (slow,) = (metric.score([fast], rate, ["a"], [None]) for rate in (3 * RATE, RATE))
+    (own,) = metric.score([spoken[:122_880]], RATE, ["a"], [None])
+    assert abs(heard["distillmos"] - own["distillmos"]) < 0.1 < abs(slow["distillmos"] - own["distillmos"])

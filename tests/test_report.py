@@ -12,14 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import needs_chromium, told_by
-from made_run import made_run, quality
+from made_run import finalist_row, made_run, quality, write_audio
 from scipy import stats
 
 from mamtra_ray.artifacts import write_checked_json
-from mamtra_ray.config import save_config
+from mamtra_ray.config import load_config, save_config
 from mamtra_ray.efficiency import ARCHITECTURES
 from mamtra_ray.errors import InputError
-from mamtra_ray.evaluate.results import write_rows
+from mamtra_ray.evaluate.results import scored, write_rows, write_summary
+from mamtra_ray.evaluate.run_scores import update_distilled
 from mamtra_ray.layouts import Layout
 from mamtra_ray.listening_test.opinion_scores import OpinionScore, read_scores, write_scores
 from mamtra_ray.report import paper_results
@@ -29,6 +30,7 @@ from mamtra_ray.report.naming import finalist_names
 from mamtra_ray.report.report import build_report, write_report
 from mamtra_ray.report.search import pareto_front, rank_agreement
 from mamtra_ray.report.summary import summary
+from mamtra_ray.run.distilled import write_distilled
 from mamtra_ray.run.folder import read_architecture, read_run, read_runs, write_reference
 from mamtra_ray.run.names import AUDIO_INDEX, CURVES, EXPORTED_LAYOUT, FINALISTS, PROBE, REFERENCE, TRIALS
 from mamtra_ray.run.rows import FinalistRow, TrialRow, columns, read_table, write_table
@@ -525,3 +527,96 @@ def test_in_a_browser(page, tmp_path, scheme, background):
     # The dark pictures are the <source> elements.
     assert set(told["pictures"]) == {scheme == "0"}
     assert told["overflow"] == 0 and told["tables"] > 5
+
+
+def with_distilled(folder: Path, layout: str, **changes) -> Path:
+    """The run with a student of ``distill``, as far as a report reads one."""
+    (folder / "student").mkdir(parents=True)
+    (folder / "student" / "config.json").write_text(json.dumps({"kind": "speech_lm", "model": {"layout": layout}}))
+    write_distilled(folder, finalist_row(layout, origin="distill", **changes))
+    return folder
+
+
+def systems_of(folder: Path) -> dict[str, dict]:
+    """Rows of Table 3 by system."""
+    report = build_report([read_run(folder)])
+    [section] = [section for section in report.sections if section.slug == "systems"]
+    return {row["system"]: row for row in section.tables[0].rows}
+
+
+def test_the_student_of_distill_stands_beside_the_finalists(tmp_path):
+    heard = {"wer": ErrorRate(0.25, 0.2, 0.3), "cer": 0.125, "metrics": {"utmos": 3.5}}
+    folder = with_distilled(made_run(tmp_path / "run"), "MMMAMMMMMMMA", ce=1.5, ce_start=2.5, **heard)
+    write_audio(folder, ("teacher", "MMMAMMMMMMMA"))
+    before, after = (systems_of(path) for path in (made_run(tmp_path / "plain"), folder))
+    assert set(after) - set(before) == {"distilled 1:5"} and len(after) == len(before) + 1
+    row = after["distilled 1:5"]
+    assert (row["wer"], row["cer"], row["utmos"], row["ce"], row["ce_gain"]) == (0.25, 0.125, 3.5, 1.5, 1.0)
+    assert row["layout"] == "MMMAMMMMMMMA" and row["prefill_flops"] > 0
+    page = write_report([folder], tmp_path / "out").read_text()
+    assert "distilled 1:5 MMMAMMMMMMMA" in page, "the label of its sound"
+    assert "The student of distill, MMMAMMMMMMMA (distilled 1:5), has a held-out CE of 1.500 (from 2.500)" in page
+    assert "a WER of 25.0 %." in page and "9 distilled to the end, 1 by distill." in page
+    # Its alarm stands above everything, and it is no point among the finalists of Fig. 4.
+    write_distilled(folder, finalist_row("MMMAMMMMMMMA", origin="distill", alarm="stops at once", **heard))
+    report = build_report([read_run(folder)])
+    assert "MMMAMMMMMMMA (distilled 1:5) stops at once." in report.alarms
+    [pairs] = [section for section in report.sections if section.slug == "ce_and_wer"]
+    assert pairs.tables[0].rows[0]["n"] == 9
+
+
+def test_a_distilled_student_of_a_finalists_layout_is_another_system(tmp_path):
+    folder = made_run(tmp_path / "run")
+    layout = str(read_run(folder).finalists[0].layout)
+    (folder / "finalists" / layout / "student").mkdir(parents=True)
+    with_distilled(folder, layout, ce=1.25)
+    write_audio(folder, ("teacher", layout, f"distilled {layout}"))
+    rows = [row for row in systems_of(folder).values() if row.get("layout") == layout]
+    assert [row["system"] for row in rows] == ["block beginning 1:1, exported", "distilled 1:1"]
+    assert [row["ce"] for row in rows] == [quality(Layout(layout)), 1.25]
+    page = write_report([folder], tmp_path / "out").read_text()
+    assert f"distilled 1:1 {layout}" in page and f"exported {layout}" in page
+    assert "distilled distilled" not in page
+
+
+def test_rates_of_another_evaluation_than_the_teachers_are_not_beside_them(tmp_path):
+    folder = made_run(tmp_path / "run")
+    with_distilled(folder, "AMMMMMMMMMMM", wer=ErrorRate(0.25, 0.2, 0.3), evaluation="an older one", alarm="is silent")
+    row = systems_of(folder)["distilled 1:11"]
+    assert row["wer"] is None and row["alarm"] is None and row["ce"] == 1.0
+    text = " ".join(build_report([read_run(folder)]).summary)
+    assert f"heard in another evaluation than the teacher: python -m mamtra_ray.evaluate --run {folder}" in text
+
+
+def test_a_run_of_distill_alone_has_a_report(tmp_path):
+    folder = tmp_path / "mine"
+    save_config(load_config(None, []), folder / "config.yaml")
+    with_distilled(folder, "AMMMAMMMAMMM", ce=1.5)
+    assert set(systems_of(folder)) == {"distilled 1:3"}
+    page = write_report([folder], folder).read_text()
+    summary_text = " ".join(build_report([read_run(folder)]).summary)
+    assert f"hear it: python -m mamtra_ray.evaluate --run {folder}." in summary_text and "hear it:" in page
+    assert "Nothing is found" not in summary_text and "search" not in summary_text
+    # Heard: the evaluation's own summary has teacher and codec.
+    other = {"failure": None, "stopped": True, "fewest_tokens": 0, "speech_tokens": [1], "evaluation_hash": "x"}
+    words = [" ".join(["word"] * number) for number in range(10)]
+
+    def spoken(wrong: int) -> list[dict]:
+        return [
+            {"utterance_id": f"u{n}", "text": words[n], "hypothesis": words[n - wrong], "audio_seconds": 1.0, **other}
+            for n in range(1, 10)
+        ]
+
+    rows = {system: spoken(system == "AMMMAMMMAMMM") for system in ("codec", "teacher", "AMMMAMMMAMMM")}
+    evaluations = scored(rows, "whisper_en", identity="this one")
+    write_summary(folder, evaluations, {}, [], {})
+    for system, evaluation in evaluations.items():
+        write_rows(folder, system, evaluation.rows)
+    update_distilled(folder, evaluations)
+    found = systems_of(folder)
+    assert list(found) == ["codec", "teacher", "distilled 1:3"]
+    assert found["teacher"]["wer"] == 0 and found["distilled 1:3"]["wer"] == pytest.approx(9 / 45)
+    report = build_report([read_run(folder)])
+    [lengths] = [section for section in report.sections if section.slug == "wer_by_length"]
+    assert [row["system"] for row in lengths.tables[0].rows] == ["codec", "teacher", "distilled 1:3"]
+    assert "on 9 sentences" in " ".join(next(s for s in report.sections if s.slug == "systems").text)

@@ -25,6 +25,7 @@ from mamtra_ray.speak.__main__ import main as speak
 from mamtra_ray.speak.models import Chosen
 from mamtra_ray.speak.prompts import prompt_of_utterance
 from mamtra_ray.speak.speaker import Speaker, Stack, load_speaker
+from mamtra_ray.speak.threads import SMALL_MODEL, use_threads
 from mamtra_ray.speech import tokenizer as tk
 from mamtra_ray.speech.demo_codec import load_codec, mel_inverse
 from mamtra_ray.speech.demo_stream import BLOCK_TOKENS, decode_stream, reach_of
@@ -382,3 +383,39 @@ def test_the_command_of_the_readme_is_understood(place, capsys):
     (command,) = re.findall(r"python -m mamtra_ray\.speak (--run runs/demo --compare) \"(.*)\"", README)
     assert speak([*command[0].split(), command[1], "--dry-run"]) == 0
     assert "speech" in capsys.readouterr().out
+
+
+@pytest.fixture
+def three_threads():
+    """torch's own number in this test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_small_model_speaks_with_one_thread_unless_told_otherwise(place, capsys, monkeypatch):
+    said = ["--teacher", "watch the camera"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert speak([*said, "--output", "a.wav"]) == 0 and torch.get_num_threads() == 3
+    assert speak([*said, "--output", "b.wav", "--threads", "2"]) == 0 and torch.get_num_threads() == 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert speak([*said, "--output", "c.wav"]) == 0 and torch.get_num_threads() == 1
+    capsys.readouterr()
+    for dry in ([], ["--dry-run"]):
+        assert speak([*said, "--output", "d.wav", "--threads", "0", *dry]) == 2
+        assert capsys.readouterr().err == "error: --threads 0: at least 1\n"
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_large_model_has_torchs_own_number_of_threads():
+    use_threads(SMALL_MODEL, None, {})
+    assert torch.get_num_threads() == 3
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        use_threads(1, None, {name: "3"})
+        assert torch.get_num_threads() == 3
+    use_threads(1, None, {"OMP_NUM_THREADS": ""})
+    assert torch.get_num_threads() == 1
+    use_threads(SMALL_MODEL, 2, {"OMP_NUM_THREADS": "3"})
+    assert torch.get_num_threads() == 2

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 from test_trial_table import STEP, score
+from tiny_search import write_search_space
 
+from mamtra_ray.distill.__main__ import main as distill
+from mamtra_ray.distill.curves import TensorBoardCurves
 from mamtra_ray.distill.job import Report
 from mamtra_ray.layouts import Layout
+from mamtra_ray.run.distilled import read_distilled
 from mamtra_ray.run.names import CURVES
 from mamtra_ray.run.rows import CurvePoint, TableRow, read_table, write_table
 from mamtra_ray.search.trial_table import TrialTable
@@ -77,6 +81,29 @@ def test_trials_and_finalists_show_scores_losses_rate_norm_and_speed(run, read):
     assert finalist["speed/tokens_per_second"] == [(20, 40.0), (40, 80.0)]
     assert [tokens for tokens, _ in finalist["loss/total"]] == [10, 20, 30, 40]
     assert "speech/wer" not in finalist
+
+
+def test_the_student_of_distill_shows_what_a_finalist_does(run, tmp_path):
+    callback = TensorBoardCurves(tmp_path / "mine", Layout("AMMM"))
+    for tokens, ce, first in ((20, 2.5, 1), (40, 2.25, 3)):
+        report = Report(
+            layout="AMMM", tokens=tokens, step=tokens // 10, seconds=1.0, tokens_per_second=2.0 * tokens,
+            data_wait_fraction=0.0, ce=ce, kl=ce - 1, ce_start=3.0, kl_start=2.0, curve=steps(first, 2),
+        )  # fmt: skip
+        callback.after_report(None, [vars(report), {**vars(report), "ce": 99.0}], None)
+    finalist = scalars(run / "tensorboard" / "finalists" / "AMMM")
+    assert scalars(tmp_path / "mine" / "tensorboard" / "distilled" / "AMMM") == finalist
+
+
+@pytest.mark.slow
+def test_distill_leaves_its_curves(tmp_path):
+    space, folder = write_search_space(tmp_path), tmp_path / "runs" / "mine"
+    assert distill(["--space", str(space), "--run", str(folder), "--layout", "AMMM"]) == 0
+    found, row = scalars(folder / "tensorboard" / "distilled" / "AMMM"), read_distilled(folder)
+    held_out = found["held_out/ce"]
+    assert held_out[0][0] == 0 and len(held_out) == 3, "the start and both checkpoints"
+    assert held_out[0][1] == pytest.approx(row.ce_start) and held_out[-1] == (row.tokens, pytest.approx(row.ce))
+    assert len(found["loss/total"]) == row.steps == len(found["optimizer/learning_rate"])
 
 
 def test_curves_keep_rate_and_norm_and_those_of_earlier_versions_are_read(run, tmp_path):

@@ -31,7 +31,7 @@ from mamtra_ray.errors import nearest_name
 
 Precision = Literal["float32", "bfloat16"]
 RECOGNIZERS = ("demo", "whisper", "faster-whisper")
-METRICS = ("speaker_similarity", "utmos", "dnsmos", "versa")
+METRICS = ("speaker_similarity", "utmos", "dnsmos", "distillmos", "versa")
 _FORMATS_WITH_HIDDEN_STATES = ("hidden", "hidden_quantized")
 
 
@@ -194,7 +194,7 @@ class EvaluateConfig(Section):
     codec: LocalPath | None = None
     """Folder or file of the codec that makes sound of speech tokens; none: the teacher's own (demo, cosyvoice2)."""
     metrics: Annotated[tuple[Annotated[NameWithPath, AfterValidator(_known_metric)], ...], Several] = ()
-    """Further scores: speaker_similarity, speaker_similarity:PATH, utmos:PATH, dnsmos, versa:FILE."""
+    """Further scores: speaker_similarity, speaker_similarity:PATH, utmos:PATH, dnsmos, distillmos, versa:FILE."""
     language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = None
     """What is spoken, as Whisper abbreviates it (en, zh, de); none: told from the script, English for Latin letters."""
     normalization: Literal["demo", "seed", "whisper_basic", "whisper_en"] = "whisper_en"

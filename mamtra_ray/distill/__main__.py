@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     from mamtra_ray.align.phase import make_library
+    from mamtra_ray.distill.curves import TensorBoardCurves
     from mamtra_ray.distill.job import DistillJob, distill_data
     from mamtra_ray.distill.learning_rate import with_learning_rate
     from mamtra_ray.distill.progress import show_progress, start_progress
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         screen.phase("distill", f"{layout} on {workers} Ray Train workers"),
         repeatedly(lambda: show_progress(screen, job)),
     ):
-        report = distill_on_workers(job, folder, workers=workers, worker=session.worker)
+        curves = TensorBoardCurves(folder.resolve(), layout)
+        report = distill_on_workers(job, folder, workers=workers, worker=session.worker, callbacks=[curves])
     write_distilled(folder, distilled_row(layout, report, session.costs(layout)))
     print(
         f"held-out CE {report.ce:.4f} (from {report.ce_start:.4f}), KL {report.kl:.4f} (from {report.kl_start:.4f}); "

@@ -60,6 +60,7 @@ _SCORING = {
     "speaker_similarity": ("resemblyzer", "transformers"),
     "utmos": ("utmos-pytorch",),
     "dnsmos": ("speechmos", "onnxruntime", "librosa"),
+    "distillmos": ("distillmos", "xls-r-sqa"),
     "versa": ("versa-speech-audio-toolkit",),
 }
 

@@ -284,4 +284,5 @@ def _scores_or_reasons(
 
 def _finite(scores: dict[str, float]) -> dict[str, float] | str:
     wrong = [f"{name} is {value}" for name, value in scores.items() if not np.isfinite(value)]
-    return ", ".join(wrong) or scores
+    # A mean is taken of a row's floats (results.py): counts become some.
+    return ", ".join(wrong) or {name: float(value) for name, value in scores.items()}

@@ -9,7 +9,8 @@ import numpy as np
 
 from mamtra_ray.evaluate.results import read_rows
 from mamtra_ray.report.content import Column, Row, Section, Table, percent_with_interval
-from mamtra_ray.report.naming import finalist_names
+from mamtra_ray.report.distilled import hearing_of
+from mamtra_ray.report.naming import student_names
 from mamtra_ray.run.folder import Run
 from mamtra_ray.run.names import CODEC, TEACHER
 from mamtra_ray.speech.wer import bootstrap_interval
@@ -64,10 +65,11 @@ def length_bounds(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 def _heard_of(run: Run) -> dict[str, list[Row]]:
     """Scored sentences by system's name; the file of an earlier, longer evaluation has more, after these."""
-    if run.reference is None or not run.reference.evaluation_sentences:
+    hearing = hearing_of(run)
+    if hearing is None or not hearing.sentences:
         return {}
-    names = {CODEC: CODEC, TEACHER: TEACHER} | {str(layout): name for layout, name in finalist_names(run).items()}
-    scored = {row["utterance_id"] for row in read_rows(run.path, TEACHER)[: run.reference.evaluation_sentences]}
+    names = {CODEC: CODEC, TEACHER: TEACHER} | student_names(run)
+    scored = {row["utterance_id"] for row in read_rows(run.path, TEACHER)[: hearing.sentences]}
     heard = {}
     for system, name in names.items():
         rows = [row for row in read_rows(run.path, system) if row["utterance_id"] in scored]

@@ -7,6 +7,7 @@ from collections import Counter
 from mamtra_ray.config.search import SEARCH_STRATEGIES
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import OWN
+from mamtra_ray.report.distilled import distilled_of
 from mamtra_ray.run.folder import Run, exported_layout
 from mamtra_ray.run.names import best_folder
 
@@ -21,6 +22,13 @@ def exported_layouts(run: Run) -> set[Layout]:
     ratios = run.config.search.ratios
     found = {exported_layout(best_folder(run.path, ratio, ratios)) for ratio in ratios} | {run.best_layout}
     return {layout for layout in found if layout is not None}
+
+
+def student_names(run: Run) -> dict[str, str]:
+    """Of finalists and the student of ``distill``, by what an evaluation calls them."""
+    found = distilled_of(run)
+    names = {str(layout): name for layout, name in finalist_names(run).items()}
+    return names | ({found.system: found.name} if found else {})
 
 
 def finalist_names(run: Run) -> dict[Layout, str]:

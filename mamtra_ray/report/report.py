@@ -20,6 +20,7 @@ from mamtra_ray.report import search as report_search
 from mamtra_ray.report import sections as report_sections
 from mamtra_ray.report.comparisons import naturalness
 from mamtra_ray.report.content import Report
+from mamtra_ray.report.distilled import distilled_of
 from mamtra_ray.report.naming import finalist_names
 from mamtra_ray.report.page import check_files, write_files, write_page
 from mamtra_ray.report.summary import best_of_ratios, summary
@@ -93,9 +94,11 @@ def build_report(runs: Sequence[Run], scores: Sequence[OpinionScore] = ()) -> Re
         sections.insert(2, naturalness(scores))
     trials = sum(len({row.layout for row in run.trials}) for run in runs)
     finalists = sum(len(run.finalists) for run in runs)
+    by_hand = sum(distilled_of(run) is not None for run in runs)
     return Report(
         title=f"{first.name}: Mamba hybrids of {_teacher_name(first)}",
-        subtitle=f"{_names(runs)}; {trials} layouts tried, {finalists} distilled to the end.",
+        subtitle=f"{_names(runs)}; {trials} layouts tried, {finalists} distilled to the end"
+        f"{f', {by_hand} by distill' if by_hand else ''}.",
         summary=summary(runs),
         facts=_facts(first),
         alarms=tuple(alarm for run in runs for alarm in _alarms(run, several=len(runs) > 1)),
@@ -118,6 +121,8 @@ def _alarms(run: Run, several: bool) -> list[str]:
     """One sentence per system with an alarm; which is the exported one is said."""
     names = finalist_names(run)
     texts = {f"{row.layout} ({names[row.layout]})": row.alarm for row in run.finalists}
+    if (student := distilled_of(run)) is not None:
+        texts[f"{student.row.layout} ({student.name})"] = student.row.alarm
     if run.reference is not None:
         texts["the teacher"] = run.reference.teacher_alarm
     place = f"{run.name}: " if several else ""

@@ -5,7 +5,7 @@ Every function takes the runs and returns a :class:`Section`; one whose input no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,8 +25,10 @@ from mamtra_ray.report.content import (
     scaled,
     with_interval,
 )
+from mamtra_ray.report.distilled import distilled_of, hearing_of
 from mamtra_ray.report.figures import ce_against_wer
-from mamtra_ray.report.naming import finalist_names, placement
+from mamtra_ray.report.naming import finalist_names, placement, student_names
+from mamtra_ray.run.distilled import BESIDE_A_FINALIST
 from mamtra_ray.run.folder import Run
 from mamtra_ray.run.names import AUDIO, CODEC, TEACHER
 from mamtra_ray.surrogate.correlations import Correlation, pearson, spearman
@@ -43,7 +45,8 @@ GAIN = Column("ce_gain", "CE gained", ".3f")
 def layouts(runs: Sequence[Run]) -> Section:
     """Table 1: the paper's placements at the runs' ratios, and the layouts that were found."""
     rows: list[Row] = []
-    names = {layout: name for run in reversed(runs) for layout, name in finalist_names(run).items()}
+    names = {one.row.layout: one.name for one in map(distilled_of, reversed(runs)) if one}
+    names |= {layout: name for run in reversed(runs) for layout, name in finalist_names(run).items()}
     depths_and_ratios = [
         (num_layers, ratio)
         for run in runs
@@ -74,50 +77,36 @@ def layouts(runs: Sequence[Run]) -> Section:
 
 
 def systems(runs: Sequence[Run]) -> Section:
-    """Table 3: recordings, codec, teacher and finalists; and the paper's rows."""
-    rows = [
-        row
-        for run in runs
-        for row in [
-            *_reference_rows(run),
-            *(
-                {
-                    "run": run.name,
-                    "system": finalist_names(run)[finalist.layout],
-                    **row,
-                    "ce_gain": finalist.ce_start - finalist.ce,
-                    **_prefill_flops(run, row),
-                }
-                for finalist, row in zip(run.finalists, as_rows(run.finalists), strict=True)
-            ),
-        ]
-    ]
+    """Table 3: recordings, codec, teacher, finalists and the student of ``distill``; and the paper's rows."""
+    rows = [row for run in runs for row in (*_reference_rows(run), *_student_rows(run))]
     columns = [
         Column("system", "system"), Column("ratio", "ratio"), WER,
         Column("wer_difference", "WER - teacher (paired)", percent_with_interval("wer_difference")),
         Column("alarm", "alarm"), Column("cer", "CER %", percent("cer")), Column("ce", "CE", ".3f"), GAIN, LAYOUT,
         Column("speaker_similarity", "similarity", ".3f"), Column("utmos", "UTMOS", ".2f"),
-        Column("dnsmos", "DNSMOS", ".2f"),
+        Column("dnsmos", "DNSMOS", ".2f"), Column("distillmos", "Distill-MOS", ".2f"),
         Column("parameters", "M parameters", scaled("parameters", 1e6)),
         Column("prefill_flops", "TFLOP", scaled("prefill_flops", 1e12, 3)),
         Column("cache_bytes", "cache MB", scaled("cache_bytes", 1e6)), Column("tokens", "tokens", ",d"),
     ]  # fmt: skip
-    optional = ["wer_difference", "alarm", "speaker_similarity", "utmos", "dnsmos"]
+    optional = ["wer_difference", "alarm", "speaker_similarity", "utmos", "dnsmos", "distillmos"]
     optional += [] if speaks(runs) else ["wer", "cer"]
     columns = [c for c in columns if c.key not in optional or any(row.get(c.key) is not None for row in rows)]
     if len(runs) > 1:
         columns.insert(0, Column("run", "run"))
-    heard = max((run.reference.evaluation_sentences for run in runs if run.reference), default=0)
+    heard = max((hearing.sentences for hearing in map(hearing_of, runs) if hearing), default=0)
     text: tuple[str, ...] = (
         f"WER of generated speech on {heard} sentences, with its 95 % interval. What the codec costs is the floor of"
         " every system below it.",
         "TFLOP: a forward pass as the paper counts it (python -m mamtra_ray.efficiency); cache: float32; both for one"
         " sequence of the runs' context length.",
     )
+    if any(map(distilled_of, runs)):
+        text += ("distilled: the student of python -m mamtra_ray.distill, with that verb's own number of tokens.",)
     if not speaks(runs):
         text = text[1:]
     elif not heard:
-        text = ("No speech was generated in these runs (evaluate.sentences=0), so there is no WER.",)
+        text = ("No speech was generated in these runs (evaluate.sentences=0), so there is no WER.", *text[2:])
     own = Table("table_3_systems", "Table 3: these runs", tuple(columns), rows)
     return Section(
         "systems",
@@ -135,14 +124,16 @@ def speaks(runs: Sequence[Run]) -> bool:
 
 def _reference_rows(run: Run) -> list[Row]:
     """Recordings, codec and teacher, as far as they were heard; the teacher's costs in closed form."""
-    if run.reference is None:
+    hearing = hearing_of(run)
+    if hearing is None:
         return []
     rows: list[Row] = []
     for name in (CODEC, TEACHER):
-        score = getattr(run.reference, name)
+        score = hearing.references.get(name)
         rows.append({"run": run.name, "system": name, **(score.columns() if score else {})})
     teacher = rows[-1]
-    teacher["ce"], teacher["alarm"] = run.reference.teacher_ce, run.reference.teacher_alarm
+    if run.reference is not None:
+        teacher["ce"], teacher["alarm"] = run.reference.teacher_ce, run.reference.teacher_alarm
     if run.architecture is not None:
         layout, length = Layout.all_attention(run.architecture.num_layers), run.config.context_length
         teacher["ratio"], teacher["layout"] = layout.ratio, str(layout)
@@ -150,6 +141,18 @@ def _reference_rows(run: Run) -> list[Row]:
         teacher["cache_bytes"] = cache_bytes(run.architecture, layout, length)
         teacher |= _prefill_flops(run, teacher)
     return [row for row in rows if len(row) > 2]
+
+
+def _student_rows(run: Run) -> list[Row]:
+    """Finalists, then the student of ``distill``."""
+    named = [(finalist_names(run)[row.layout], row) for row in run.finalists]
+    if (distilled := distilled_of(run)) is not None:
+        named.append((distilled.name, distilled.row))
+    rows = []
+    for (name, student), row in zip(named, as_rows(row for _, row in named), strict=True):
+        gain = student.ce_start - student.ce
+        rows.append({"run": run.name, "system": name, **row, "ce_gain": gain, **_prefill_flops(run, row)})
+    return rows
 
 
 def _prefill_flops(run: Run, row: Row) -> Row:
@@ -234,14 +237,19 @@ def _clips_of(utterance_id: str, runs: Sequence[Run]) -> list[tuple[str, Path, s
     """(label, file, hypothesis) in each run's order; what students are compared with is taken from the first run."""
     clips: dict[str, tuple[str, Path, str | None]] = {}
     for run in runs:
-        students = {str(layout): name for layout, name in finalist_names(run).items()}
+        students = student_names(run)
         in_run = f" ({run.name})" if len(runs) > 1 else ""
         for system in run.audio.systems:
-            label = system if system in (CODEC, TEACHER) else f"{students.get(system, '')} {system}{in_run}"
+            label = system if system in (CODEC, TEACHER) else _label(system, students) + in_run
             for clip in run.audio.clips:
                 if clip.system == system and clip.utterance_id == utterance_id:
                     clips.setdefault(label, (label.strip(), run.path / AUDIO / clip.file, clip.hypothesis))
     return list(clips.values())
+
+
+def _label(system: str, students: Mapping[str, str]) -> str:
+    """A student by name and layout."""
+    return f"{students.get(system, '')} {system.removeprefix(BESIDE_A_FINALIST)}"
 
 
 _POINT = ("ratio", "ce", "wer", "wer_low", "wer_high")

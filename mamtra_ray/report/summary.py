@@ -10,6 +10,7 @@ from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.evaluate.run_scores import choose_best, measured_of
 from mamtra_ray.evaluate.verdict import Outcome, verdict
 from mamtra_ray.layouts import Layout
+from mamtra_ray.report.distilled import sentence_on
 from mamtra_ray.report.naming import exported_layouts, finalist_names, placement
 from mamtra_ray.run.folder import Reference, Run
 from mamtra_ray.run.names import TEACHER
@@ -27,13 +28,17 @@ def summary(runs: Sequence[Run]) -> tuple[str, ...]:
 
 def _of_run(run: Run) -> list[str]:
     tried = len({row.layout for row in run.trials})
+    distilled = [text for text in [sentence_on(run)] if text]
+    if distilled and not run.finalists and not run.trials:
+        return distilled
     if not run.finalists or run.reference is None or run.architecture is None:
         go_on = f"python -m mamtra_ray.search --resume --run {run.path}"
-        return [f"Nothing is found yet; {tried} layouts were tried.", f"Next: go on with {go_on}"]
+        return [f"Nothing is found yet; {tried} layouts were tried.", *distilled, f"Next: go on with {go_on}"]
     best = best_of_ratios(run)
     return [
         f"Of {tried} layouts tried, {len(run.finalists)} were distilled to the end.",
         *(_verdict(run, run.reference, row) + _against_the_paper(run, row) for row in best),
+        *distilled,
         f"Next: {_next(run, run.reference, best)}",
     ]
 

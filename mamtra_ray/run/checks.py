@@ -28,6 +28,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace, own_candidates
 from mamtra_ray.speech.language import ENGLISH, language_of
+from mamtra_ray.speech.quality import check_packages
 from mamtra_ray.teachers.outline import TeacherOutline, teacher_outline
 
 
@@ -122,6 +123,7 @@ def _check_speech(config: Config, outline: TeacherOutline, corpus: pa.Table) -> 
     _folder(evaluate.recognizer.partition(":")[2], "evaluate.recognizer", "a folder with Whisper weights")
     for metric in evaluate.metrics:
         _exists(metric.partition(":")[2], f"evaluate.metrics={metric}")
+        check_packages(metric)
     _exists(evaluate.codec or "", "evaluate.codec")
     if evaluate.codec is None and config.teacher.kind not in (*PACKAGED, "cosyvoice2"):
         raise InputError(

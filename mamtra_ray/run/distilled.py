@@ -13,6 +13,8 @@ from mamtra_ray.run.names import DISTILLED_ROW, distilled_student
 from mamtra_ray.run.rows import FinalistRow, read_table, write_table
 
 ORIGIN = "distill"
+BESIDE_A_FINALIST = "distilled "
+"""Before its layout in the name that an evaluation gives it, where a finalist has the same layout."""
 
 
 def saved_layout(folder: Path) -> Layout:
@@ -41,7 +43,7 @@ def distilled_system(run_folder: Path) -> str | None:
     if layout is None:
         return None
     is_finalist = (run_folder / "finalists" / str(layout) / "student").is_dir()
-    return f"distilled {layout}" if is_finalist else str(layout)
+    return f"{BESIDE_A_FINALIST}{layout}" if is_finalist else str(layout)
 
 
 def read_distilled(run_folder: Path) -> FinalistRow | None:

@@ -16,6 +16,7 @@ from mamtra_ray.config import Config, load_config
 from mamtra_ray.efficiency.architectures import Architecture, MambaShape
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
+from mamtra_ray.run.distilled import read_distilled
 from mamtra_ray.run.journal import CURVE_KEY, TRIAL_KEY, read_journal
 from mamtra_ray.run.names import (
     ARCHITECTURE,
@@ -110,6 +111,8 @@ class Run:
     audio: AudioIndex
     best_layout: Layout | None
     """The finalist that was exported to ``best/``."""
+    distilled: FinalistRow | None = None
+    """Of the student of ``python -m mamtra_ray.distill``."""
 
 
 def read_run(path: Path) -> Run:
@@ -140,6 +143,7 @@ def read_run(path: Path) -> Run:
         rungs=costs.rungs,
         audio=read_audio_index(path),
         best_layout=exported_layout(path / BEST),
+        distilled=read_distilled(path),
     )
 
 

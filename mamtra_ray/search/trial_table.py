@@ -15,7 +15,7 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.run.journal import CURVE_KEY, TRIAL_KEY, Journal
 from mamtra_ray.run.names import CURVES, TRIAL_FAILURES, TRIALS
 from mamtra_ray.run.rows import FINALIST_CURVE, FINISHED, CurvePoint, TrialRow
-from mamtra_ray.search.tensorboard import finalist_folder, log_report, trial_folder
+from mamtra_ray.run.tensorboard import finalist_folder, log_report, trial_folder
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--speaker", metavar="NAME", help="continue the voice of a speaker of the corpus")
     add("--prompt-audio", type=Path, metavar="FILE", help="continue the voice of a recording; with --prompt-text")
     add("--prompt-text", metavar="TEXT", help="what is said in it")
+    add("--threads", type=int, metavar="N", help="of the CPU (default: OMP_NUM_THREADS, else 1 for a small model)")
     add("--dry-run", action="store_true", help="check text, models and output, print the plan, do nothing")
     parser.epilog = "key=value among the words is a setting, such as evaluate.temperature=0.5 or evaluate.codec=FOLDER."
     return parser
@@ -121,6 +122,8 @@ def _speak(
     from mamtra_ray.speak.sound import output_names
     from mamtra_ray.teachers.text import text_tokenizer
 
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"--threads {options.threads}: at least 1")
     source = settings.config.teacher
     tokenize = text_tokenizer(source.kind, Path(source.path) if source.path else None)
     for number, sentence in enumerate(sentences, 1):
@@ -137,9 +140,11 @@ def _speak(
 
     from mamtra_ray.speak.sound import SilentError
     from mamtra_ray.speak.speaker import Speaker, Speaking, Stack
+    from mamtra_ray.speak.threads import use_threads
     from mamtra_ray.speech_lm.generation_check import NonFiniteLogitsError
 
     stack = Stack.of(settings.config)
+    use_threads(sum(part.numel() for part in stack.teacher.model.parameters()), options.threads)
     in_blocks = options.stream or sound is not None
     if in_blocks and not stack.streams:
         print(f"{_codec_name(stack)} needs a whole sentence at once: sound comes sentence by sentence", file=sys.stderr)

@@ -5,6 +5,9 @@ All come from optional packages with their own or the user's weights; nothing is
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +55,24 @@ def metric_from_name(name: str) -> Metric:
     return METRICS[kind](Path(path) if path else None)
 
 
+def check_packages(name: str) -> None:
+    """What a dry run asks: is the package behind an entry of ``evaluate.metrics`` installed? Imports none of them.
+
+    Raises:
+        InputError: one is not, and how to install it.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "speaker_similarity" and path:
+        return  # transformers does it
+    for package in _PACKAGES[kind]:
+        if importlib.util.find_spec(package) is None:
+            raise _missing(kind, package)
+
+
+def _missing(kind: str, package: str | None) -> InputError:
+    return InputError(f"evaluate.metrics={kind} needs the package {package}, which is not installed: {_INSTALL[kind]}")
+
+
 @dataclass(frozen=True)
 class SpeakerSimilarity:
     """Cosine between speaker embeddings of the utterance and of its prompt, -1 to 1.
@@ -93,10 +114,7 @@ def load_speaker_similarity(path: Path | None) -> SpeakerSimilarity:
         try:
             from resemblyzer import VoiceEncoder
         except ImportError as error:
-            raise InputError(
-                f"speaker_similarity needs the package resemblyzer ({error.name} is not installed): pip install "
-                "resemblyzer; or give the folder of an x-vector model: speaker_similarity:FOLDER"
-            ) from None
+            raise _missing("speaker_similarity", error.name) from None
         return SpeakerSimilarity(VoiceEncoder("cpu", verbose=False).embed_utterance)
     from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
@@ -129,7 +147,7 @@ class PredictedOpinion:
         texts: Sequence[str],
         prompts: Sequence[Path | None],
     ) -> list[dict[str, float]]:
-        """``utmos`` or ``dnsmos`` of each utterance."""
+        """``name`` of each utterance."""
         sounds = [resampled(waveform, sample_rate, SAMPLE_RATE) for waveform in waveforms]
         return [{self.name: float(self.predict(sound))} for sound in sounds]
 
@@ -147,10 +165,8 @@ def load_utmos(path: Path | None) -> PredictedOpinion:
         raise InputError("utmos needs its weights (Blinorot/UTMOS-PyTorch on Hugging Face): utmos:FILE")
     try:
         from utmos_pytorch.utmos_torch import UTMOSModel, UTMOSScoreTorch
-    except ImportError:
-        raise InputError(
-            "utmos needs the package utmos-pytorch, which is not installed: pip install utmos-pytorch"
-        ) from None
+    except ImportError as error:
+        raise _missing("utmos", error.name) from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = sorted(set(UTMOSModel().state_dict()) - set(found))
@@ -167,10 +183,41 @@ def load_dnsmos(path: Path | None) -> PredictedOpinion:
     try:
         from speechmos import dnsmos
     except ImportError as error:
-        raise InputError(
-            f"dnsmos needs the package speechmos ({error.name} is not installed): pip install speechmos librosa"
-        ) from None
+        raise _missing("dnsmos", error.name) from None
     return PredictedOpinion("dnsmos", lambda sound: dnsmos.run(np.clip(sound, -1, 1), SAMPLE_RATE)["ovrl_mos"])
+
+
+def load_distillmos(path: Path | None) -> PredictedOpinion:
+    """Distill-MOS, a small network distilled from one on XLS-R, through the package distillmos, which carries its
+    weights (Stahl and Gamper, 2025, arXiv:2502.05356).
+
+    It hears 7.68 s at once: a shorter sound is padded with silence, of a longer one its windows' scores are averaged.
+
+    Raises:
+        InputError: a package is missing or does not load.
+    """
+    import torch
+
+    try:
+        # It needs torchaudio for its command line only, and cannot be imported without.
+        from distillmos import ConvTransformerSQAModel
+    except ImportError as error:
+        raise _missing("distillmos", error.name) from None
+    except OSError as error:  # torchaudio's library beside a torch of another build
+        raise InputError(
+            f"evaluate.metrics=distillmos: torchaudio does not load beside torch {torch.__version__}, install the one "
+            f"of the same build (CPU or CUDA, https://pytorch.org): {' '.join(str(error).split())[:200]}"
+        ) from None
+    with contextlib.redirect_stdout(io.StringIO()):  # it says where its weights are
+        network = ConvTransformerSQAModel().eval()
+
+    @torch.inference_mode()
+    def predict(sound: np.ndarray) -> float:
+        if not sound.any():
+            raise ValueError("there is no sound in it")
+        return network(torch.from_numpy(sound)[None]).item()
+
+    return PredictedOpinion("distillmos", predict)
 
 
 def load_versa(path: Path | None) -> Any:
@@ -186,6 +233,26 @@ METRICS: dict[str, Callable[[Path | None], Any]] = {
     "speaker_similarity": load_speaker_similarity,
     "utmos": load_utmos,
     "dnsmos": load_dnsmos,
+    "distillmos": load_distillmos,
     "versa": load_versa,
 }
 """Loader by kind; takes the path behind the colon."""
+
+_PACKAGES = {
+    "speaker_similarity": ("resemblyzer",),
+    "utmos": ("utmos_pytorch",),
+    "dnsmos": ("speechmos", "onnxruntime", "librosa"),
+    "distillmos": ("distillmos", "xls_r_sqa", "torchaudio"),
+    "versa": ("versa",),
+}
+"""Modules by kind, which a dry run looks for."""
+
+_INSTALL = {
+    "speaker_similarity": (
+        "pip install resemblyzer; or give the folder of an x-vector model: speaker_similarity:FOLDER"
+    ),
+    "utmos": "pip install utmos-pytorch",
+    "dnsmos": "pip install speechmos librosa",
+    "distillmos": "pip install 'mamtra-ray[quality]'",
+    "versa": "pip install git+https://github.com/wavlab-speech/versa (versa on PyPI is something else)",
+}

@@ -36,7 +36,7 @@ class VersaSuite:
         texts: Sequence[str],
         prompts: Sequence[Path | None],
     ) -> list[dict[str, float]]:
-        """All numbers VERSA gives for each utterance, under its names.
+        """All numbers VERSA gives for each utterance, under its names: scores, counts, and yes or no as 1 or 0.
 
         Raises:
             InputError: an utterance or one of its values did not come back, or a needed prompt is missing.
@@ -112,8 +112,18 @@ def load_versa_suite(path: Path) -> VersaSuite:
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in result.items()
-        if isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    }
+    found = {name: _number(value) for name, value in result.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _number(value: Any) -> float | None:
+    """Counts are numbers, and so is yes or no: 1 or 0, whose mean is a share. Texts, labels and lists have no mean."""
+    if isinstance(value, int | float):  # bool is an int
+        return float(value)
+    if not hasattr(value, "item"):
+        return None
+    try:
+        single = value.item()  # of an array or a tensor
+    except (ValueError, RuntimeError):  # more than one element
+        return None
+    return float(single) if isinstance(single, int | float) else None

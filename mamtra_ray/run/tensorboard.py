@@ -1,4 +1,4 @@
-"""Trainings as TensorBoard shows them: a run for every trial and finalist, by training tokens.
+"""Trainings as TensorBoard shows them: a run for every trial, finalist and student of `distill`, by training tokens.
 
 Every report adds a file of its own: TensorBoard shows it while the training goes on, and a training that was stopped
 leaves its files as they are.
@@ -47,6 +47,11 @@ def trial_folder(run_folder: Path, layout: Layout) -> Path:
 def finalist_folder(run_folder: Path, layout: Layout) -> Path:
     """Of a finalist's events."""
     return run_folder / FOLDER / "finalists" / str(layout)
+
+
+def distilled_folder(run_folder: Path, layout: Layout) -> Path:
+    """Of the events of the student of ``python -m mamtra_ray.distill``."""
+    return run_folder / FOLDER / "distilled" / str(layout)
 
 
 def log_report(folder: Path, curve: Sequence[CurvePoint], report: Scored, **spoken: float | None) -> None:
