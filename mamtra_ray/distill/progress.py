@@ -16,6 +16,16 @@ class TrainingProgress:
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[int, str]] = {}
+        self._sentences: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        """A training has something to say that should stay on the screen."""
+        self._sentences.append(sentence)
+
+    def new_sentences(self) -> list[str]:
+        """What was said since the last call."""
+        sentences, self._sentences = self._sentences, []
+        return sentences
 
     def note_progress(self, layout: str, tokens: int, doing: str = "") -> None:
         """A training tells how many tokens it has seen, and what it is doing if that is no training step."""
@@ -51,6 +61,8 @@ def show_progress(
         total: of all its trainings; None: of this one alone.
         note: more words.
     """
+    for sentence in result_of(job.progress.new_sentences.remote()):
+        screen.say(f"    {sentence}")
     of_this = job.report_at[-1]
     tokens, doing = result_of(job.progress.progress_of.remote(str(job.layout)))
     if doing:
