@@ -153,7 +153,9 @@ class Distillation:
         """
         self.check_finite()
         whole = -(-self.config.tokens_per_batch // self.accumulation.world_size)
-        most = VALIDATION_PARTS * (self.accumulation.most_tokens or whole)
+        # With activation checkpointing a step keeps little more than a pass without gradients needs.
+        parts = 1 if self.config.activation_checkpointing else VALIDATION_PARTS
+        most = parts * (self.accumulation.most_tokens or whole)
         while most:
             try:
                 return validate(self.student, batches(), most, self.config.loss_chunk_tokens)
