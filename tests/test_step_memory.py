@@ -215,6 +215,10 @@ def test_dry_runs_say_it_and_refuse_it(tmp_path, monkeypatch, capsys):
         assert verb([*command, "--address", "10.0.0.1:6379", "resources.gpus_per_worker=0"]) == 0
         assert verb([*command, "resources.gpus_per_worker=1"]) == 0
         monkeypatch.undo()
+        monkeypatch.setattr(run_memory.shutil, "which", lambda _: None)
+        assert verb([*command, "resources.gpus_per_worker=0", "distill.compile=true"]) == 2
+        assert "distill.compile=true needs a C++ compiler" in capsys.readouterr().err
+        monkeypatch.undo()
         capsys.readouterr()
 
 

@@ -132,6 +132,8 @@ class DistillConfig(Section):
     time."""
     loss_chunk_tokens: Count = 256
     """Tokens whose logits exist at a time; more is faster up to the processor's cache, and larger."""
+    compile: bool = False
+    """Compile every decoder layer with torch.compile, all but the scan; the first steps take minutes longer."""
     learning_rate: LearningRate | Literal["auto"] = "auto"
     """Peak learning rate (paper: 1e-5, constant, for CosyVoice 2); auto tries a handful on one layout, each up to the
     first of `search.rung_tokens`, and keeps the best."""
@@ -160,7 +162,7 @@ class DistillConfig(Section):
     workers: Count = 1
     """Ray Train workers of a finalist."""
     precision: Precision = "float32"
-    """Autocast type of the forward pass."""
+    """Autocast type of the forward pass; weights, gradients and the optimizer's state are float32."""
     checkpoint_every_tokens: Count = 2_000_000
     """A resumable checkpoint every so many tokens."""
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from mamtra_ray.config import DistillConfig
 from mamtra_ray.distill.accumulation import Accumulation
+from mamtra_ray.distill.compilation import compile_layers
 from mamtra_ray.distill.curve import HostCopy, StepTerms
 from mamtra_ray.distill.micro_batches import Batch, micro_batches
 from mamtra_ray.errors import DivergedError, InputError
@@ -69,6 +70,8 @@ class Distillation:
     ) -> None:
         self.config, self.total_tokens, self.device = config, total_tokens, device
         self.student = student.to(device).train()
+        if config.compile:
+            compile_layers(self.student)
         self.accumulation = Accumulation(self.student, config, device, world_size, say)
         if isinstance(config.learning_rate, str):
             raise ValueError("distill.learning_rate=auto must be a number before a training begins")

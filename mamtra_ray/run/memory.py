@@ -1,4 +1,4 @@
-"""Memory of one process in every phase of a run, from shapes and settings alone; and whether it is there.
+"""Memory of one process in every phase of a run, from shapes and settings alone; and whether this machine has it.
 
 No torch, no Ray: a dry run answers at once. What is counted, and how well, says :mod:`mamtra_ray.efficiency.memory`.
 """
@@ -22,6 +22,7 @@ from mamtra_ray.efficiency.memory import StepMemory, alignment_memory, distillat
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
+from mamtra_ray.runtime.compiler import check_compiler
 from mamtra_ray.runtime.progress import table
 
 CACHE_BATCH_TOKENS = 8_192
@@ -172,10 +173,15 @@ class Machine:
     is_card: bool = False
 
 
+def is_local(address: str | None) -> bool:
+    """Whether a run with this ``--address`` computes on this machine alone."""
+    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
 def machine_of(config: Config, address: str | None) -> Machine | None:
     """This machine's card if workers use one, else its memory; None where that cannot be told: on a cluster, or where a
     card is asked for that does not answer."""
-    if (address or os.environ.get("RAY_ADDRESS") or "local") != "local":
+    if not is_local(address):
         return None
     gpus = config.resources.gpus_per_worker
     if gpus != 0 and shutil.which("nvidia-smi"):
@@ -198,6 +204,17 @@ def check_memory(phases: Iterable[PhaseMemory], machine: Machine | None) -> None
                 f"{phase.phase}: one process needs {phase.memory.total / 1e9:.1f} GB for {phase.tokens:,} tokens at "
                 f"once, {machine.name} has {machine.memory_bytes / 1e9:.1f} GB: lower {phase.lower}"
             )
+
+
+def check_compiles(config: Config, address: str | None) -> None:
+    """Refuse ``distill.compile`` where this machine, if it computes alone, has no compiler.
+
+    Raises:
+        InputError: names what is missing.
+    """
+    if config.distill.compile and is_local(address):
+        machine = machine_of(config, address)
+        check_compiler(is_cuda=machine is None or machine.is_card)
 
 
 def _card() -> Machine | None:

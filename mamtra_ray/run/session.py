@@ -20,7 +20,14 @@ from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.run.checks import search_space
 from mamtra_ray.run.folder import write_architecture
 from mamtra_ray.run.identity import check_identity
-from mamtra_ray.run.memory import Lengths, check_memory, machine_of, memory_of_phases, one_of_every_ratio
+from mamtra_ray.run.memory import (
+    Lengths,
+    check_compiles,
+    check_memory,
+    machine_of,
+    memory_of_phases,
+    one_of_every_ratio,
+)
 from mamtra_ray.run.names import CONFIG, COSTS, LOCK
 from mamtra_ray.run.open_run import OpenRun
 from mamtra_ray.runtime.cluster import connect
@@ -91,6 +98,8 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
     identity = corpus_identity(corpus)
     architecture = architecture_of(teacher, config.student.state_sharing)
     _check_memory(config, teacher, architecture, corpus, phases, address)
+    if {"trials", "distill"} & set(phases):
+        check_compiles(config, address)
     with said_while("connecting to Ray"):
         cluster = connect(address)
     take_stop_signals()

@@ -13,6 +13,7 @@ from mamtra_ray.layouts.candidates import given_candidates, importance_criteria
 from mamtra_ray.run.checks import CheckedInputs
 from mamtra_ray.run.memory import (
     Lengths,
+    check_compiles,
     check_memory,
     machine_of,
     memory_of_phases,
@@ -39,6 +40,7 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs, address: str
     lengths = Lengths.of(inputs.train, inputs.teacher.sequence_overhead, config.corpus.train_tokens)
     memory = memory_of_phases(config, inputs.architecture, lengths, one_of_every_ratio(inputs.space))
     check_memory(memory, machine_of(config, address))
+    check_compiles(config, address)
     layers, body = inputs.num_layers, inputs.body_parameters()
     train = int(token_counts(inputs.train, "speech_tokens").sum())
     train = min(train, config.corpus.train_tokens or train)
