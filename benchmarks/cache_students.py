@@ -101,7 +101,7 @@ def distil_in_turns(
         turn = step % len(names)
         for name in names[turn:] + names[:turn]:
             began = time.perf_counter()
-            lessons[name].losses.append(lessons[name].training.step(next(streams[name])))
+            lessons[name].losses.append(lessons[name].training.step(next(streams[name])).read())
             lessons[name].seconds.append(time.perf_counter() - began)
         step += 1
     return lessons

@@ -58,6 +58,14 @@ class Batch:
     teacher_targets: Any
     num_tokens: int
 
+    @property
+    def host_labels_BL(self) -> Tensor:
+        return self.labels_BL
+
+    @property
+    def step_tokens(self) -> int:
+        return self.num_tokens
+
 
 def make_batch(teacher: Teacher, rows: list[Utterance]) -> Batch:
     examples = [teacher.sequence.training_example(row.text_tokens.tolist(), row.speech_tokens.tolist()) for row in rows]

@@ -52,6 +52,10 @@ class HiddenTargets:
     hidden_ND: Tensor
     layers_ND: Mapping[int, Tensor] = field(default_factory=dict)
 
+    def rows(self, rows: slice) -> HiddenTargets:
+        """Those of consecutive labeled positions, as views."""
+        return HiddenTargets(self.hidden_ND[rows], {layer: x_ND[rows] for layer, x_ND in self.layers_ND.items()})
+
 
 @dataclass(frozen=True)
 class TopKTargets:
@@ -68,6 +72,10 @@ class TopKTargets:
     ids_NK: Tensor
     log_probs_NK: Tensor
     tail_log_mass_N: Tensor
+
+    def rows(self, rows: slice) -> TopKTargets:
+        """Those of consecutive labeled positions, as views."""
+        return TopKTargets(self.ids_NK[rows], self.log_probs_NK[rows], self.tail_log_mass_N[rows])
 
 
 @dataclass(frozen=True)
@@ -199,7 +207,7 @@ def distillation_loss(
     if isinstance(teacher_targets, HiddenTargets) and head.weight.requires_grad and weights.kl:
         raise InputError("hidden-state targets need a frozen head: the teacher's logits are made with it")
     valid_N = labels_N != IGNORE
-    count = valid_N.sum().clamp_min(1) if num_tokens is None else torch.as_tensor(num_tokens, device=labels_N.device)
+    count = valid_N.sum().clamp_min(1) if num_tokens is None else num_tokens
     missing = _wide(student_hidden_ND.new_full((), math.nan))
     total, ce, kl, hidden = torch.zeros_like(missing), missing, missing, missing
     if weights.ce or weights.kl:
@@ -314,8 +322,8 @@ def _teacher_rows(
     if isinstance(targets, HiddenTargets):
         hidden_ND = targets.hidden_ND[rows].to(weight_VD.dtype)
         return _log_softmax(F.linear(hidden_ND, weight_VD, bias_V)), None
-    chunk = TopKTargets(targets.ids_NK[rows].long(), targets.log_probs_NK[rows], targets.tail_log_mass_N[rows])
-    return _bucket_log_p(chunk), chunk.ids_NK
+    chunk = targets.rows(rows)
+    return _bucket_log_p(chunk), chunk.ids_NK.long()
 
 
 def _hidden_pairs(
@@ -379,7 +387,7 @@ def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values.where(mask.bool()[..., None], 0)
 
 
-def _masked_mean(values: Tensor, mask: Tensor | None, count: Tensor | None = None) -> Tensor:
+def _masked_mean(values: Tensor, mask: Tensor | None, count: Tensor | float | None = None) -> Tensor:
     if mask is None:
         return values.mean() if count is None else values.sum() / count
     mask = mask.bool()

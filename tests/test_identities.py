@@ -79,12 +79,19 @@ def test_a_student_depends_on_what_its_weights_depend_on():
     same = [
         student(DistillConfig(workers=4)),
         student(DistillConfig(checkpoint_every_tokens=7)),
+        # Rounding only.
+        student(DistillConfig(micro_batch_tokens=100)),
+        student(DistillConfig(micro_batch_tokens="auto")),
+        student(DistillConfig(activation_checkpointing=True)),
+        student(DistillConfig(loss_chunk_tokens=7)),
+        student(DistillConfig(compile=True)),
         student(DistillConfig(tokens=7)),  # said beside it: trials and finalists end elsewhere
     ]
     assert all(one == student() for one in same)
     others = [
         student(DistillConfig(learning_rate=0.5)),
         student(DistillConfig(kl_weight=0.5)),
+        student(DistillConfig(precision="bfloat16")),
         student(start=StudentConfig(state_sharing="per_kv_head")),
         student(seed=1),
         student(train=shared(speech_tokens=7)),

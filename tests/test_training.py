@@ -33,6 +33,11 @@ class Batch:
     labels_BL: Tensor
     teacher_targets: Any
     num_tokens: int
+    step_tokens: int
+
+    @property
+    def host_labels_BL(self) -> Tensor:
+        return self.labels_BL
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,8 @@ def make_batch(teacher: Teacher, lengths: tuple[int, ...], seed: int) -> Batch:
     labeled_BL = labels_BL != IGNORE
     with torch.no_grad():
         hidden_ND = teacher.model.hidden_states(ids_BL)[labeled_BL]
-    return Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), int(labeled_BL.sum()))
+    tokens = int(labeled_BL.sum())
+    return Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), tokens, tokens)
 
 
 def student_of(teacher: Teacher) -> SpeechLM:
@@ -86,7 +92,7 @@ def test_the_embedding_loss_is_taken_where_the_configuration_says(teacher, level
     batch = dataclasses.replace(batch, teacher_targets=HiddenTargets(batch.teacher_targets.hidden_ND, layers))
     config = CONFIG.model_copy(update={"hidden_layers": levels, "ce_weight": 0.0, "kl_weight": 0.0})
     before = [layer.mlp.down_proj.weight.clone() for layer in student.body.layers]
-    terms = Distillation(student, config, 100, CPU).step(batch)
+    terms = Distillation(student, config, 100, CPU).step(batch).read()
     assert terms["hidden"] == pytest.approx(expected.item(), rel=1e-5)
     assert terms["total"] == pytest.approx(terms["hidden"])
     after = [layer.mlp.down_proj.weight for layer in student.body.layers]
@@ -168,9 +174,7 @@ def test_learning_rate_schedule(teacher, schedule):
 def test_an_exploded_step_is_refused_before_it_spoils_the_weights(teacher):
     training = Distillation(student_of(teacher), CONFIG, 100, CPU)
     batch = make_batch(teacher, (5,), 0)
-    spoiled = Batch(
-        batch.input_ids_BL, batch.labels_BL, HiddenTargets(batch.teacher_targets.hidden_ND * math.inf), batch.num_tokens
-    )
+    spoiled = dataclasses.replace(batch, teacher_targets=HiddenTargets(batch.teacher_targets.hidden_ND * math.inf))
     before = [parameter.clone() for parameter in training.student.parameters()]
     with pytest.raises(DivergedError, match="has diverged: its gradient's norm is nan at step"):
         training.step(spoiled)
@@ -193,6 +197,7 @@ def test_two_processes_equal_one(teacher, tmp_path):
         ),
         HiddenTargets(torch.cat([b.teacher_targets.hidden_ND for b in parts])),
         sum(b.num_tokens for b in parts),
+        sum(b.num_tokens for b in parts),
     )
     alone = Distillation(student_of(teacher), CONFIG, 100, CPU)
     for _ in range(3):
@@ -210,8 +215,10 @@ def test_two_processes_equal_one(teacher, tmp_path):
 def _one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    ids_BL, labels_BL, hidden_ND = torch.load(f"{folder}/parts.pt", weights_only=True)[rank]
-    batch = Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), int((labels_BL != IGNORE).sum()))
+    parts = torch.load(f"{folder}/parts.pt", weights_only=True)
+    counts = [int((labels_BL != IGNORE).sum()) for _, labels_BL, _ in parts]
+    ids_BL, labels_BL, hidden_ND = parts[rank]
+    batch = Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), counts[rank], sum(counts))
     teacher = SpeechLM.load(f"{folder}/teacher")
     letters = "AM" * (teacher.layout.num_layers // 2) + "M" * (teacher.layout.num_layers % 2)
     training = Distillation(make_student(teacher, letters), CONFIG, 100, CPU, world_size=2)

@@ -10,6 +10,7 @@ from tiny_cache import LocalTeacher, tiny_config
 
 from mamtra_ray.config import DistillConfig, StudentConfig
 from mamtra_ray.distill import workers
+from mamtra_ray.distill.curve import HostCopy, StepTerms
 from mamtra_ray.distill.job import DistillData, DistillJob
 from mamtra_ray.distill.progress import TrainingProgress, show_progress, show_progress_of_several
 from mamtra_ray.distill.training import HeldOut
@@ -107,7 +108,12 @@ def test_a_training_tells_what_it_does(tmp_path, screen, monkeypatch, capsys):
         seen.append((tokens, doing))
         actor.note_progress(layout, tokens, doing)
 
-    handle = SimpleNamespace(note_progress=SimpleNamespace(remote=note), running=Handle(actor).running)
+    handle = SimpleNamespace(
+        note_progress=SimpleNamespace(remote=note),
+        running=Handle(actor).running,
+        say=Handle(actor).say,
+        new_sentences=Handle(actor).new_sentences,
+    )
     job = DistillJob(
         Layout("AMAM"),
         DistillConfig(tokens=30, tokens_per_batch=10, learning_rate=1e-3),
@@ -116,12 +122,12 @@ def test_a_training_tells_what_it_does(tmp_path, screen, monkeypatch, capsys):
         report_at=(20, 30),
         progress=handle,
     )
-    monkeypatch.setattr(workers, "validate", lambda *_: HeldOut(1.0, 0.5, 10))
+    monkeypatch.setattr("mamtra_ray.distill.training.Distillation.validate", lambda *_: HeldOut(1.0, 0.5, 10))
     monkeypatch.setattr(workers, "batches", lambda *_, **__: iter([SimpleNamespace(num_tokens=10)] * 3))
 
     def step(training, batch):
         training.position = training.position.after(batch.num_tokens)
-        return {"total": 1.0, "ce": 1.0, "kl": 1.0, "hidden": 1.0, "learning_rate": 1e-3, "grad_norm": 1.0}
+        return StepTerms(training.position.step, training.position.tokens, 1e-3, HostCopy(torch.ones(5)))
 
     monkeypatch.setattr("mamtra_ray.distill.training.Distillation.step", step)
     monkeypatch.setattr("mamtra_ray.distill.training.Stopwatch.a_second_passed", lambda _: True)
@@ -155,7 +161,7 @@ def test_a_training_tells_what_it_does(tmp_path, screen, monkeypatch, capsys):
 
 def test_trainings_side_by_side_are_counted_together(screen, monkeypatch, capsys):
     actor = TrainingProgress()
-    handle = SimpleNamespace(running=Handle(actor).running)
+    handle = SimpleNamespace(running=Handle(actor).running, new_sentences=Handle(actor).new_sentences)
     monkeypatch.setattr("mamtra_ray.distill.progress.result_of", lambda value: value)
     shown = {"layouts": ["AMAM", "AAMM", "MMAA", "MAMA"], "tokens": 100}
     actor.note_progress("AMAM", 100, "saving")  # its end has not been told yet

@@ -123,7 +123,17 @@ class DistillConfig(Section):
     tokens: Count = 26_000_000
     """Training tokens of a finalist (and of `python -m mamtra_ray.distill`)."""
     tokens_per_batch: Count = 40_000
-    """Padded tokens of a batch, over all workers together (paper: 40,000)."""
+    """Padded tokens of a batch, over all workers together (paper: 40,000): the optimizer's step."""
+    micro_batch_tokens: Count | Literal["auto"] | None = None
+    """Padded tokens that a worker computes at once; the gradients of a batch's parts are added up, which gives its step
+    up to rounding. none: all at once; auto: all, and after an out-of-memory error halves until they fit."""
+    activation_checkpointing: bool = False
+    """Keep the input of every layer only and compute the layer again in the backward pass: less memory, a third more
+    time."""
+    loss_chunk_tokens: Count = 256
+    """Tokens whose logits exist at a time; more is faster up to the processor's cache, and larger."""
+    compile: bool = False
+    """Compile every decoder layer with torch.compile, all but the scan; the first steps take minutes longer."""
     learning_rate: LearningRate | Literal["auto"] = "auto"
     """Peak learning rate (paper: 1e-5, constant, for CosyVoice 2); auto tries a handful on one layout, each up to the
     first of `search.rung_tokens`, and keeps the best."""
@@ -152,7 +162,7 @@ class DistillConfig(Section):
     workers: Count = 1
     """Ray Train workers of a finalist."""
     precision: Precision = "float32"
-    """Autocast type of the forward pass."""
+    """Autocast type of the forward pass; weights, gradients and the optimizer's state are float32."""
     checkpoint_every_tokens: Count = 2_000_000
     """A resumable checkpoint every so many tokens."""
 

@@ -25,10 +25,17 @@ def main(arguments: list[str] | None = None) -> int:
         Layout.from_string(options.layout)
 
     from mamtra_ray.run.checks import check_inputs
+    from mamtra_ray.run.memory import Lengths, check_compiles, check_memory, machine_of, memory_table, training_memory
 
-    layout = layout_from_argument(options.layout, check_inputs(config, speech=False).num_layers)
+    inputs = check_inputs(config, speech=False)
+    layout = layout_from_argument(options.layout, inputs.num_layers)
     check_no_other_layout(folder, layout)
+    lengths = Lengths.of(inputs.train, inputs.teacher.sequence_overhead, config.corpus.train_tokens)
+    memory = training_memory(config, inputs.architecture, lengths, [layout], "distill", config.distill.workers)
+    check_memory([memory], machine_of(config, options.address))
+    check_compiles(config, options.address)
     if options.dry_run:
+        print(memory_table([memory]))
         print(f"distill {layout} ({layout.ratio}) with {config.distill.tokens:,} tokens into {folder / 'student'}")
         return 0
 

@@ -13,6 +13,13 @@ from mamtra_ray.layouts import Layout
 from mamtra_ray.teacher_cache.shared import SharedCache
 from mamtra_ray.teachers.shared import SharedTeacher
 
+_CHANGE_NO_WEIGHT = {
+    *("tokens", "workers", "checkpoint_every_tokens"),
+    # These by rounding only, as the number of workers does.
+    *("micro_batch_tokens", "activation_checkpointing", "loss_chunk_tokens", "compile"),
+}
+"""Keys of :class:`DistillConfig` that identify no student; ``tokens`` is said beside it."""
+
 
 @dataclass(frozen=True)
 class DistillData:
@@ -89,7 +96,7 @@ def student_made_by(data: DistillData, student: StudentConfig, settings: Distill
             ]
         ),
         "start": content_hash([student.model_dump(), data.library_made_by if aligned else None]),
-        "settings": content_hash(settings.model_dump(exclude={"tokens", "workers", "checkpoint_every_tokens"})),
+        "settings": content_hash(settings.model_dump(exclude=_CHANGE_NO_WEIGHT)),
         "seed": str(seed),
     }
 

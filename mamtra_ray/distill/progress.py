@@ -17,6 +17,16 @@ class TrainingProgress:
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[int, str]] = {}
+        self._sentences: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        """A training has something to say that should stay on the screen."""
+        self._sentences.append(sentence)
+
+    def new_sentences(self) -> list[str]:
+        """What was said since the last call."""
+        sentences, self._sentences = self._sentences, []
+        return sentences
 
     def note_progress(self, layout: str, tokens: int, doing: str = "") -> None:
         """A training tells how many tokens it has seen, and what it is doing if that is no training step."""
@@ -53,6 +63,8 @@ def show_progress_of_several(
         finished: those that have ended.
         tokens: of each training.
     """
+    for sentence in result_of(progress.new_sentences.remote()):
+        screen.say(f"    {sentence}")
     running = {name: told for name, told in result_of(progress.running.remote()).items() if name in layouts}
     # One that has ended may still stand in the actor.
     running = {name: told for name, told in running.items() if name not in finished}

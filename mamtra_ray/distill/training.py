@@ -7,48 +7,31 @@ Shapes: B batch, L length, D model width, N labeled positions of a batch.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mamtra_ray.config import DistillConfig
-from mamtra_ray.errors import DivergedError
-from mamtra_ray.losses import IGNORE, LossWeights, distillation_loss
+from mamtra_ray.distill.accumulation import Accumulation
+from mamtra_ray.distill.compilation import compile_layers
+from mamtra_ray.distill.curve import HostCopy, StepTerms
+from mamtra_ray.distill.micro_batches import Batch, micro_batches
+from mamtra_ray.errors import DivergedError, InputError
+from mamtra_ray.losses import LossWeights, distillation_loss
 from mamtra_ray.models.mamba import MambaMixer
-from mamtra_ray.runtime.training import (
-    Position,
-    autocast,
-    learning_rate_factor,
-    read_state,
-    save_state,
-    sum_over_workers,
-)
+from mamtra_ray.runtime.training import Position, learning_rate_factor, read_state, save_state
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
-
-class Batch(Protocol):
-    """What a step needs; ``teacher_cache.batches.DistillBatch`` is one."""
-
-    @property
-    def input_ids_BL(self) -> Tensor:
-        """Unified ids, padded right."""
-
-    @property
-    def labels_BL(self) -> Tensor:
-        """Speech ids, or IGNORE."""
-
-    @property
-    def teacher_targets(self) -> Any:
-        """The teacher's rows for the labeled positions, in the order of ``labels_BL[labels_BL != IGNORE]``."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Labeled positions."""
+_LOG = logging.getLogger(__name__)
+VALIDATION_PARTS = 4
+"""Held-out scores take this many micro batches at once: nothing is kept for a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -62,40 +45,6 @@ class HeldOut:
     tokens: int
 
 
-class _Objective(nn.Module):
-    """Student and Eq. 5 as one module, so that DistributedDataParallel sees a single forward pass."""
-
-    def __init__(self, student: SpeechLM, config: DistillConfig) -> None:
-        super().__init__()
-        self.student = student
-        self.weights = LossWeights(ce=config.ce_weight, kl=config.kl_weight, hidden=config.hidden_weight)
-        self.skew = config.kl_skew
-        self.hidden_layers = config.hidden_layers
-
-    def forward(self, batch: Batch, num_tokens: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The terms of Eq. 5 as sums over this batch divided by ``num_tokens``; a tuple, as DDP wants it."""
-        # Padded right, so no position sees padding: without a mask attention takes its faster causal path.
-        labeled_BL = batch.labels_BL != IGNORE
-        layers = [layer for layer in self.hidden_layers if layer != "final"] if self.weights.hidden else []
-        hidden_BLD = self.student.hidden_states(batch.input_ids_BL, return_layers=bool(layers))
-        layers_ND: dict[int, Tensor] = {}
-        if layers:
-            hidden_BLD, outputs = hidden_BLD
-            layers_ND = {layer: outputs[layer][labeled_BL] for layer in layers}
-        terms = distillation_loss(
-            hidden_BLD[labeled_BL],
-            self.student.head,
-            batch.labels_BL[labeled_BL],
-            batch.teacher_targets,
-            self.weights,
-            alpha=self.skew,
-            num_tokens=num_tokens,
-            hidden_layers=self.hidden_layers,
-            student_layers_ND=layers_ND,
-        )
-        return terms.total, terms.ce, terms.kl, terms.hidden
-
-
 class Distillation:
     """A student in training: optimizer, schedule and position.
 
@@ -106,6 +55,7 @@ class Distillation:
         device: where it trains.
         world_size: processes that train together; above 1 a process group must be initialized.
         made_by: what the training depends on; a saved state of another training is refused.
+        say: told in a sentence when a step is done again in smaller micro batches.
     """
 
     def __init__(
@@ -116,16 +66,13 @@ class Distillation:
         device: torch.device,
         world_size: int = 1,
         made_by: Mapping[str, str] | None = None,
+        say: Callable[[str], None] = _LOG.warning,
     ) -> None:
-        self.config, self.total_tokens, self.device, self.world_size = config, total_tokens, device, world_size
+        self.config, self.total_tokens, self.device = config, total_tokens, device
         self.student = student.to(device).train()
-        objective = _Objective(self.student, config)
-        self.objective: nn.Module = objective
-        if world_size > 1:
-            # All trained tensors take part in every step, so no search for unused ones is needed.
-            self.objective = nn.parallel.DistributedDataParallel(
-                objective, device_ids=[device] if device.type == "cuda" else None
-            )
+        if config.compile:
+            compile_layers(self.student)
+        self.accumulation = Accumulation(self.student, config, device, world_size, say)
         if isinstance(config.learning_rate, str):
             raise ValueError("distill.learning_rate=auto must be a number before a training begins")
         self.peak_learning_rate = config.learning_rate
@@ -137,6 +84,9 @@ class Distillation:
         )
         self.made_by = dict(made_by or {}) | {"layout": str(student.layout), "total_tokens": str(total_tokens)}
         self.position = Position()
+        self.checks_one_step_later = device.type == "cuda"
+        """Whether a step's gradient is looked at when the next one is queued, so that a GPU waits for nobody."""
+        self._unchecked: StepTerms | None = None
         self.seconds = 0.0
         """Of training, over all sessions; kept by whoever holds the stopwatch."""
         self.report: dict[str, Any] | None = None
@@ -148,44 +98,95 @@ class Distillation:
         factor = learning_rate_factor(done, step, self.config.warmup_fraction, self.config.schedule)
         return self.peak_learning_rate * factor
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on ``batch``; returns the loss terms (this process's batch), in nats per token, and the
-        ``learning_rate`` and ``grad_norm`` (before clipping) of the step.
+    def step(self, batch: Batch) -> StepTerms:
+        """One optimizer step on ``batch``.
 
         Raises:
-            DivergedError: the gradient is not finite; the student is not changed.
+            DivergedError: the gradient is not finite. On a CPU the student is not changed; on a GPU the gradient is
+                that of the step before, and the student is spoiled. Neither can be saved.
+            InputError: out of memory, see :class:`~mamtra_ray.distill.accumulation.Accumulation`.
         """
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["learning_rate_factor"]
-        tokens = sum_over_workers(batch.num_tokens, self.world_size, self.device)
-        with autocast(self.device, self.config.precision):
-            # DDP averages gradients over the processes, so each divides by its share of all tokens.
-            total, ce, kl, hidden = self.objective(batch, tokens / self.world_size)
-        total.backward()
+        terms_T = self.accumulation.add_gradients(batch)
         norm = nn.utils.clip_grad_norm_(
             [p for p in self.student.parameters() if p.requires_grad], self.config.max_grad_norm
         )
-        if not torch.isfinite(norm):
-            raise DivergedError(
-                f"the training of {self.student.layout} has diverged: its gradient's norm is {norm.item()} at step "
-                f"{self.position.step} (loss {float(total.detach())}); lower distill.learning_rate, or use "
-                "distill.precision=float32"
-            )
+        position = self.position.after(batch.step_tokens)
+        numbers = HostCopy(torch.cat([terms_T, norm[None].to(terms_T.dtype)]))
+        terms = StepTerms(position.step, position.tokens, learning_rate, numbers)
+        if self.checks_one_step_later:
+            self.check_finite()
+        self._unchecked = terms
+        if not self.checks_one_step_later:
+            self.check_finite()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.position, self.report = self.position.after(tokens), None
-        terms = {"total": float(total.detach()), "ce": float(ce), "kl": float(kl), "hidden": float(hidden)}
-        return terms | {"learning_rate": learning_rate, "grad_norm": float(norm)}
+        self.position, self.report = position, None
+        return terms
+
+    def check_finite(self) -> None:
+        """Look at the gradient of the last step, if nobody has.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        terms, self._unchecked = self._unchecked, None
+        if terms is None:
+            return
+        numbers = terms.read()
+        if not math.isfinite(numbers["grad_norm"]):
+            raise DivergedError(
+                f"the training of {self.student.layout} has diverged: its gradient's norm is {numbers['grad_norm']} at "
+                f"step {terms.step - 1} (loss {numbers['total']}); lower distill.learning_rate, or use "
+                "distill.precision=float32"
+            )
+
+    def validate(self, batches: Callable[[], Iterable[Batch]]) -> HeldOut:
+        """:func:`validate` of the student, in parts of :data:`VALIDATION_PARTS` micro batches.
+
+        Args:
+            batches: makes the validation split's batches anew; with ``micro_batch_tokens: auto`` the parts are halved
+                until they fit.
+
+        Raises:
+            DivergedError: as :meth:`check_finite`.
+            InputError: out of memory, and the parts may not or cannot be smaller.
+        """
+        self.check_finite()
+        whole = -(-self.config.tokens_per_batch // self.accumulation.world_size)
+        # With activation checkpointing a step keeps little more than a pass without gradients needs.
+        parts = 1 if self.config.activation_checkpointing else VALIDATION_PARTS
+        most = parts * (self.accumulation.most_tokens or whole)
+        while most:
+            try:
+                return validate(self.student, batches(), most, self.config.loss_chunk_tokens)
+            except torch.OutOfMemoryError:
+                most = most // 2 if self.accumulation.is_auto else 0
+            self.student.train()
+        raise InputError(
+            f"the held-out scores of {self.student.layout} do not fit in memory: try a smaller "
+            "distill.micro_batch_tokens (or auto)"
+        )
 
     def next_epoch(self) -> None:
         """Call when the batches of an epoch are used up."""
         self.position = self.position.next_epoch()
 
     def save(self, folder: Path) -> None:
-        """Write student, optimizer and position; :meth:`load` goes on with the next step bit for bit."""
+        """Write student, optimizer and position; :meth:`load` goes on with the next step bit for bit.
+
+        Raises:
+            DivergedError: as :meth:`check_finite`.
+        """
+        self.check_finite()
         self.student.save(folder / "student")
-        state = {"optimizer": self.optimizer.state_dict(), "report": self.report}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "report": self.report,
+            "micro_batch_tokens": self.accumulation.most_tokens,
+        }
         save_state(folder, state, self.position, self.made_by, seconds=self.seconds)
 
     def load(self, folder: Path) -> None:
@@ -198,6 +199,9 @@ class Distillation:
         self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
         self.position, self.seconds, self.report = position, float(content["seconds"]), state["report"]
+        if self.accumulation.is_auto:
+            # What has not fitted once is not tried again. (States of older versions do not say.)
+            self.accumulation.most_tokens = state.get("micro_batch_tokens")
 
 
 def parameter_groups(student: SpeechLM, config: DistillConfig) -> list[dict[str, Any]]:
@@ -217,23 +221,40 @@ def parameter_groups(student: SpeechLM, config: DistillConfig) -> list[dict[str,
 
 
 @torch.no_grad()
-def validate(student: SpeechLM, batches: Iterator[Batch]) -> HeldOut:
-    """CE with the corpus and KL to the teacher over all ``batches`` (every token counts the same)."""
+def validate(
+    student: SpeechLM, batches: Iterable[Batch], most_tokens: int | None = None, chunk_tokens: int = 256
+) -> HeldOut:
+    """CE with the corpus and KL to the teacher over all ``batches`` (every token counts the same).
+
+    Args:
+        student: is in its former mode afterward.
+        batches: of the validation split.
+        most_tokens: padded tokens at once; None: a batch.
+        chunk_tokens: tokens whose logits exist at a time.
+    """
     was_training = student.training
     student.eval()
     weights = LossWeights(ce=1.0, kl=1.0, hidden=0.0)
-    ce = kl = 0.0
+    sums_2 = torch.zeros(2, dtype=torch.float64, device=student.device)
     tokens = 0
     for batch in batches:
-        labeled_BL = batch.labels_BL != IGNORE
-        hidden_ND = student.hidden_states(batch.input_ids_BL)[labeled_BL]
-        labels_N = batch.labels_BL[labeled_BL]
-        # alpha = 0 turns the skewed KL into KL(teacher || student).
-        terms = distillation_loss(hidden_ND, student.head, labels_N, batch.teacher_targets, weights, alpha=0.0)
-        ce += float(terms.ce) * len(labels_N)
-        kl += float(terms.kl) * len(labels_N)
-        tokens += len(labels_N)
+        tokens += batch.num_tokens
+        for part in micro_batches(batch, most_tokens):
+            hidden_nD = student.hidden_states(part.input_ids_bl).flatten(0, 1).index_select(0, part.labeled_n)
+            # alpha = 0 turns the skewed KL into KL(teacher || student).
+            terms = distillation_loss(
+                hidden_nD,
+                student.head,
+                part.labels_n,
+                part.teacher_targets,
+                weights,
+                alpha=0.0,
+                chunk_tokens=chunk_tokens,
+                num_tokens=1.0,
+            )
+            sums_2 += torch.stack([terms.ce, terms.kl]).double()
     student.train(was_training)
+    ce, kl = sums_2.tolist()
     return HeldOut(ce / tokens, kl / tokens, tokens)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import shutil
 import tempfile
@@ -19,17 +20,15 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from mamtra_ray.align.mixer_library import load_library
+from mamtra_ray.distill.curve import StepTerms, read_curve
 from mamtra_ray.distill.job import DistillJob, Report
-from mamtra_ray.distill.training import Distillation, Stopwatch, validate
+from mamtra_ray.distill.training import VALIDATION_PARTS, Distillation, Stopwatch
 from mamtra_ray.errors import DivergedError
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.runtime.train_run import fit
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teacher_cache.batches import batches
-
-VALIDATION_BATCHES = 4
-"""Held-out batches may be this many times as large as training's: nothing is kept for a backward pass."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -79,17 +78,28 @@ def distill(
         if rank == 0 and job.progress is not None:
             job.progress.note_progress.remote(str(job.layout), tokens, doing)
 
+    def say(sentence: str) -> None:
+        logging.getLogger(__name__).warning("%s: %s", job.layout, sentence)
+        if rank == 0 and job.progress is not None:
+            job.progress.say.remote(f"{job.layout}: {sentence}")
+
     tell("loading the teacher and its student")
     sequence, size = job.data.teacher.load().sequence, job.settings.tokens_per_batch
     training = Distillation(
-        initial_student(job), job.settings, job.report_at[-1], device, world_size, made_by=job.made_by
+        initial_student(job), job.settings, job.report_at[-1], device, world_size, made_by=job.made_by, say=say
     )
     held_out = functools.partial(
-        batches, job.data.validation, sequence, tokens_per_batch=VALIDATION_BATCHES * size, seed=0, epoch=0
+        batches,
+        job.data.validation,
+        sequence,
+        tokens_per_batch=VALIDATION_PARTS * size,
+        seed=0,
+        epoch=0,
+        device=device,
     )
     # The initial student is cheap to score and shows that training trains.
     tell("measuring held-out scores before the first step")
-    before = validate(training.student, held_out(device=device))
+    before = training.validate(held_out)
     if start is not None:
         training.load(start)
         if training.report is not None:
@@ -97,7 +107,7 @@ def distill(
     stopwatch, seconds_before = Stopwatch(), training.seconds
     first_tokens = training.position.tokens
     tell(tokens=first_tokens)
-    curve: list[dict[str, float]] = []
+    curve: list[StepTerms] = []
     for target in job.report_at:
         if target <= first_tokens:
             continue
@@ -114,16 +124,15 @@ def distill(
                 device=device,
             )
             for batch in stopwatch.watch(epoch_batches):
-                terms = training.step(batch)
+                curve.append(training.step(batch))
                 if stopwatch.a_second_passed():
                     tell(tokens=training.position.tokens)
-                curve.append({"step": training.position.step, "tokens": training.position.tokens, **terms})
                 if training.position.tokens >= target:
                     break
             else:
                 training.next_epoch()
         tell("measuring held-out scores", training.position.tokens)
-        scores = validate(training.student, held_out(device=device))
+        scores = training.validate(held_out)
         if not (math.isfinite(scores.ce) and math.isfinite(scores.kl)):
             raise DivergedError(
                 f"the held-out CE of {job.layout} is {scores.ce} and its KL {scores.kl} after "
@@ -142,7 +151,7 @@ def distill(
             kl=scores.kl,
             ce_start=before.ce,
             kl_start=before.kl,
-            curve=curve[:: max(1, len(curve) // 100)],
+            curve=read_curve(curve),
         )
         curve, training.report = [], dataclasses.asdict(report)
         tell("saving", training.position.tokens)

@@ -17,6 +17,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mamtra_ray.models.attention import Attention
 from mamtra_ray.models.cache import DecoderCache
@@ -81,6 +82,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.rope = config.rope
+        self.activation_checkpointing = False
+        """Whether a pass with gradients keeps the input of every layer only and computes the layer again backward."""
         with torch.device("meta"):
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
@@ -114,8 +117,13 @@ class Decoder(nn.Module):
         """
         inputs = self.inputs(embeds_BLD, mask_BT, cache)
         hidden_BLD = embeds_BLD
+        is_checkpointed = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer in self.layers:
-            hidden_BLD = layer(hidden_BLD, inputs)
+            if is_checkpointed:
+                # No layer draws random numbers, so their state need not be kept.
+                hidden_BLD = checkpoint(layer, hidden_BLD, inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_BLD = layer(hidden_BLD, inputs)
             if outputs is not None:
                 outputs.append(hidden_BLD)
         if cache is not None:

@@ -198,6 +198,8 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(config.num_heads))
         self.norm = nn.RMSNorm(config.inner_size, eps=config.norm_eps)
         self.out_proj = Linear(config.inner_size, config.hidden_size, bias=config.out_bias)
+        self.scan = ssd_scan
+        """What :func:`~mamtra_ray.distill.compilation.compile_layers` keeps out of its graphs."""
         for parameter in (self.dt_bias, self.A_log, self.D):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]  # the mark that mamba-ssm's recipes read
         self.reset_parameters()
@@ -256,7 +258,7 @@ class MambaMixer(nn.Module):
             )
             y_BLHP = y_BHP[:, None]
         else:
-            y_BLHP, ssm_BHPN = ssd_scan(
+            y_BLHP, ssm_BHPN = self.scan(
                 x_BLGP, dt_BLS, A_S, B_BLGN, C_BLHN, D_H=self.D, dt_bias_H=self.dt_bias,
                 initial_state_BHPN=None if state is None else state.ssm_BHPN,
                 mask_BL=mask_BL, chunk_size=config.chunk_size, return_final_state=True,

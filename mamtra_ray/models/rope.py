@@ -55,7 +55,7 @@ class Rope:
         """Cosines and sines [B, L, P] of every position's angles, both halves of a head alike."""
         length = int(position_BL.max()) + 1 if self.parameters["rope_type"] == "dynamic" else None
         frequency_F, scale = self.frequencies(length)
-        angle_BLF = position_BL[..., None].float() * frequency_F.to(position_BL.device)
+        angle_BLF = position_BL[..., None].float() * frequency_F.to(position_BL.device, non_blocking=True)
         angle_BLP = torch.cat([angle_BLF, angle_BLF], -1)
         return (angle_BLP.cos() * scale).to(dtype), (angle_BLP.sin() * scale).to(dtype)
 

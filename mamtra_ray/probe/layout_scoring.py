@@ -25,12 +25,10 @@ from mamtra_ray.losses import (
     skewed_forward_kl_top_k,
 )
 from mamtra_ray.models.mamba import StateSharing
+from mamtra_ray.run.memory import PROBE_LOGITS_TOKENS
 from mamtra_ray.run.rows import ProbeRow
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
-
-# Rows whose logits exist at a time.
-_CHUNK_TOKENS = 1_024
 
 
 class ScoredBatch(Protocol):
@@ -165,8 +163,8 @@ def _losses(head: nn.Linear, labels_N: Tensor, targets: HiddenTargets | TopKTarg
 
     def sums(hidden_ND: Tensor) -> Tensor:
         total = torch.zeros(2, dtype=torch.float64)
-        for first in range(0, len(labels_N), _CHUNK_TOKENS):
-            rows = slice(first, first + _CHUNK_TOKENS)
+        for first in range(0, len(labels_N), PROBE_LOGITS_TOKENS):
+            rows = slice(first, first + PROBE_LOGITS_TOKENS)
             logits = head(hidden_ND[rows])
             if isinstance(targets, HiddenTargets):
                 teacher_logits = head(targets.hidden_ND[rows].to(logits.dtype))

@@ -15,6 +15,7 @@ from mamtra_ray.artifacts import content_hash, file_hash
 from mamtra_ray.layouts import Layout
 from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.probe.layout_scoring import LayoutScorer, cosine_importance
+from mamtra_ray.run.memory import PROBE_BATCH_TOKENS
 from mamtra_ray.run.names import PROBE
 from mamtra_ray.run.rows import ProbeRow, read_table, write_table
 from mamtra_ray.runtime.actor_pool import ActorPool
@@ -27,7 +28,6 @@ from mamtra_ray.teachers.shared import SharedTeacher
 
 # Layouts a task scores: many share more prefixes, few lose less on a kill and spread better.
 _LAYOUTS_PER_TASK = 8
-_TOKENS_PER_BATCH = 4_096
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ProbeActor:
         teacher = self.data.teacher.load()
         library = load_library(self.data.library, teacher_fingerprint=teacher.fingerprint)
         self.scorer = LayoutScorer(teacher.model, library, self.data.state_sharing, device)
-        size = _TOKENS_PER_BATCH
+        size = PROBE_BATCH_TOKENS
         self.batches: list[DistillBatch] = list(
             batches(self.data.validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0, device=device)
         )

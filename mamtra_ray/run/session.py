@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from mamtra_ray import efficiency
 from mamtra_ray.config import Config, save_config
 from mamtra_ray.corpus.check import check_text_tokens
-from mamtra_ray.corpus.table import CorpusIdentity, corpus_identity, read_corpus
+from mamtra_ray.corpus.selection import usable
+from mamtra_ray.corpus.table import CorpusIdentity, corpus_identity, read_corpus, split_of
 from mamtra_ray.efficiency.architectures import Architecture
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
@@ -18,6 +20,14 @@ from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.run.checks import search_space
 from mamtra_ray.run.folder import write_architecture
 from mamtra_ray.run.identity import check_identity
+from mamtra_ray.run.memory import (
+    Lengths,
+    check_compiles,
+    check_memory,
+    machine_of,
+    memory_of_phases,
+    one_of_every_ratio,
+)
 from mamtra_ray.run.names import CONFIG, COSTS, LOCK
 from mamtra_ray.run.open_run import OpenRun
 from mamtra_ray.runtime.cluster import connect
@@ -76,8 +86,8 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
     """Check everything that can be checked, connect to Ray, and make or lock the run folder.
 
     Raises:
-        InputError: ratios or constraints that the teacher cannot meet, a cluster that is too small or absent, a run
-            that another process is working on, or one with results of another teacher or corpus.
+        InputError: ratios or constraints that the teacher cannot meet, too little memory, a cluster that is too small
+            or absent, a run that another process is working on, or one with results of another teacher or corpus.
     """
     config, folder = run.config, run.folder
     with said_while("loading the teacher"):
@@ -86,6 +96,10 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
     corpus = read_corpus(config.corpus_path)
     check_text_tokens(corpus, config.teacher)
     identity = corpus_identity(corpus)
+    architecture = architecture_of(teacher, config.student.state_sharing)
+    _check_memory(config, teacher, architecture, corpus, phases, address)
+    if {"trials", "distill"} & set(phases):
+        check_compiles(config, address)
     with said_while("connecting to Ray"):
         cluster = connect(address)
     take_stop_signals()
@@ -95,7 +109,6 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
     check_identity(folder, teacher.fingerprint, identity.corpus_hash)
     if run.writes_config:
         save_config(config, folder / CONFIG)
-    architecture = architecture_of(teacher, config.student.state_sharing)
     write_architecture(folder, architecture)
     screen = Screen(phases, Costs(folder / COSTS))
     for line in note_session(folder, cluster.resources):
@@ -112,6 +125,23 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
         dashboard=cluster.dashboard,
         lock=lock,
     )
+
+
+def _check_memory(
+    config: Config,
+    teacher: Teacher,
+    architecture: Architecture,
+    corpus: pa.Table,
+    phases: tuple[str, ...],
+    address: str | None,
+) -> None:
+    """The verb ``distill`` has looked at its layout before."""
+    space = search_space(config, architecture.num_layers)
+    overhead, longest = teacher.sequence.overhead, teacher.max_length
+    train = usable(split_of(corpus, "train"), "train", overhead, longest, config.corpus.seed)
+    lengths = Lengths.of(train, overhead, config.corpus.train_tokens)
+    needed = memory_of_phases(config, architecture, lengths, one_of_every_ratio(space))
+    check_memory([phase for phase in needed if phase.phase in phases], machine_of(config, address))
 
 
 def lock_run(folder: Path) -> FileLock:

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         from mamtra_ray.search.plan import print_plan
 
         inputs = check_inputs(run.config, speech=True)
-        print_plan(run.config, run.folder, inputs)
+        print_plan(run.config, run.folder, inputs, options.address)
         if inputs.teacher.decoder is not None:
             from mamtra_ray.export.checkpoint import export_note
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mamtra_ray.distill.training import validate
-from mamtra_ray.distill.workers import VALIDATION_BATCHES
+from mamtra_ray.distill.training import VALIDATION_PARTS, validate
 from mamtra_ray.errors import InputError
 from mamtra_ray.evaluate.alarms import Measured
 from mamtra_ray.evaluate.evaluation import evaluate_systems
@@ -38,7 +37,7 @@ def measure_wer(
         The finalists' rows with their error rates and alarms, and what to compare them with.
     """
     config, teacher = session.config, session.teacher
-    size = VALIDATION_BATCHES * config.distill.tokens_per_batch
+    size = VALIDATION_PARTS * config.distill.tokens_per_batch
     held_out = batches(validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0)
     heard = _evaluate(session, finalists) if config.evaluate.sentences else {}
     with said_while("measuring the teacher's held-out cross-entropy"):

@@ -11,6 +11,15 @@ from mamtra_ray.config import Config
 from mamtra_ray.corpus.table import token_counts
 from mamtra_ray.layouts.candidates import given_candidates, importance_criteria
 from mamtra_ray.run.checks import CheckedInputs
+from mamtra_ray.run.memory import (
+    Lengths,
+    check_compiles,
+    check_memory,
+    machine_of,
+    memory_of_phases,
+    memory_table,
+    one_of_every_ratio,
+)
 from mamtra_ray.runtime.progress import duration, table
 from mamtra_ray.teacher_cache.plan import left_out_note
 
@@ -18,12 +27,20 @@ from mamtra_ray.teacher_cache.plan import left_out_note
 _REACHED = 0.35
 
 
-def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
+def print_plan(config: Config, folder: Path, inputs: CheckedInputs, address: str | None = None) -> None:
     """Print phases, tokens, FLOPs and the time on one process of this machine.
 
     FLOPs count 2 per parameter and token for a forward pass and 6 for training; the time divides them by this
     machine's measured matmul rate. On a cluster, divide by its rate and workers instead.
+
+    Raises:
+        InputError: a phase of which one process is certain not to fit in the memory of this machine, or of its card,
+            and no cluster at ``address`` is asked for.
     """
+    lengths = Lengths.of(inputs.train, inputs.teacher.sequence_overhead, config.corpus.train_tokens)
+    memory = memory_of_phases(config, inputs.architecture, lengths, one_of_every_ratio(inputs.space))
+    check_memory(memory, machine_of(config, address))
+    check_compiles(config, address)
     layers, body = inputs.num_layers, inputs.body_parameters()
     train = int(token_counts(inputs.train, "speech_tokens").sum())
     train = min(train, config.corpus.train_tokens or train)
@@ -75,6 +92,9 @@ def print_plan(config: Config, folder: Path, inputs: CheckedInputs) -> None:
     print(table(["phase", "what", "tokens", "TFLOP", "one process here"], rows))
     print(f"\n{total / 1e12:.2f} TFLOP in all, {duration(total / rate)} on one process of this machine at")
     print(f"{rate / 1e9:.0f} GFLOP/s; trials run side by side, and what an earlier run left is reused.")
+    print(f"\n{memory_table(memory)}")
+    print("Beside it PyTorch and Ray hold 0.5 to 1 GB in every process. distill.micro_batch_tokens and")
+    print("distill.activation_checkpointing make a training smaller.")
 
 
 def _halving_tokens(trials: int, rung_tokens: tuple[int, ...], factor: int) -> int:

@@ -187,6 +187,8 @@ class _TrialsProgress:
     def show(self, is_work: bool = True) -> None:
         """How many trials have ended, the best one, and what runs; also called from a thread, every second."""
         with self._showing:
+            for sentence in result_of(self.table.new_sentences.remote()):
+                self.session.screen.say(f"    {sentence}")
             self._show(result_of(self.table.running.remote()), is_work)
 
     def _show(self, running: Mapping[str, tuple[int, str]], is_work: bool) -> None:

@@ -9,6 +9,7 @@ Tensor letters: B batch, L padded length, N labeled positions, D model width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import queue
 import threading
 from collections.abc import Iterator
@@ -41,7 +42,9 @@ class DistillBatch:
         attention_mask_BL: bool, true for real tokens.
         labels_BL: speech ids, or -100.
         teacher_targets: rows in the order of ``labels_BL[labels_BL != -100]``.
+        host_labels_BL: the labels on the CPU, so that nobody waits for a GPU to count them.
         num_tokens: labeled positions N.
+        step_tokens: labeled positions of the whole batch, over all ranks.
         num_real: real tokens, text included.
         num_padded: B * L, so padding wastes ``1 - num_real / num_padded``.
     """
@@ -50,7 +53,9 @@ class DistillBatch:
     attention_mask_BL: Tensor
     labels_BL: Tensor
     teacher_targets: HiddenTargets | TopKTargets
+    host_labels_BL: Tensor
     num_tokens: int
+    step_tokens: int
     num_real: int
     num_padded: int
 
@@ -113,10 +118,14 @@ def batches(
     if tokens_per_batch < 1:
         raise InputError(f"a batch needs at least 1 token, not {tokens_per_batch}")
     device = torch.device(device)
-    plan = plan_epoch(
-        shared, sequence, tokens_per_batch=tokens_per_batch, seed=seed, epoch=epoch, rank=rank, world_size=world_size
+    epoch_plan = functools.partial(
+        plan_epoch, shared, sequence, tokens_per_batch=tokens_per_batch, seed=seed, epoch=epoch
     )
-    made = _made(shared, sequence, plan, skip_batches, device)
+    plan = epoch_plan(rank=rank, world_size=world_size)
+    # Every rank knows all parts, so that none asks the others how many tokens a step has.
+    num_labeled = shared.num_speech + 1
+    step_tokens = [[int(num_labeled[rows].sum()) for rows in window] for window in epoch_plan()]
+    made = _made(shared, sequence, plan, step_tokens, skip_batches, device)
     return _prefetched(made) if device.type == "cuda" else made
 
 
@@ -166,6 +175,7 @@ def _made(
     shared: SharedCache,
     sequence: SequenceFormat,
     plan: list[list[np.ndarray]],
+    step_tokens: list[list[int]],
     skip_batches: int,
     device: torch.device,
 ) -> Iterator[DistillBatch]:
@@ -176,26 +186,27 @@ def _made(
         None if shared.quantizer is None else ray.get(shared.quantizer),
     )
     names = ("text_tokens", "speech_tokens", *rows_format.columns)
-    for window in plan:
+    for window, window_tokens in zip(plan, step_tokens, strict=True):
         if skip_batches >= len(window):
             skip_batches -= len(window)
             continue
         filler = next((rows[:1] for rows in window if len(rows)), np.zeros(1, np.int64))
-        remaining, skip_batches = window[skip_batches:], 0
-        needed = np.unique(shared.block_of_row[np.concatenate([*remaining, filler])]).tolist()
+        remaining = list(zip(window[skip_batches:], window_tokens[skip_batches:], strict=True))
+        skip_batches = 0
+        needed = np.unique(shared.block_of_row[np.concatenate([*(rows for rows, _ in remaining), filler])]).tolist()
         tables = ray.get([shared.blocks[block] for block in needed])
         columns = {
             block: {name: _Column(table[name]) for name in (*names, NEXT_TOKEN) if name in table.column_names}
             for block, table in zip(needed, tables, strict=True)
         }
         del tables
-        for rows in remaining:
+        for rows, tokens in remaining:
             is_empty = len(rows) == 0
             rows = filler if is_empty else rows
             places = [(columns[int(shared.block_of_row[row])], int(shared.row_in_block[row])) for row in rows]
             values = {name: [block[name][row] for block, row in places] for name in names}
             values[NEXT_TOKEN] = [block[NEXT_TOKEN][row] if NEXT_TOKEN in block else _NONE for block, row in places]
-            batch = _batch(sequence, rows_format, values, device)
+            batch = dataclasses.replace(_batch(sequence, rows_format, values, device), step_tokens=tokens)
             yield _without_content(batch) if is_empty else batch
         # Lets go of this window's blocks before the next one's are restored.
         del columns
@@ -224,12 +235,15 @@ def _batch(
         labels[speech_start - 1 : speech_start - 1 + len(speech)] = speech
         labels[speech_start - 1 + len(speech)] = after[0] if len(after) else sequence.vocabulary.eos_id
     mask_BL = np.arange(shape[1])[None, :] < lengths[:, None]
+    num_tokens = sum(len(speech) + 1 for speech in speeches)
     return DistillBatch(
         input_ids_BL=to_device(input_ids_BL, device),
         attention_mask_BL=to_device(mask_BL, device),
         labels_BL=to_device(labels_BL, device),
         teacher_targets=rows_format.decode({name: values[name] for name in rows_format.columns}, speeches, device),
-        num_tokens=sum(len(speech) + 1 for speech in speeches),
+        host_labels_BL=torch.from_numpy(labels_BL),
+        num_tokens=num_tokens,
+        step_tokens=num_tokens,
         num_real=int(lengths.sum()),
         num_padded=shape[0] * shape[1],
     )
@@ -237,14 +251,12 @@ def _batch(
 
 def _without_content(batch: DistillBatch) -> DistillBatch:
     """What a rank computes that has no part of a batch: all ranks must take part in every step."""
-    targets = batch.teacher_targets
     return dataclasses.replace(
         batch,
         attention_mask_BL=torch.zeros_like(batch.attention_mask_BL),
         labels_BL=torch.full_like(batch.labels_BL, IGNORE),
-        teacher_targets=HiddenTargets(targets.hidden_ND[:0], {name: x[:0] for name, x in targets.layers_ND.items()})
-        if isinstance(targets, HiddenTargets)
-        else TopKTargets(targets.ids_NK[:0], targets.log_probs_NK[:0], targets.tail_log_mass_N[:0]),
+        host_labels_BL=torch.full_like(batch.host_labels_BL, IGNORE),
+        teacher_targets=batch.teacher_targets.rows(slice(0)),
         num_tokens=0,
         num_real=0,
     )

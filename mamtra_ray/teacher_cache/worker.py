@@ -18,6 +18,7 @@ from torch import Tensor
 from mamtra_ray.corpus.table import Utterance, utterances
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE
+from mamtra_ray.run.memory import CACHE_BATCH_TOKENS
 from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.teacher_cache.formats import row_format
 from mamtra_ray.teacher_cache.manifest import NEXT_TOKEN, PlannedShard, encode_shard, finished_shard, shard_table
@@ -25,9 +26,6 @@ from mamtra_ray.teacher_cache.quantizer import QUANTIZER_FILE, calibrate, quanti
 from mamtra_ray.teacher_cache.storage import Storage
 from mamtra_ray.teachers.shared import SharedTeacher
 from mamtra_ray.teachers.teacher import Teacher
-
-# Padded tokens of one forward pass: enough to fill a GPU, little enough for its memory.
-BATCH_TOKENS = 8_192
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def labeled_hidden_states(
     by_length = sorted(range(len(rows)), key=lambda index: (-len(examples[index][0]), index))
     while by_length:
         longest = len(examples[by_length[0]][0])
-        count = max(1, BATCH_TOKENS // longest)
+        count = max(1, CACHE_BATCH_TOKENS // longest)
         batch, by_length = by_length[:count], by_length[count:]
         input_ids_BL = torch.zeros(len(batch), longest, dtype=torch.int64)
         labels_BL = torch.full((len(batch), longest), IGNORE)
