@@ -112,7 +112,7 @@ def training_memory(
     config: Config, architecture: Architecture, lengths: Lengths, layouts: Iterable[Layout], phase: str, workers: int
 ) -> PhaseMemory:
     """A distillation of the layout that needs most, as one of ``workers`` processes."""
-    distill, layouts = config.distill, list(layouts)
+    distill, layouts = config.distill_of_trials if phase == "trials" else config.distill, list(layouts)
     whole = lengths.at_once(-(-distill.tokens_per_batch // workers))
     micro = distill.micro_batch_tokens
 
