@@ -27,6 +27,8 @@ def trained(teacher, tmp_path, **changes):  # noqa: F811
 
 
 @pytest.mark.slow
+# Inductor imports a module of torch's own that is deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize(("backend", "is_checkpointed"), [("eager", False), ("aot_eager", True), ("inductor", False)])
 def test_a_compiled_training_is_the_same_training(teacher, tmp_path, monkeypatch, backend, is_checkpointed):  # noqa: F811
     monkeypatch.setattr(compilation, "BACKEND", backend)

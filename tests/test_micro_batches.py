@@ -272,6 +272,16 @@ def test_a_gradient_that_is_looked_at_later_still_ends_the_training(teacher, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_bfloat16_keeps_weights_and_sums_of_gradients_in_float32(teacher, tmp_path):  # noqa: F811
+    config = CONFIG.model_copy(update={"precision": "bfloat16", "micro_batch_tokens": 30})
+    training = Distillation(student_of(teacher), config, 100, CPU)
+    training.step(make_batch(teacher, LENGTHS, 0))
+    moments = [t for state in training.optimizer.state.values() for t in state.values()]
+    training.save(tmp_path)
+    saved = SpeechLM.load(tmp_path / "student").state_dict().values()
+    assert {t.dtype for t in (*training.student.parameters(), *moments, *saved)} == {torch.float32}
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(teacher, precision):  # noqa: F811
     batch = make_batch(teacher, LENGTHS, 0)

@@ -187,6 +187,9 @@ def test_a_rank_without_a_part_computes_something_that_does_not_count(ray_cluste
         steps = list(zip(*ranks, strict=True))
         assert sum(batch.num_tokens for rank in ranks for batch in rank) == shared.labeled_positions
         assert any(batch.num_tokens == 0 for step in steps for batch in step)
+        for step in steps:
+            assert {batch.step_tokens for batch in step} == {sum(batch.num_tokens for batch in step)}
+            assert all(torch.equal(batch.host_labels_BL, batch.labels_BL) for batch in step)
         for batch in (batch for step in steps for batch in step if batch.num_tokens == 0):
             assert len(batch.input_ids_BL) == 1 and not batch.attention_mask_BL.any()
             assert (batch.labels_BL == IGNORE).all()
@@ -200,6 +203,7 @@ def test_skipping_batches_goes_on_exactly_there(ray_cluster: None, made: dict) -
     whole = list(batches(shared, SEQUENCE, **options))
     for skip in (0, 1, len(whole) - 1, len(whole), len(whole) + 5):
         rest = list(batches(shared, SEQUENCE, skip_batches=skip, **options))
+        assert [batch.step_tokens for batch in rest] == [batch.step_tokens for batch in whole[skip:]]
         assert len(rest) == max(0, len(whole) - skip)
         for one, two in zip(rest, whole[skip:], strict=True):
             assert torch.equal(one.input_ids_BL, two.input_ids_BL)
