@@ -68,7 +68,7 @@ mlflow.setup()
 mlflow.log_trial_start(trial)
 mlflow.log_trial_result(1, trial, {"ce": 1.5, "wer": 0.25, "training_iteration": 1, "timesteps_total": None})
 mlflow.log_trial_end(trial)
-print(type(wandb).__name__, wandb.project, wandb.group)
+print(type(wandb).__name__, wandb.project, wandb.group, wandb.kwargs["dir"])
 """
 
 
@@ -87,7 +87,7 @@ def test_trials_reach_both_through_rays_callbacks(tmp_path):
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.split() == ["WandbLoggerCallback", "mamtra_ray", "demo"]
+    assert process.stdout.split() == ["WandbLoggerCallback", "mamtra_ray", "demo", str(run)]
     noted = [json.loads(line) for line in notes.read_text().splitlines()]
     assert ["set_tracking_uri", f"sqlite:///{run}/mlflow.db"] in noted and ["create_experiment", str(run)] in noted
     assert any(note[0] == "create_run" and str(run) in note[-1] for note in noted)

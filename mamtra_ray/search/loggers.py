@@ -16,8 +16,9 @@ def logger_callbacks(names: Sequence[str], run_folder: Path) -> list[Any]:
     """Tune's callbacks of ``search.loggers``.
 
     Addresses and keys are those packages' own environment variables (``MLFLOW_TRACKING_URI``, ``WANDB_API_KEY``).
-    Without an address MLflow writes into ``mlflow.db`` of the run folder (since 3.17 it refuses folders). Trials of a
-    run stand together: as an experiment of MLflow, as a group of Weights & Biases.
+    Without an address MLflow writes into ``mlflow.db`` of the run folder (since 3.17 it refuses folders), and
+    without ``WANDB_DIR`` Weights & Biases into its ``wandb/``. Trials of a run stand together: as an experiment of
+    MLflow, as a group of Weights & Biases.
 
     Args:
         names: ``mlflow``, ``wandb``; that they are installed was checked (:mod:`mamtra_ray.run.checks`).
@@ -48,7 +49,9 @@ def _wandb(run_folder: Path) -> Any:
     from ray.air.integrations.wandb import WandbLoggerCallback
 
     project = os.environ.get("WANDB_PROJECT_NAME", "mamtra_ray")
-    callback = WandbLoggerCallback(project=project, group=run_folder.name)
+    # Not where Ray's actors work: that is a temporary folder, of which Tune copies what is there while it is written.
+    folder = os.environ.get("WANDB_DIR") or str(run_folder.absolute())
+    callback = WandbLoggerCallback(project=project, group=run_folder.name, dir=folder)
     try:
         callback.setup()
     except ValueError as error:  # no key
