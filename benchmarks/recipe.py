@@ -2,6 +2,7 @@
 
     python benchmarks/recipe.py                   4 layouts x 6 recipes, 100 sentences each; 40 minutes on two cores
     python benchmarks/recipe.py --space demo24    the deep teacher: 3 layouts x 4 recipes
+    python benchmarks/recipe.py --space smollm2 --sentences 0    the text model of docs/causal_lm.md: trials only
     python benchmarks/recipe.py --sentences 0     without speech, about 15 minutes
     python benchmarks/recipe.py --quick           one layout, few tokens; nothing written
 
@@ -58,7 +59,7 @@ class Comparison:
     trial: tuple[int, ...]
     """Tokens at which a trial is scored; its schedule ends at the last."""
     finalist: tuple[int, ...]
-    """Likewise of a finalist, which is trained once for each of these besides."""
+    """Likewise of a finalist, which is trained to the first of these besides; none: trials only."""
 
 
 COMPARISONS = {
@@ -95,6 +96,17 @@ COMPARISONS = {
         trial=(8_000, 16_000),
         finalist=(20_000, 60_000),
     ),
+    "smollm2": Comparison(
+        recipes=(
+            Recipe("one rate, large batch", 2e-4, 1.0, 1_024),
+            Recipe("mixers", 2e-4, 0.1, 256),
+            Recipe("low", 5e-5, 0.3, 256),
+            Recipe("middle", 1e-4, 0.3, 256),
+        ),
+        layouts=(("found 1:1", "MAMAMMMMAAAAAMMMAAAAAMMAAMMMAM"),),
+        trial=(2_048, 4_096),
+        finalist=(),
+    ),
 }
 QUICK = ["corpus.train_tokens=20000", "corpus.validation_tokens=600", "align.tokens=10000", "evaluate.sentences=2"]
 
@@ -116,7 +128,9 @@ def measure(session: Session, compared: Comparison, sentences: int) -> list[dict
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     data = distill_data(config, session.shared_teacher, train, validation, str(library))
-    kinds = {"trial": compared.trial, "finalist": compared.finalist, "finalist, a third": compared.finalist[:1]}
+    kinds = {"trial": compared.trial}
+    if compared.finalist:
+        kinds |= {"finalist": compared.finalist, "finalist, a third": compared.finalist[:1]}
     jobs: dict[Path, tuple[str, Recipe, str, DistillJob]] = {}
     for name, text in compared.layouts:
         layout = layout_of(text, session.num_layers)
