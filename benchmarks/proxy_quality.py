@@ -37,14 +37,15 @@ from mamtra_ray.distill.workers import distill
 from mamtra_ray.evaluate.evaluation import evaluate_systems
 from mamtra_ray.evaluate.results import Evaluation
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
+from mamtra_ray.layouts.candidates import SearchSpace, given_candidates
 from mamtra_ray.layouts.constraints import Constraints, sample_layouts
 from mamtra_ray.probe.phase import probe_data
 from mamtra_ray.probe.pool import ProbePool
-from mamtra_ray.run.folder import read_run
+from mamtra_ray.run.folder import Run, read_run
 from mamtra_ray.run.open_run import open_run
-from mamtra_ray.run.rows import FinalistRow
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.runtime.device import device_of_this_process
+from mamtra_ray.search.finalists import choose_finalists
 from mamtra_ray.teacher_cache.phase import make_cache
 from mamtra_ray.teacher_cache.shared import SharedCache
 
@@ -181,7 +182,7 @@ def main() -> int:
     is_demo, name = options.space == "demo", f"proxy_quality_{Path(options.space).stem}"
     overrides = [*(LONG_DEMO if is_demo else []), *(QUICK if options.quick else []), *options.overrides]
     folder = options.run or Path("runs") / f"{name}{'_quick' if options.quick else ''}"
-    found = [row.layout for row in read_run(options.found).finalists if is_found(row)] if options.found else []
+    found = found_layouts(read_run(options.found)) if options.found else []
     run = open_run(options.space, folder, overrides)
     session = start_session(run, ("cache", "align", "probe", "distill", "speech", "second recognizer"), None)
     train, validation = make_cache(session)
@@ -242,9 +243,20 @@ def contenders(compared: Sequence[Compared], systems: Mapping[str, Path | None])
     return {str(layout): systems[str(layout)] for layout in chosen}
 
 
-def is_found(row: FinalistRow) -> bool:
-    """Whether the search proposed it, and not the paper."""
-    return row.origin in ("probe", "optuna")
+def found_layouts(run: Run) -> list[Layout]:
+    """What the search proposed, and not the paper: its finalists, or those that its trials would make finalists."""
+    if run.finalists:
+        return [row.layout for row in run.finalists if is_found(row.origin)]
+    assert run.trials
+    space = SearchSpace(run.trials[0].layout.num_layers, run.config.search.ratios)
+    given = given_candidates(space, run.config.search.strategies, run.config.search.layouts)
+    chosen = choose_finalists(space, given, run.trials, run.config.search.finalists)
+    return [candidate.layout for candidate in chosen if is_found(candidate.origin)]
+
+
+def is_found(origin: str) -> bool:
+    """Whether a layout of this origin is the search's own."""
+    return origin in ("probe", "optuna")
 
 
 if __name__ == "__main__":
