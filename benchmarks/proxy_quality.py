@@ -37,7 +37,6 @@ from mamtra_ray.distill.workers import distill
 from mamtra_ray.evaluate.evaluation import evaluate_systems
 from mamtra_ray.evaluate.results import Evaluation
 from mamtra_ray.layouts import PATTERNS, Layout, from_strategy
-from mamtra_ray.layouts.candidates import SearchSpace, given_candidates
 from mamtra_ray.layouts.constraints import Constraints, sample_layouts
 from mamtra_ray.probe.phase import probe_data
 from mamtra_ray.probe.pool import ProbePool
@@ -45,7 +44,6 @@ from mamtra_ray.run.folder import Run, read_run
 from mamtra_ray.run.open_run import open_run
 from mamtra_ray.run.session import Session, start_session
 from mamtra_ray.runtime.device import device_of_this_process
-from mamtra_ray.search.finalists import choose_finalists
 from mamtra_ray.teacher_cache.phase import make_cache
 from mamtra_ray.teacher_cache.shared import SharedCache
 
@@ -244,14 +242,12 @@ def contenders(compared: Sequence[Compared], systems: Mapping[str, Path | None])
 
 
 def found_layouts(run: Run) -> list[Layout]:
-    """What the search proposed, and not the paper: its finalists, or those that its trials would make finalists."""
+    """What the search proposed, and not the paper: its finalists, or the lowest probe KL of every ratio before these."""
     if run.finalists:
         return [row.layout for row in run.finalists if is_found(row.origin)]
-    assert run.trials
-    space = SearchSpace(run.trials[0].layout.num_layers, run.config.search.ratios)
-    given = given_candidates(space, run.config.search.strategies, run.config.search.layouts)
-    chosen = choose_finalists(space, given, run.trials, run.config.search.finalists)
-    return [candidate.layout for candidate in chosen if is_found(candidate.origin)]
+    counts = sorted({row.layout.num_attention for row in run.probe}, reverse=True)
+    of_count = {count: [row for row in run.probe if row.layout.num_attention == count] for count in counts}
+    return [min(rows, key=lambda row: row.kl).layout for rows in of_count.values()]
 
 
 def is_found(origin: str) -> bool:
