@@ -242,7 +242,7 @@ def contenders(compared: Sequence[Compared], systems: Mapping[str, Path | None])
 
 
 def found_layouts(run: Run) -> list[Layout]:
-    """What the search proposed, and not the paper: its finalists, or the lowest probe KL of every ratio before these."""
+    """What the search proposed, and not the paper: its finalists, or before these the probe's best of every ratio."""
     if run.finalists:
         return [row.layout for row in run.finalists if is_found(row.origin)]
     counts = sorted({row.layout.num_attention for row in run.probe}, reverse=True)
