@@ -115,11 +115,12 @@ def machine() -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of equal keys as an aligned text table."""
+    """Rows as an aligned text table; what a row does not have stays empty."""
     if not rows:
         return
-    text = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    print(table(list(rows[0]), text))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[row.get(name, "") for name in names] for row in rows]
+    print(table(names, [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in cells]))
 
 
 def write_result(
