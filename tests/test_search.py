@@ -180,7 +180,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys
 
 
 def test_too_few_resources_are_said_before_anything_starts():
-    demo, of_gpus = load_config(), load_config(None, ["resources.gpus_per_worker=1"])
+    demo, of_gpus = load_config(None, ["distill.workers=2"]), load_config(None, ["resources.gpus_per_worker=1"])
     check_resources(demo, WorkerResources(), {"CPU": 2.0})
     with pytest.raises(InputError, match=r"distill\.workers.* 2 workers x 1 CPU = 2, but the cluster has 1"):
         check_resources(demo, WorkerResources(), {"CPU": 1.0})

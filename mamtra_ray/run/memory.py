@@ -25,6 +25,8 @@ from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.runtime.compiler import check_compiler
 from mamtra_ray.runtime.progress import table
 
+PLANNED_PHASES = ("cache", "align", "probe", "trials", "finalists")
+"""Of a search, whose memory is planned; see :func:`memory_of_phases`."""
 CACHE_BATCH_TOKENS = 8_192
 """Padded tokens of a forward pass of the teacher: enough to fill a GPU, little enough for its memory."""
 PROBE_BATCH_TOKENS = 4_096

@@ -21,6 +21,7 @@ from mamtra_ray.run.checks import search_space
 from mamtra_ray.run.folder import write_architecture
 from mamtra_ray.run.identity import check_identity
 from mamtra_ray.run.memory import (
+    PLANNED_PHASES,
     Lengths,
     check_compiles,
     check_memory,
@@ -97,7 +98,9 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
     check_text_tokens(corpus, config.teacher)
     identity = corpus_identity(corpus)
     architecture = architecture_of(teacher, config.student.state_sharing)
-    _check_memory(config, teacher, architecture, corpus, phases, address)
+    if set(PLANNED_PHASES) & set(phases):
+        # The others need no training split, and a corpus for evaluation may have none.
+        _check_memory(config, teacher, architecture, corpus, phases, address)
     if {"trials", "distill"} & set(phases):
         check_compiles(config, address)
     with said_while("connecting to Ray"):
