@@ -147,9 +147,7 @@ def qwen2(teacher: SpeechLM) -> Qwen2ForCausalLM:
     )
     model = Qwen2ForCausalLM(qwen)
     tensors = {f"model.{name}": tensor for name, tensor in teacher.body.state_dict().items()}
-    tensors["lm_head.weight"] = torch.zeros(
-        config.vocab_size, config.hidden_size, dtype=teacher.dtype, device=teacher.device
-    )
+    tensors["lm_head.weight"] = teacher.head.weight.new_zeros(config.vocab_size, config.hidden_size)
     vocabulary = teacher.vocabulary
     tensors["lm_head.weight"][vocabulary.speech_offset : vocabulary.control_offset] = teacher.head.weight
     model.load_state_dict(tensors, assign=True)

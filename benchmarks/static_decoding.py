@@ -3,9 +3,9 @@
     python benchmarks/static_decoding.py            a few minutes on one core
     python benchmarks/static_decoding.py --quick    a few steps; nothing is written
 
-The demo teacher's shape (12 layers of 128), and four layers of CosyVoice 2's; the teacher and a 1:1 student; greedy, all
-rows to the end, from a cache already filled. Both ways run in turn, in an order that rotates; one thread, processor time.
-The static way turns the filled cache into its own within the time, as it does after a prompt.
+The demo teacher's shape (12 layers of 128), and four layers of CosyVoice 2's; the teacher and a 1:1 student; greedy,
+all rows to the end, from a cache already filled. Both ways run in turn, in an order that rotates; one thread, processor
+time. The static way turns the filled cache into its own within the time, as it does after a prompt.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 At small batches a step on a GPU is hundreds of short kernels, which the host must launch one by one. A captured graph
 is one launch. ``torch.cuda.CUDAGraph`` and not ``torch.compile(mode="reduce-overhead")``: it replays the very kernels
 of the eager step, mamba-ssm's among them, so the numbers stay the same; it needs no compiler; and a batch of another
-size or a longer buffer costs one more pass through the layers, not a compilation. On a CPU there is nothing to launch, and
-attention would look at columns that hold nothing yet: there the cache grows (``benchmarks/static_decoding.py``).
+size or a longer buffer costs one more pass through the layers, not a compilation. On a CPU there is nothing to launch,
+and attention would look at columns that hold nothing yet: there the cache grows (``benchmarks/static_decoding.py``).
 
 Tensor letters: B rows still running, R rows of the static batch, T positions so far, D model width,
 S speech vocabulary.
