@@ -104,7 +104,7 @@ def test_the_kernels_on_a_gpu_compute_what_the_recurrence_does(sharing: str, gro
         own = {}
         for name, t in leaves.items():
             kept = torch.float64 if device == "cpu" else dtype if name in rounded else torch.float32
-            own[name] = t.to(device, kept).requires_grad_()
+            own[name] = t.detach().to(device, kept, copy=True).requires_grad_()
         y, state = scan(**own, mask_BL=mask_BL.to(device), return_final_state=True)
         ((y * weight_BLHP.to(device)).sum() + state.sum()).backward()
         y = y * mask_BL.to(device)[..., None, None]
