@@ -60,7 +60,7 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def recorded(graph: RecordedGraph) -> Iterator[None]:
+def recorded(graph: RecordedGraph, capture_error_mode: str = "global") -> Iterator[None]:
     """Takes the place of ``torch.cuda.graph``."""
     recorder = _Recorder(graph)
     with recorder:

@@ -108,9 +108,9 @@ def test_a_step_changes_no_address_until_the_buffers_are_full(student, few_colum
     assert changes >= 2
 
 
-def test_a_replayed_graph_decodes_the_same(student, few_columns, monkeypatch):
-    """The way of a GPU with a recorded graph in place of CUDA's: one ordinary step, one capture, then replays."""
-    expected = generate(student, PROMPTS, BOUNDS, COSYVOICE2, static=False)
+@pytest.fixture
+def recording(monkeypatch):
+    """The way of a GPU, with a recorded graph in place of CUDA's."""
 
     class Captured(StaticSteps):
         def __init__(self, *arguments):
@@ -122,10 +122,30 @@ def test_a_replayed_graph_decodes_the_same(student, few_columns, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     RecordedGraph.made = RecordedGraph.replays = 0
+
+
+def test_a_replayed_graph_decodes_the_same(student, few_columns, recording):
+    """One ordinary step, one capture, then replays."""
+    expected = generate(student, PROMPTS, BOUNDS, COSYVOICE2, static=False)
     assert generate(student, PROMPTS, BOUNDS, COSYVOICE2, static=True) == expected
     # Anew for longer buffers and fewer rows only.
     longest = max(len(result.tokens) for result in expected)
     assert 2 <= RecordedGraph.made < longest / 3 and RecordedGraph.replays > longest / 2
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(student, few_columns, recording, monkeypatch):
+    expected = generate(student, PROMPTS, BOUNDS, COSYVOICE2, static=False)
+
+    @contextlib.contextmanager
+    def refused(graph, **settings):
+        with recorded(graph):
+            yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    with pytest.warns(UserWarning, match="no CUDA graph: operation not permitted") as warned:
+        assert generate(student, PROMPTS, BOUNDS, COSYVOICE2, static=True) == expected
+    assert len(warned) == 1 and RecordedGraph.made == 1 and RecordedGraph.replays == 0
 
 
 def test_the_recorder_refuses_what_a_graph_cannot_capture():

@@ -13,6 +13,7 @@ S speech vocabulary.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -151,7 +152,10 @@ class StaticSteps:
             self._replay(self._graph)
         elif self._is_warm:
             self._graph = self._captured()
-            self._replay(self._graph)
+            if self._graph is None:
+                self._captures, self._logits_RS = False, self._forward()
+            else:
+                self._replay(self._graph)
         else:
             # The first step with new shapes is an ordinary one: kernels are compiled and workspaces made outside of a
             # graph, on a stream like the one that captures.
@@ -165,12 +169,20 @@ class StaticSteps:
         )
         return self.model.logits(hidden_R1D[:, 0])
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        """A step as a graph; None, after a warning, if CUDA or a kernel refuses."""
         graph, length = torch.cuda.CUDAGraph(), self.cache.length
-        with torch.cuda.graph(graph):
-            self._logits_RS = self._forward()
-        # Capturing ran nothing on the device; the replay does, and counts.
-        self.cache.length = length
+        try:
+            # What other threads do with the device meanwhile is their own affair.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits_RS = self._forward()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"decoding runs kernel by kernel, since a step is no CUDA graph: {reason}", stacklevel=2)
+            return None
+        finally:
+            # Capturing ran nothing on the device; the replay does, and counts.
+            self.cache.length = length
         return graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
