@@ -51,19 +51,20 @@ QUICK_LAYERS = 4
 
 
 class Stopwatch:
-    """Processor time of this thread, without what happens while paused."""
+    """Seconds of a clock (the processor time of this thread), without what happens while paused."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self.clock = clock
         self.paused_for = 0.0
 
     def __call__(self) -> float:
-        return time.thread_time() - self.paused_for
+        return self.clock() - self.paused_for
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        began = time.thread_time()
+        began = self.clock()
         yield
-        self.paused_for += time.thread_time() - began
+        self.paused_for += self.clock() - began
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,13 @@ def layouts_of(num_layers: int) -> dict[str, Layout]:
     return {ratio: from_strategy("block_beginning", num_layers, ratio) for ratio in ("1:1", "1:3")}
 
 
-def ours(model: SpeechLM) -> Contestant:
+def ours(model: SpeechLM, static: bool | None = None) -> Contestant:
     def run(cache: DecoderCache, batch: int, _context: int, tokens: int) -> Tensor:
-        logits_BS = torch.zeros(batch, model.vocabulary.speech_size, dtype=model.dtype)
+        logits_BS = torch.zeros(batch, model.vocabulary.speech_size, dtype=model.dtype, device=model.device)
         logits_BS[:, 1] = 1
         # The first of these comes from the given scores, so there are as many forward passes as tokens.
-        results = decode(model, Prefilled(cache, None, logits_BS), [(tokens + 1, tokens + 1)] * batch)
+        bounds = [(tokens + 1, tokens + 1)] * batch
+        results = decode(model, Prefilled(cache, None, logits_BS), bounds, static=static)
         return torch.tensor([result.tokens for result in results])
 
     return Contestant(model, model.new_cache, run, lambda ids_BL: prefill(model, list(ids_BL)))
@@ -110,7 +112,7 @@ def transformers_generate(model: torch.nn.Module, vocabulary: Vocabulary) -> Con
 
     def run(cache: DynamicCache, batch: int, context: int, tokens: int) -> Tensor:
         # generate() wants the ids of the whole context and feeds those that the cache lacks: the last one.
-        ids_BT = torch.full((batch, context + 1), vocabulary.speech_offset + 1)
+        ids_BT = torch.full((batch, context + 1), vocabulary.speech_offset + 1, device=model.device)
         output = model.generate(
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),
@@ -145,22 +147,22 @@ def qwen2(teacher: SpeechLM) -> Qwen2ForCausalLM:
     )
     model = Qwen2ForCausalLM(qwen)
     tensors = {f"model.{name}": tensor for name, tensor in teacher.body.state_dict().items()}
-    tensors["lm_head.weight"] = torch.zeros(config.vocab_size, config.hidden_size, dtype=teacher.dtype)
+    tensors["lm_head.weight"] = teacher.head.weight.new_zeros(config.vocab_size, config.hidden_size)
     vocabulary = teacher.vocabulary
     tensors["lm_head.weight"][vocabulary.speech_offset : vocabulary.control_offset] = teacher.head.weight
     model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    return model.eval().to(teacher.device)
 
 
-def contestants(num_layers: int, dtype: torch.dtype) -> dict[str, Contestant]:
-    teacher = random_teacher(SHAPE, num_layers, dtype=dtype)
+def contestants(num_layers: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Contestant]:
+    teacher = random_teacher(SHAPE, num_layers, dtype=dtype).to(device)
     students = {
         ratio: make_student(teacher, layout, share_weights=True).eval()
         for ratio, layout in layouts_of(num_layers).items()
     }
     with tempfile.TemporaryDirectory() as folder:
         students["1:1"].save_granite(folder)
-        granite = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        granite = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
         for parameter in granite.parameters():
             # Out of the mapped file: its pages would count as memory that decoding takes.
             parameter.data = parameter.data.clone()
@@ -173,25 +175,28 @@ def contestants(num_layers: int, dtype: torch.dtype) -> dict[str, Contestant]:
 
 
 def filled_cache(contestant: Contestant, shape: Architecture, batch: int, context: int, dtype: torch.dtype) -> Any:
-    """Random keys, values and states, equal for equal cache shapes."""
+    """Random keys, values and states on the model's device, equal for equal cache shapes."""
     model, cache = contestant.model, contestant.new_cache()
+    device = next(model.parameters()).device
     ours = isinstance(model, SpeechLM)
     kinds = str(model.layout) if ours else ["AM"[kind != "full_attention"] for kind in model.config.layer_types]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     heads, groups, P = shape.num_heads, shape.num_kv_heads, shape.head_dim
     # The expanded mixer convolves every head's x and B, the compact one every key-value head's.
     channels = (heads + 2 * (groups if ours else heads)) * P
     for layer, kind in enumerate(kinds):
         if kind == "A":
             size = (batch, groups, context, P)
-            keys, values = (torch.empty(size, dtype=dtype).normal_(generator=generator) for _ in range(2))
+            keys, values = (
+                torch.empty(size, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2)
+            )
             if ours:
                 cache.append(layer, keys, values)
             else:
                 cache.update(keys, values, layer)
             continue
-        conv = torch.zeros(batch, channels, 4, dtype=dtype)
-        states = torch.empty(batch, heads, P, P).normal_(generator=generator)
+        conv = torch.zeros(batch, channels, 4, dtype=dtype, device=device)
+        states = torch.empty(batch, heads, P, P, device=device).normal_(generator=generator)
         if ours:
             cache.set_state(layer, MixerState(conv, states))
         else:

@@ -86,20 +86,22 @@ def foreign_scans() -> dict[str, Callable[..., Tensor]]:
     return {"mamba-ssm ssd_minimal_discrete": mamba_ssm_minimal, "fla naive_chunk_simple_gla": fla_naive_chunk}
 
 
-def core_contenders(length: int, dtype: torch.dtype, foreign: dict[str, Callable[..., Tensor]]) -> dict[str, Any]:
+def core_contenders(
+    length: int, dtype: torch.dtype, foreign: dict[str, Callable[..., Tensor]], device: str = "cpu"
+) -> dict[str, Any]:
     """name -> (function without arguments, its differentiable inputs)."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads: int, *size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(1, length, heads, *size, generator=generator).to(dtype).requires_grad_()
+        return torch.randn(1, length, heads, *size, generator=generator).to(device, dtype).requires_grad_()
 
     x, B, C = normal(KV_HEADS, HEAD_DIM), normal(KV_HEADS, HEAD_DIM), normal(HEADS, HEAD_DIM)
     group = HEADS // KV_HEADS
 
     def decay(heads: int) -> tuple[Tensor, Tensor, Tensor]:
         dt = normal(heads, dtype=torch.float32)
-        A = -torch.linspace(1, 16, heads)
-        return dt, A.requires_grad_(), torch.full((heads,), -4.0).requires_grad_()
+        A = -torch.linspace(1, 16, heads, device=device)
+        return dt, A.requires_grad_(), torch.full((heads,), -4.0, device=device).requires_grad_()
 
     def repeated(function: Callable[..., Tensor], decays: tuple[Tensor, ...]) -> Callable[[], Tensor]:
         dt, A, bias = decays

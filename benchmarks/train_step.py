@@ -55,16 +55,16 @@ class Setting:
         return hidden_BLD[:, self.first_label :].flatten(0, 1)
 
 
-def setting(architecture: str, num_layers: int, batch: int, length: int) -> Setting:
+def setting(architecture: str, num_layers: int, batch: int, length: int, device: str = "cpu") -> Setting:
     shape = ARCHITECTURES[architecture]
-    teacher = random_teacher(shape, num_layers)
+    teacher = random_teacher(shape, num_layers).to(device)
     student = make_student(teacher, from_strategy("block_beginning", num_layers, "1:1"))
     vocabulary, first_label = teacher.vocabulary, length // 8
     generator = torch.Generator().manual_seed(0)
     input_ids_BL = torch.randint(
         vocabulary.speech_offset, vocabulary.control_offset, (batch, length), generator=generator
-    )
-    labels_N = torch.randint(vocabulary.speech_size, (batch * (length - first_label),), generator=generator)
+    ).to(device)
+    labels_N = torch.randint(vocabulary.speech_size, (batch * (length - first_label),), generator=generator).to(device)
     with torch.no_grad():
         hidden_ND = teacher.hidden_states(input_ids_BL)[:, first_label:].flatten(0, 1).half()
     return Setting(architecture, student, input_ids_BL, labels_N, first_label, hidden_ND)
@@ -84,7 +84,7 @@ def ours(setting: Setting) -> tuple[nn.Module, Callable[[], Tensor]]:
 def obvious(setting: Setting) -> tuple[nn.Module, Callable[[], Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
         setting.student.save_granite(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to(setting.student.device)
     vocabulary = setting.student.vocabulary
     weight_SD = model.lm_head.weight.detach()[vocabulary.speech_offset : vocabulary.control_offset]
     model.requires_grad_(True)

@@ -41,6 +41,15 @@ def _deprecations_in_logs_are_errors() -> None:
         logging.getLogger(name).addHandler(_Refused())
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`pytest -m gpu` where there is no GPU says so, instead of failing inside of torch (`make gpu-test` refuses)."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("PyTorch finds no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs for the whole test session; tests that kill things start their own."""

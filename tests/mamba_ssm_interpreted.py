@@ -67,9 +67,9 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
 
 
-def scan_errors(states: int, *, masked: bool) -> dict[str, float]:
+def scan_errors(states: int, *, masked: bool, groups: int = 2) -> dict[str, float]:
     torch.manual_seed(0)
-    batch, length, groups, heads, P = 1, 20, 2, 4, 16
+    batch, length, heads, P = 1 if groups > 1 else 2, 20, 4, 16
     inputs = {
         "x_BLHP": torch.randn(batch, length, groups, P),
         "dt_BLH": torch.randn(batch, length, states),
@@ -100,9 +100,9 @@ def scan_errors(states: int, *, masked: bool) -> dict[str, float]:
     return {name: error(got[name], expected[name]) for name in expected}
 
 
-def mixer_errors(sharing: mamba.StateSharing) -> dict[str, float]:
+def mixer_errors(sharing: mamba.StateSharing, groups: int = 2) -> dict[str, float]:
     torch.manual_seed(0)
-    mixer = mamba.MambaMixer(mamba.MixerConfig(32, 4, 2, 16, state_sharing=sharing))
+    mixer = mamba.MambaMixer(mamba.MixerConfig(32, 4, groups, 16, state_sharing=sharing))
     hidden_BLD = torch.randn(1, 17, 32)
     with torch.no_grad():
         expected, _ = mixer(hidden_BLD, return_state=True)
@@ -110,12 +110,17 @@ def mixer_errors(sharing: mamba.StateSharing) -> dict[str, float]:
             prefix, state = mixer(hidden_BLD[:, :15], return_state=True)
             before = state.ssm_BHPN.clone()
             first, middle = mixer(hidden_BLD[:, 15:16], state=state, return_state=True)
+            after = state.ssm_BHPN.clone()
             second = mixer(hidden_BLD[:, 16:], state=middle)
+            mixer(hidden_BLD[:, 15:16], state=state, return_state=True, in_place=True)
+            overwritten, again = state.ssm_BHPN.clone(), mixer(hidden_BLD[:, 16:], state=state)
     return {
         "prefill": error(prefix, expected[:, :15]),
         "first step": error(first, expected[:, 15:16]),
         "second step": error(second, expected[:, 16:]),
-        "old state untouched": error(state.ssm_BHPN, before),
+        "old state untouched": error(after, before),
+        "state overwritten": error(overwritten, middle.ssm_BHPN),
+        "step after that": error(again, expected[:, 16:]),
     }
 
 
@@ -141,6 +146,9 @@ def main() -> None:
     errors = {
         "scan per_query_head": scan_errors(4, masked=False),
         "scan per_kv_head, padded": scan_errors(2, masked=True),
+        "scan of one key-value head": scan_errors(4, masked=True, groups=1),
+        "scan of one state": scan_errors(1, masked=False, groups=1),
+        "mixer of one key-value head": mixer_errors("per_query_head", groups=1),
         "mixer per_query_head": mixer_errors("per_query_head"),
         "mixer per_kv_head": mixer_errors("per_kv_head"),
         "gated norm": norm_errors(),

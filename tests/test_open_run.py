@@ -12,6 +12,7 @@ from mamtra_ray.run.identity import check_identity
 from mamtra_ray.run.names import CONFIG, TRIALS
 from mamtra_ray.run.open_run import open_run
 from mamtra_ray.run.session import lock_run
+from mamtra_ray.search.__main__ import main as search
 
 
 @pytest.fixture
@@ -46,6 +47,20 @@ def test_every_verb_uses_them(run, capsys):
     """The demo would distill 45,000 tokens."""
     assert distill(["--run", str(run), "--layout", "block_beginning:1:1", "--dry-run"]) == 0
     assert "with 777 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/runs/demo", "gs://bucket/x", "file:///tmp/x", "memory://x"])
+def test_an_address_is_no_run_folder(monkeypatch, tmp_path, capsys, address):
+    """Not even a folder called "s3:" in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    assert search(["--run", address, "--dry-run"]) == 2
+    assert "must be on a disk; only cache.location may be an address" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
+    assert open_run(None, tmp_path / "a:b", []).folder == tmp_path / "a:b"
+    assert open_run(None, type(tmp_path)("runs/1:3"), []).folder.name == "1:3"
 
 
 @pytest.mark.parametrize("verb", [evaluate])

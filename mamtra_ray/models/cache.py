@@ -7,6 +7,8 @@ ones at every step, as the obvious cache does, costs more at long contexts than 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from mamtra_ray.models.mamba import MixerState
@@ -18,6 +20,9 @@ class DecoderCache:
     Attributes:
         length: positions so far (T), padding included. The decoder raises it at the end of a pass.
     """
+
+    in_place = False
+    """Whether layers write their new state into the old one."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -50,16 +55,29 @@ class DecoderCache:
             # With their spare room, or the next position would have them copied once more.
             self._buffers[layer] = (keys.index_select(0, row_B), values.index_select(0, row_B))
         for layer, state in self._states.items():
-            self._states[layer] = MixerState(
-                state.conv_BCK.index_select(0, row_B), state.ssm_BHPN.index_select(0, row_B)
-            )
+            self._states[layer] = state.rows(row_B)
+
+    def advance(self, positions: int) -> None:
+        """The end of a pass over new positions."""
+        self.length += positions
+
+    def take(self) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, MixerState]]:
+        """Buffers of keys and values [B, G, T and spare room, P] and states, by layer; the cache is empty after it."""
+        buffers, states = self._buffers, self._states
+        self.length, self._buffers, self._states = 0, {}, {}
+        return buffers, states
 
     @property
     def num_bytes(self) -> int:
         """Bytes of keys, values and states in use (not of the buffers' spare room)."""
-        used = [buffer[:, :, : self.length] for buffers in self._buffers.values() for buffer in buffers]
-        used += [tensor for state in self._states.values() for tensor in (state.conv_BCK, state.ssm_BHPN)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in used)
+        return bytes_in_use(self._buffers, self._states, self.length)
+
+
+def bytes_in_use(buffers: Mapping[int, tuple[Tensor, Tensor]], states: Mapping[int, MixerState], length: int) -> int:
+    """Of the first ``length`` positions of keys and values, and of states."""
+    used = [buffer[:, :, :length] for pair in buffers.values() for buffer in pair]
+    used += [tensor for state in states.values() for tensor in (state.conv_BCK, state.ssm_BHPN)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in used)
 
 
 def _enlarged(old_BGTP: Tensor | None, new_BGLP: Tensor, past: int, total: int) -> Tensor:

@@ -26,6 +26,7 @@ from mamtra_ray.models.linear import Embedding, Linear
 from mamtra_ray.models.mamba import MambaMixer
 from mamtra_ray.models.norm import RMSNorm
 from mamtra_ray.models.pass_inputs import PassInputs, pass_inputs
+from mamtra_ray.models.static_cache import StaticCache
 
 
 class MLP(nn.Module):
@@ -66,7 +67,8 @@ class DecoderLayer(nn.Module):
         if inputs.cache is None:
             return self.mamba(normed_BLD, inputs.real_BL)
         state = inputs.cache.state(self.layer)
-        mixed_BLD, state = self.mamba(normed_BLD, inputs.real_BL, state, return_state=True)
+        in_place = inputs.cache.in_place
+        mixed_BLD, state = self.mamba(normed_BLD, inputs.real_BL, state, return_state=True, in_place=in_place)
         inputs.cache.set_state(self.layer, state)
         return mixed_BLD
 
@@ -90,7 +92,7 @@ class Decoder(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def inputs(
-        self, embeds_BLD: Tensor, mask_BT: Tensor | None = None, cache: DecoderCache | None = None
+        self, embeds_BLD: Tensor, mask_BT: Tensor | None = None, cache: DecoderCache | StaticCache | None = None
     ) -> PassInputs:
         """What the layers of one pass are given; see :func:`~mamtra_ray.models.pass_inputs.pass_inputs`."""
         return pass_inputs(self.rope, embeds_BLD, mask_BT, cache)
@@ -99,7 +101,7 @@ class Decoder(nn.Module):
         self,
         embeds_BLD: Tensor,
         mask_BT: Tensor | None = None,
-        cache: DecoderCache | None = None,
+        cache: DecoderCache | StaticCache | None = None,
         outputs: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the last norm, [B, L, D].
@@ -127,7 +129,7 @@ class Decoder(nn.Module):
             if outputs is not None:
                 outputs.append(hidden_BLD)
         if cache is not None:
-            cache.length += embeds_BLD.shape[1]
+            cache.advance(embeds_BLD.shape[1])
         return self.norm(hidden_BLD)
 
     @property

@@ -112,6 +112,10 @@ class MixerState:
     conv_BCK: Tensor
     ssm_BHPN: Tensor
 
+    def rows(self, row_B: Tensor) -> MixerState:
+        """The states of these batch rows (int64 indices), in this order."""
+        return MixerState(self.conv_BCK.index_select(0, row_B), self.ssm_BHPN.index_select(0, row_B))
+
 
 def initial_state(
     config: MixerConfig, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -226,6 +230,7 @@ class MambaMixer(nn.Module):
         attention_mask_BL: Tensor | None = None,
         state: MixerState | None = None,
         return_state: bool = False,
+        in_place: bool = False,
     ) -> Tensor | tuple[Tensor, MixerState]:
         """Mix a sequence, or continue one.
 
@@ -235,6 +240,7 @@ class MambaMixer(nn.Module):
                 last L columns. Padded positions change neither states nor other positions.
             state: from an earlier call, to go on from there. With L = 1 this is one decoding step.
             return_state: also return the state after the last real position.
+            in_place: with L = 1 and ``return_state``: overwrite ``state`` and return it. Without gradients only.
         """
         config, length = self.config, hidden_BLD.shape[1]
         mask_BL = None if attention_mask_BL is None else attention_mask_BL[:, -length:].bool()
@@ -254,8 +260,9 @@ class MambaMixer(nn.Module):
             if mask_BL is not None:
                 dt_BLS = dt_BLS.masked_fill(~mask_BL[..., None], -torch.inf)
             y_BHP, ssm_BHPN = ssd_step(
-                state.ssm_BHPN, x_BLGP[:, 0], dt_BLS[:, 0], A_S, B_BLGN[:, 0], C_BLHN[:, 0], self.D, self.dt_bias
-            )
+                state.ssm_BHPN, x_BLGP[:, 0], dt_BLS[:, 0], A_S, B_BLGN[:, 0], C_BLHN[:, 0], self.D, self.dt_bias,
+                in_place=in_place,
+            )  # fmt: skip
             y_BLHP = y_BHP[:, None]
         else:
             y_BLHP, ssm_BHPN = self.scan(
@@ -268,7 +275,11 @@ class MambaMixer(nn.Module):
         out_BLD = self.out_proj(normed_BLHP.flatten(2))
         if not return_state:
             return out_BLD
-        return out_BLD, MixerState(_last_inputs(u_BLC, before_BCK, mask_BL, config.conv_kernel), ssm_BHPN)
+        conv_BCK = _last_inputs(u_BLC, before_BCK, mask_BL, config.conv_kernel)
+        if in_place and state is not None:
+            state.conv_BCK.copy_(conv_BCK)
+            return out_BLD, state
+        return out_BLD, MixerState(conv_BCK, ssm_BHPN)
 
 
 def _last_inputs(u_BLC: Tensor, before_BCK: Tensor | None, mask_BL: Tensor | None, taps: int) -> Tensor:

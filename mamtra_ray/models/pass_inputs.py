@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mamtra_ray.models.cache import DecoderCache
 from mamtra_ray.models.rope import Rope
+from mamtra_ray.models.static_cache import StaticCache
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,27 @@ class PassInputs:
     is_causal: bool
     seen_B1LT: Tensor | None = None
     real_BL: Tensor | None = None
-    cache: DecoderCache | None = None
+    cache: DecoderCache | StaticCache | None = None
 
 
 def pass_inputs(
-    rope: Rope, embeds_BLD: Tensor, mask_BT: Tensor | None = None, cache: DecoderCache | None = None
+    rope: Rope, embeds_BLD: Tensor, mask_BT: Tensor | None = None, cache: DecoderCache | StaticCache | None = None
 ) -> PassInputs:
     """Positions and masks of one pass. Padded rows count their positions from their first real token.
 
     Args:
         rope: rotary embeddings of the model.
         embeds_BLD: embeddings of the new positions.
-        mask_BT: true for real tokens, over past and new positions; None if nothing is padded.
+        mask_BT: true for real tokens, over past and new positions; None if nothing is padded, or the cache is static.
         cache: the past.
 
     Raises:
         ValueError: the mask does not cover past and new positions of this batch.
     """
+    if isinstance(cache, StaticCache):
+        if mask_BT is not None or embeds_BLD.shape[1] != 1:
+            raise ValueError("a static cache takes one position at a time and has a mask of its own")
+        return PassInputs(*cache.cos_sin(), is_causal=False, seen_B1LT=cache.seen(), cache=cache)
     batch, length, device = embeds_BLD.shape[0], embeds_BLD.shape[1], embeds_BLD.device
     past = 0 if cache is None else cache.length
     if mask_BT is not None:

@@ -51,9 +51,14 @@ class Rope:
     def __post_init__(self) -> None:
         _check(self.parameters, self.head_dim)
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a position's angles change with the length of its sequence, beyond ``max_position_embeddings``."""
+        return self.parameters["rope_type"] == "dynamic"
+
     def cos_sin(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, L, P] of every position's angles, both halves of a head alike."""
-        length = int(position_BL.max()) + 1 if self.parameters["rope_type"] == "dynamic" else None
+        length = int(position_BL.max()) + 1 if self.depends_on_length else None
         frequency_F, scale = self.frequencies(length)
         angle_BLF = position_BL[..., None].float() * frequency_F.to(position_BL.device, non_blocking=True)
         angle_BLP = torch.cat([angle_BLF, angle_BLF], -1)

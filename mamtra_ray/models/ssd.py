@@ -154,20 +154,23 @@ def ssd_step(
     C_BHN: Tensor,
     D_H: Tensor | None = None,
     dt_bias_H: Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One position: (y [B, H, P] in the type of x, the new state [B, states, P, N] in the type of the old one).
 
-    Head counts as in :func:`ssd_scan`. The old state is not changed.
+    Head counts as in :func:`ssd_scan`. The old state is not changed, or with ``in_place`` it becomes the new one.
     """
     states, heads = state_and_output_heads(x_BHP, dt_BH, B_BGN, C_BHN, 1)
     if ssd_cuda.takes(x_BHP):
-        return ssd_cuda.step(state_BHPN, x_BHP, dt_BH, A_H, B_BGN, C_BHN, D_H, dt_bias_H)
+        return ssd_cuda.step(state_BHPN, x_BHP, dt_BH, A_H, B_BGN, C_BHN, D_H, dt_bias_H, in_place=in_place)
     dtype = state_BHPN.dtype
     dt_BS = repeat_heads(softplus_dt(dt_BH, dt_bias_H, None, dtype), states, 1)
     decay_BS = torch.exp(dt_BS * repeat_heads(A_H.to(dtype), states, 0))
     x_BSP = repeat_heads(x_BHP.to(dtype), states, 1)
     B_BSN = repeat_heads(B_BGN.to(dtype), states, 1)
-    state_BSPN = state_BHPN * decay_BS[..., None, None]
+    decay_BS11 = decay_BS[..., None, None]
+    state_BSPN = state_BHPN.mul_(decay_BS11) if in_place else state_BHPN * decay_BS11
     state_BSPN = state_BSPN.addcmul_((dt_BS[..., None] * x_BSP)[..., None], B_BSN[:, :, None])
     C_BSNJ = repeat_heads(C_BHN.to(dtype), heads, 1).unflatten(1, (states, heads // states)).transpose(2, 3)
     y_BHP = (state_BSPN @ C_BSNJ).transpose(2, 3).flatten(1, 2)

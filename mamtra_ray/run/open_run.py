@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,10 @@ def open_run(
             which put their overrides on top and do not keep them.
 
     Raises:
-        InputError: a bad file or key; a folder that is no run and not empty; another run's folder; a changed setting
-            that finished results contradict.
+        InputError: a bad file or key; a folder that is no run and not empty, or no folder but an address; another run's
+            folder; a changed setting that finished results contradict.
     """
+    _check_on_disk(folder)
     saved = (folder / CONFIG) if folder is not None else None
     if saved is not None and _exists(saved) and space is None:
         folder, config = saved.parent, load_config(saved, overrides)
@@ -154,6 +156,15 @@ def _has_trials(folder: Path) -> bool:
 
 def _has_finalists(folder: Path) -> bool:
     return any(folder.glob(FINALIST_RESULTS))
+
+
+def _check_on_disk(folder: Path | None) -> None:
+    """``Path`` makes ``s3:/bucket`` of ``s3://bucket``, which would become a folder of that name here."""
+    if folder is not None and (scheme := re.match(r"[a-z][a-z0-9+.-]+(?=:/)", str(folder))):
+        raise InputError(
+            f"--run {str(folder)[:80]!r}: a run folder must be on a disk; only cache.location may be an address "
+            f"({scheme[0]}://...)"
+        )
 
 
 def _exists(path: Path) -> bool:

@@ -1,7 +1,8 @@
 """Free-running generation of speech tokens, batched over the hybrid cache.
 
-Rows that have ended leave the batch (their cache rows are dropped), every row has its own length bounds and
-seed, and a row comes out the same alone as in any batch, up to rounding.
+Rows that have ended leave the batch (their cache rows are dropped; on a GPU, where a step is a captured graph, when
+half of them have), every row has its own length bounds and seed, and a row comes out the same alone as in any batch, up
+to rounding. How a step is done: :mod:`mamtra_ray.speech_lm.decoding_steps`.
 
 Tensor letters: B rows still running, L prompt length, T positions so far, D model width, S speech vocabulary.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mamtra_ray.errors import InputError
-from mamtra_ray.models.cache import DecoderCache
+from mamtra_ray.speech_lm.decoding_steps import Prefilled, Steps, decoding_steps
 from mamtra_ray.speech_lm.sampling import COSYVOICE2, GREEDY, Sampling, next_tokens, uniform_numbers
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
@@ -31,27 +32,13 @@ class Generated:
     stopped: bool
 
 
-@dataclass
-class Prefilled:
-    """A batch whose prompts have been read: what :func:`decode` goes on from (and uses up).
-
-    Attributes:
-        cache: keys, values and states of all layers.
-        mask_BT: true for real positions of left-padded prompts; None if none is padded.
-        logits_BS: scores of each row's first new token.
-    """
-
-    cache: DecoderCache
-    mask_BT: Tensor | None
-    logits_BS: Tensor
-
-
 def generate(
     model: SpeechLM,
     prompts: Sequence[Tensor],
     length_bounds: Sequence[tuple[int, int]],
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
+    static: bool | None = None,
 ) -> list[Generated]:
     """Continue each prompt until a stop id or its longest length.
 
@@ -63,6 +50,7 @@ def generate(
             (CosyVoice bars its eos only; of its other two one is never trained, one only in streams of text).
         sampling: how tokens are drawn.
         seeds: per row; its index if None. Only for sampling with a temperature.
+        static: see :func:`~mamtra_ray.speech_lm.decoding_steps.decoding_steps`; None: on a GPU.
 
     Returns:
         One :class:`Generated` per prompt, in order.
@@ -76,7 +64,7 @@ def generate(
         raise InputError("a prompt must not be empty, and its length bounds must be 0 <= fewest <= most")
     if not prompts:
         return []
-    return decode(model, prefill(model, prompts), length_bounds, sampling, seeds)
+    return decode(model, prefill(model, prompts), length_bounds, sampling, seeds, static)
 
 
 @torch.inference_mode()
@@ -95,6 +83,7 @@ def decode(
     length_bounds: Sequence[tuple[int, int]],
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
+    static: bool | None = None,
 ) -> list[Generated]:
     """Draw tokens from where :func:`prefill` ended; arguments and result as in :func:`generate`."""
     device = model.device
@@ -103,7 +92,7 @@ def decode(
     # Per prompt: what was drawn (-1 where nothing is), how many tokens it is, whether a stop id ended it.
     drawn_BT = torch.full((len(length_bounds), int(most_B.max())), -1, device=device)
     length_B, stopped_B = most_B.clone(), torch.zeros(len(length_bounds), dtype=torch.bool, device=device)
-    for step, (row_B, tokens_B) in enumerate(drawn(model, start, length_bounds, sampling, seeds)):
+    for step, (row_B, tokens_B) in enumerate(drawn(model, start, length_bounds, sampling, seeds, static)):
         drawn_BT[row_B, step] = tokens_B
         stops_B = torch.isin(tokens_B, stop_ids)
         stopped_B[row_B] = stops_B
@@ -121,6 +110,7 @@ def drawn(
     length_bounds: Sequence[tuple[int, int]],
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
+    static: bool | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every step of :func:`decode` as soon as it is drawn: which prompts still run, and their tokens, both (B,).
 
@@ -136,25 +126,20 @@ def drawn(
     stop_ids = torch.tensor(model.vocabulary.stop_ids, device=device)
     drawn_BT = torch.full((count, longest), -1, device=device)
     # From here on B counts the rows still running, and row_B says which prompts they are.
-    row_B = _keep_running(start, torch.arange(count, device=device), most_B > 0)
+    steps = decoding_steps(model, start, longest, static)
+    row_B = _keep_running(steps, torch.arange(count, device=device), most_B > 0)
     for step in range(longest if len(row_B) else 0):
-        logits_BS = start.logits_BS
+        logits_BS = steps.logits()
         _check_finite(logits_BS, row_B, step)
         logits_BS[:, stop_ids] = logits_BS[:, stop_ids].masked_fill((fewest_B[row_B] > step)[:, None], -math.inf)
         recent_BW = drawn_BT[row_B, max(0, step - sampling.repetition_window) : step]
         tokens_B = next_tokens(logits_BS, sampling, uniform_BT2[row_B, step], recent_BW)
         drawn_BT[row_B, step] = tokens_B
         yield row_B, tokens_B
-        row_B = _keep_running(start, row_B, ~torch.isin(tokens_B, stop_ids) & (most_B[row_B] > step + 1))
+        row_B = _keep_running(steps, row_B, ~torch.isin(tokens_B, stop_ids) & (most_B[row_B] > step + 1))
         if len(row_B) == 0:
             break
-        if start.mask_BT is not None:
-            start.mask_BT = torch.cat([start.mask_BT, start.mask_BT.new_ones(len(row_B), 1)], 1)
-        embeds_B1D = model.embed(drawn_BT[row_B, step : step + 1] + model.vocabulary.speech_offset)
-        hidden_B1D = model.hidden_states(
-            inputs_embeds_BLD=embeds_B1D, attention_mask_BL=start.mask_BT, past_key_values=start.cache
-        )
-        start.logits_BS = model.logits(hidden_B1D[:, 0])
+        steps.step(drawn_BT[row_B, step] + model.vocabulary.speech_offset)
 
 
 def _check_finite(logits_BS: Tensor, row_B: Tensor, step: int) -> None:
@@ -167,15 +152,13 @@ def _check_finite(logits_BS: Tensor, row_B: Tensor, step: int) -> None:
         )
 
 
-def _keep_running(start: Prefilled, row_B: Tensor, running_B: Tensor) -> Tensor:
+def _keep_running(steps: Steps, row_B: Tensor, running_B: Tensor) -> Tensor:
     """Drop the rows that have ended from the batch; returns which prompts are left."""
     kept = running_B.nonzero()[:, 0]
     if len(kept) == len(row_B):
         return row_B
     if len(kept):
-        start.cache.keep_rows(kept)
-        start.logits_BS = start.logits_BS[kept]
-        start.mask_BT = None if start.mask_BT is None else start.mask_BT[kept]
+        steps.keep(kept)
     return row_B[kept]
 
 

@@ -26,6 +26,7 @@ from mamtra_ray.models.decoder import Decoder
 from mamtra_ray.models.decoder_config import DecoderConfig
 from mamtra_ray.models.granite import read_granite, write_granite
 from mamtra_ray.models.linear import Linear
+from mamtra_ray.models.static_cache import StaticCache
 from mamtra_ray.speech_lm.sequences import Vocabulary
 
 SCHEMA_VERSION = 2
@@ -86,7 +87,7 @@ class SpeechLM(nn.Module):
         input_ids_BL: Tensor | None = None,
         attention_mask_BL: Tensor | None = None,
         inputs_embeds_BLD: Tensor | None = None,
-        past_key_values: DecoderCache | None = None,
+        past_key_values: DecoderCache | StaticCache | None = None,
         return_layers: bool = False,
     ) -> Any:
         """Final hidden states after the last norm, the head's input: (B, L, D).
@@ -123,7 +124,7 @@ class SpeechLM(nn.Module):
         input_ids_BL: Tensor | None = None,
         attention_mask_BL: Tensor | None = None,
         inputs_embeds_BLD: Tensor | None = None,
-        past_key_values: DecoderCache | None = None,
+        past_key_values: DecoderCache | StaticCache | None = None,
     ) -> Tensor:
         """Logits (B, L, S); arguments as in :meth:`hidden_states`."""
         return self.logits(self.hidden_states(input_ids_BL, attention_mask_BL, inputs_embeds_BLD, past_key_values))
