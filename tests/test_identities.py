@@ -85,6 +85,7 @@ def test_a_student_depends_on_what_its_weights_depend_on():
         student(DistillConfig(activation_checkpointing=True)),
         student(DistillConfig(loss_chunk_tokens=7)),
         student(DistillConfig(compile=True)),
+        student(DistillConfig(fully_shard=True)),
         student(DistillConfig(tokens=7)),  # said beside it: trials and finalists end elsewhere
     ]
     assert all(one == student() for one in same)

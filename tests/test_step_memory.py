@@ -16,6 +16,7 @@ from mamtra_ray.align.mixer_training import MixerTraining
 from mamtra_ray.config import AlignConfig, Config, DistillConfig
 from mamtra_ray.distill.__main__ import main as distill
 from mamtra_ray.distill.training import Distillation
+from mamtra_ray.efficiency.architectures import decoder_architecture
 from mamtra_ray.efficiency.memory import (
     alignment_memory,
     distillation_memory,
@@ -26,7 +27,14 @@ from mamtra_ray.efficiency.memory import (
 from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run import memory as run_memory
-from mamtra_ray.run.memory import Lengths, Machine, check_memory, memory_of_phases, memory_table
+from mamtra_ray.run.memory import (
+    Lengths,
+    Machine,
+    check_memory,
+    memory_of_phases,
+    memory_table,
+    training_memory,
+)
 from mamtra_ray.search.__main__ import main as search
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers import huggingface
@@ -169,6 +177,72 @@ def peak(name, **distill):
     return next(phase for phase in phases(**distill) if phase.phase == name)
 
 
+def llasa(name):
+    """Llama-3.2-3B or Llama-3.1-8B with Llasa's vocabulary of 193,800, and a head for its 65,536 codes and an end."""
+    layers, width, inner, heads = {"3B": (28, 3072, 8192, 24), "8B": (32, 4096, 14336, 32)}[name]
+    return decoder_architecture(
+        f"Llasa-{name}",
+        num_layers=layers,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        qkv_bias=False,
+        table_parameters=(193_800 + 65_537) * width,
+        head_outputs=65_537,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "cards"), [("3B", {24: 4, 48: 2, 80: 1}), ("8B", {24: 16, 48: 4, 80: 2})], ids=["3B", "8B"]
+)
+def test_which_cards_a_large_student_needs(name, cards):
+    """The least power of two of cards of a size, in GB, with a tenth of it left for what is not counted."""
+    shape, settings = llasa(name), {"micro_batch_tokens": 2048, "activation_checkpointing": True}
+    layout, found = Layout("AM" * (shape.num_layers // 2)), {}
+    lengths, powers = Lengths(longest=2048, total=10**8), (1, 2, 4, 8, 16)
+    for size in cards:
+        for workers in powers:
+            config = Config(
+                distill=DistillConfig(
+                    **settings,
+                    learning_rate=1e-5,
+                    workers=workers,
+                    fully_shard=workers > 1,
+                    precision="bfloat16" if workers > 1 else "float32",
+                )
+            )
+            planned = training_memory(config, shape, lengths, [layout], "distill", workers)
+            if planned.memory.total < 0.9 * size * 1e9:
+                found[size] = workers
+                check_memory([planned], Machine("the card", size * 10**9, is_card=True))
+                break
+    assert found == cards
+    one = training_memory(Config(distill=DistillConfig(**settings)), shape, lengths, [layout], "distill", 1)
+    card = Machine("the card", 48 * 10**9, is_card=True)
+    with pytest.raises(InputError, match=r"distill: one process needs .* GB .* lower .*distill.fully_shard=true"):
+        check_memory([one], Machine("the card", 36 * 10**9, is_card=True))
+    # Before it is trained, a card must hold the teacher, and with student.initialization=aligned its mixers' training.
+    assert forward_memory(shape, tokens=8192, logits_tokens=0).total < {"3B": 16e9, "8B": 34e9}[name]
+    aligned = alignment_memory(shape, tokens=4096, length=2048).total
+    assert aligned < {"3B": 32e9, "8B": 65e9}[name] and (aligned > card.memory_bytes) == (name == "8B")
+
+
+def test_a_sharded_student_is_divided():
+    settings = {"micro_batch_tokens": 2048, "learning_rate": 1e-5, "precision": "bfloat16"}
+    whole = peak("finalists", workers=8, **settings).memory
+    part = peak("finalists", workers=8, fully_shard=True, **settings).memory
+    assert part.gradients == pytest.approx(whole.gradients / 8, rel=1e-6)
+    assert part.optimizer == pytest.approx(whole.optimizer / 8, rel=1e-6)
+    # The head is not.
+    head = 4 * run_memory_architecture().head_outputs * run_memory_architecture().hidden_size
+    assert part.parameters == pytest.approx(head + (whole.parameters - head) / 8, rel=1e-6)
+    assert part.activations < whole.activations, "without rounded copies of all weights"
+    trials = peak("trials", workers=8, fully_shard=True, **settings).memory
+    assert trials.parameters == whole.parameters, "a trial is one worker here"
+
+
 def test_every_setting_lowers_what_it_says():
     whole = peak("finalists")
     assert [phase.phase for phase in phases()] == ["cache", "align", "probe", "trials", "finalists"]
@@ -193,7 +267,7 @@ def test_only_what_is_certain_not_to_fit_is_refused(is_card):
         check_memory(phases(), Machine("this machine", int(0.4 * whole), is_card))
     for fits in ({"micro_batch_tokens": "auto"}, {"micro_batch_tokens": 400}):
         check_memory(phases(**fits), Machine("this machine", 24 * 10**9, is_card))
-    with pytest.raises(InputError, match=r"lower distill.activation_checkpointing=true or distill.loss_chunk_tokens"):
+    with pytest.raises(InputError, match=r"lower distill.activation_checkpointing=true or .*distill.loss_chunk_tokens"):
         check_memory(phases(micro_batch_tokens="auto")[3:], Machine("this machine", 4 * 10**9, is_card))
 
 

@@ -161,6 +161,9 @@ class DistillConfig(Section):
     """The a of KL(p || a p + (1 - a) q)."""
     workers: Count = 1
     """Ray Train workers of a finalist."""
+    fully_shard: bool = False
+    """Divide a student's weights, gradients and optimizer state among its workers (PyTorch's FSDP2), for one that a
+    single card does not hold. Otherwise every worker holds all of it."""
     precision: Precision = "float32"
     """Autocast type of the forward pass; weights, gradients and the optimizer's state are float32."""
     checkpoint_every_tokens: Count = 2_000_000
@@ -170,6 +173,13 @@ class DistillConfig(Section):
     def _consistent(self) -> DistillConfig:
         if not (self.ce_weight or self.kl_weight or self.hidden_weight):
             raise ValueError("ce_weight, kl_weight and hidden_weight are all 0: nothing would be learned")
+        if self.fully_shard and self.compile:
+            raise ValueError("fully_shard=true and compile=true are not supported together: set one of them to false")
+        if self.fully_shard and self.micro_batch_tokens == "auto":
+            raise ValueError(
+                "fully_shard=true needs a number for micro_batch_tokens instead of auto: a worker that runs out of "
+                "memory leaves the others waiting for its part of the weights"
+            )
         if len(set(self.hidden_layers)) < len(self.hidden_layers):
             raise ValueError(f"hidden_layers must be different, not {list(self.hidden_layers)}")
         return self
@@ -273,6 +283,13 @@ class Config(Section):
         batch_of_trials = f"{'distill' if search.tokens_per_batch is None else 'search'}.tokens_per_batch={of_trials:,}"
         if distill.tokens_per_batch < distill.workers:
             raise ValueError(f"distill.tokens_per_batch={distill.tokens_per_batch} leaves a worker without a token")
+        if distill.fully_shard and distill.workers == 1:
+            raise ValueError("distill.fully_shard=true divides a student among workers, and distill.workers is 1")
+        if distill.fully_shard and "auto" in (distill.learning_rate, search.learning_rate):
+            raise ValueError(
+                "distill.fully_shard=true needs a number for learning_rate: auto tries rates on one worker, which "
+                "would hold the whole student"
+            )
         if of_trials < search.workers_per_trial:
             raise ValueError(f"{batch_of_trials} leaves a worker of a trial without a token")
         if self.align.tokens_per_batch < self.align.workers:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mamtra_ray.config import DistillConfig
-from mamtra_ray.distill.micro_batches import Batch, MicroBatch, micro_batches
+from mamtra_ray.distill.micro_batches import Batch, MicroBatch, empty_part, micro_batches
+from mamtra_ray.distill.sharding import is_sharded
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import LossWeights, distillation_loss
 from mamtra_ray.runtime.training import autocast
@@ -94,7 +95,8 @@ class Accumulation:
         # With auto any process may run out of memory in the middle of a backward pass, where DDP would have the others
         # wait for its gradients for ever: there the processes agree first and average afterward.
         self.averages_afterward = self.is_auto and world_size > 1
-        if world_size > 1 and not self.is_auto:
+        self.is_sharded = is_sharded(config, world_size)
+        if world_size > 1 and not self.is_auto and not self.is_sharded:
             # All trained tensors take part in every step, so no search for unused ones is needed.
             self.objective = nn.parallel.DistributedDataParallel(
                 self.objective,
@@ -118,11 +120,11 @@ class Accumulation:
             InputError: out of memory, and the parts may not or cannot be smaller.
         """
         while True:
-            parts = micro_batches(batch, self.most_tokens)
+            parts = self._parts(batch)
             random_state = _random_state(self.device) if self.is_auto else None
             terms_T: Tensor | None = None
             try:
-                # DDP averages gradients over the processes, so each divides by its share of all tokens.
+                # DDP and FSDP average gradients over the processes, so each divides by its share of all tokens.
                 terms_T = self._accumulate(parts, batch.step_tokens / self.world_size)
             except torch.OutOfMemoryError:
                 if not self.is_auto:
@@ -141,6 +143,15 @@ class Accumulation:
             assert smaller is not None
             self.most_tokens = smaller
             self.say(f"a step did not fit in memory: from now on in micro batches of {smaller:,} padded tokens")
+
+    def _parts(self, batch: Batch) -> list[MicroBatch]:
+        parts = micro_batches(batch, self.most_tokens)
+        if self.is_sharded and self.most_tokens is not None:
+            # Layers are put together by all processes at once, so all take as many passes.
+            most = torch.tensor(len(parts), device=self.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            parts += [empty_part(batch) for _ in range(int(most) - len(parts))]
+        return parts
 
     def _accumulate(self, parts: list[MicroBatch], num_tokens: float) -> Tensor:
         sum_T: Tensor | None = None

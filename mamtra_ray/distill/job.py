@@ -16,7 +16,7 @@ from mamtra_ray.teachers.shared import SharedTeacher
 _CHANGE_NO_WEIGHT = {
     *("tokens", "workers", "checkpoint_every_tokens"),
     # These by rounding only, as the number of workers does.
-    *("micro_batch_tokens", "activation_checkpointing", "loss_chunk_tokens", "compile"),
+    *("micro_batch_tokens", "activation_checkpointing", "loss_chunk_tokens", "compile", "fully_shard"),
 }
 """Keys of :class:`DistillConfig` that identify no student; ``tokens`` is said beside it."""
 

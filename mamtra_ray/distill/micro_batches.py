@@ -84,6 +84,12 @@ def micro_batches(batch: Batch, most: int | None) -> list[MicroBatch]:
     return [_part(batch, is_labeled_BL, counts, *cut) for cut in cuts]
 
 
+def empty_part(batch: Batch) -> MicroBatch:
+    """A position without a label: a pass that adds nothing to the gradient."""
+    none_n = batch.labels_BL.new_empty(0)
+    return MicroBatch(batch.input_ids_BL[:1, :1], none_n, none_n, batch.teacher_targets.rows(slice(0, 0)))
+
+
 def _cut(lengths: list[int], most: int) -> list[tuple[int, int, int]]:
     """(first row, row after the last, positions of the longest) of every part."""
     cuts, first, longest = [], 0, 0

@@ -23,10 +23,12 @@ from mamtra_ray.distill.accumulation import Accumulation
 from mamtra_ray.distill.compilation import compile_layers
 from mamtra_ray.distill.curve import HostCopy, StepTerms
 from mamtra_ray.distill.micro_batches import Batch, micro_batches
+from mamtra_ray.distill.shard_files import read_shards, read_whole, remove_other_shards, write_shards
+from mamtra_ray.distill.sharding import is_sharded, shard_student, whole, whole_student
 from mamtra_ray.errors import DivergedError, InputError
 from mamtra_ray.losses import LossWeights, distillation_loss
 from mamtra_ray.models.mamba import MambaMixer
-from mamtra_ray.runtime.training import Position, learning_rate_factor, read_state, save_state
+from mamtra_ray.runtime.training import Position, autocast, learning_rate_factor, read_state, save_state
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
 _LOG = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ class Distillation:
     """A student in training: optimizer, schedule and position.
 
     Args:
-        student: starts from this; moved to ``device``.
+        student: starts from this; moved to ``device``. With ``fully_shard`` it may share tensors with a teacher.
         config: optimizer, schedule and loss weights.
         total_tokens: the schedule ends here.
         device: where it trains.
@@ -69,7 +71,11 @@ class Distillation:
         say: Callable[[str], None] = _LOG.warning,
     ) -> None:
         self.config, self.total_tokens, self.device = config, total_tokens, device
-        self.student = student.to(device).train()
+        self.is_sharded = is_sharded(config, world_size)
+        """Whether this process holds a part of the student; then all of them must validate, save and load together."""
+        if self.is_sharded:
+            shard_student(student, config.precision, device, world_size)
+        self.student = (student if self.is_sharded else student.to(device)).train()
         if config.compile:
             compile_layers(self.student)
         self.accumulation = Accumulation(self.student, config, device, world_size, say)
@@ -110,9 +116,8 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["learning_rate_factor"]
         terms_T = self.accumulation.add_gradients(batch)
-        norm = nn.utils.clip_grad_norm_(
-            [p for p in self.student.parameters() if p.requires_grad], self.config.max_grad_norm
-        )
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        norm = whole(nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
         position = self.position.after(batch.step_tokens)
         numbers = HostCopy(torch.cat([terms_T, norm[None].to(terms_T.dtype)]))
         terms = StepTerms(position.step, position.tokens, learning_rate, numbers)
@@ -161,7 +166,9 @@ class Distillation:
         most = parts * (self.accumulation.most_tokens or whole)
         while most:
             try:
-                return validate(self.student, batches(), most, self.config.loss_chunk_tokens)
+                # The matrices of a sharded student are there in this precision alone.
+                with autocast(self.device, self.config.precision if self.is_sharded else "float32"):
+                    return validate(self.student, batches(), most, self.config.loss_chunk_tokens)
             except torch.OutOfMemoryError:
                 most = most // 2 if self.accumulation.is_auto else 0
             self.student.train()
@@ -177,27 +184,48 @@ class Distillation:
     def save(self, folder: Path) -> None:
         """Write student, optimizer and position; :meth:`load` goes on with the next step bit for bit.
 
+        Of a sharded student every process writes its part, into one folder for all or a folder for each; the whole
+        student is written at the training's end only.
+
         Raises:
             DivergedError: as :meth:`check_finite`.
         """
         self.check_finite()
+        state = {"report": self.report, "micro_batch_tokens": self.accumulation.most_tokens}
+        if self.is_sharded:
+            self._save_shards(folder, state)
+            return
         self.student.save(folder / "student")
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "report": self.report,
-            "micro_batch_tokens": self.accumulation.most_tokens,
-        }
+        state["optimizer"] = self.optimizer.state_dict()
         save_state(folder, state, self.position, self.made_by, seconds=self.seconds)
 
+    def _save_shards(self, folder: Path, state: Mapping[str, Any]) -> None:
+        rank, step = torch.distributed.get_rank(), self.position.step
+        shards = write_shards(folder, step, self.student, self.optimizer)
+        if self.position.tokens >= self.total_tokens:
+            student = whole_student(self.student, rank)
+            if student is not None:
+                student.save(folder / "student")
+        if rank == 0:
+            save_state(folder, state, self.position, self.made_by, seconds=self.seconds, shards=shards)
+        remove_other_shards(folder, step)
+
     def load(self, folder: Path) -> None:
-        """Take student weights, optimizer and position from :meth:`save`'s folder.
+        """Take student weights, optimizer and position from :meth:`save`'s folder, of any number of processes, sharded
+        or not.
 
         Raises:
             InputError: a state of another training (the first difference is named), or a damaged one.
         """
-        state, position, content = read_state(folder, self.made_by, self.device)
-        self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
-        self.optimizer.load_state_dict(state["optimizer"])
+        state, position, content = read_state(folder, self.made_by, "cpu" if self.is_sharded else self.device)
+        if shards := content.get("shards"):
+            read_shards(folder, position.step, shards, self.student, self.optimizer, self.is_sharded)
+        elif self.is_sharded:
+            weights = SpeechLM.load(folder / "student").state_dict()
+            read_whole(weights, state["optimizer"], self.student, self.optimizer)
+        else:
+            self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
+            self.optimizer.load_state_dict(state["optimizer"])
         self.position, self.seconds, self.report = position, float(content["seconds"]), state["report"]
         if self.accumulation.is_auto:
             # What has not fitted once is not tried again. (States of older versions do not say.)

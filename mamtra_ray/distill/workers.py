@@ -22,6 +22,7 @@ from torch import Tensor
 from mamtra_ray.align.mixer_library import load_library
 from mamtra_ray.distill.curve import StepTerms, read_curve
 from mamtra_ray.distill.job import DistillJob, Report
+from mamtra_ray.distill.sharding import is_sharded
 from mamtra_ray.distill.training import VALIDATION_PARTS, Distillation, Stopwatch
 from mamtra_ray.errors import DivergedError
 from mamtra_ray.runtime.resources import WorkerResources
@@ -36,8 +37,11 @@ def _library_of_this_process(folder: str, teacher_fingerprint: str) -> dict[int,
     return load_library(Path(folder), teacher_fingerprint=teacher_fingerprint)
 
 
-def initial_student(job: DistillJob) -> SpeechLM:
-    """The student of ``job`` before training, initialized as its configuration says."""
+def initial_student(job: DistillJob, share_weights: bool = False) -> SpeechLM:
+    """The student of ``job`` before training, initialized as its configuration says.
+
+    ``share_weights``: with the teacher's own tensors, which training would change.
+    """
     teacher, library = job.data.teacher.load(), None
     if job.student.initialization == "aligned" and job.data.library:
         library = _library_of_this_process(job.data.library, teacher.fingerprint)
@@ -48,6 +52,7 @@ def initial_student(job: DistillJob) -> SpeechLM:
         mixer_library=library,
         state_sharing=job.student.state_sharing,
         seed=job.seed,
+        share_weights=share_weights,
     )
 
 
@@ -85,9 +90,9 @@ def distill(
 
     tell("loading the teacher and its student")
     sequence, size = job.data.teacher.load().sequence, job.settings.tokens_per_batch
-    training = Distillation(
-        initial_student(job), job.settings, job.report_at[-1], device, world_size, made_by=job.made_by, say=say
-    )
+    # Cutting a student copies it.
+    student = initial_student(job, share_weights=is_sharded(job.settings, world_size))
+    training = Distillation(student, job.settings, job.report_at[-1], device, world_size, made_by=job.made_by, say=say)
     held_out = functools.partial(
         batches,
         job.data.validation,
@@ -170,7 +175,7 @@ def train_fn_per_worker(train_loop_config: dict[str, DistillJob]) -> None:
             job, device, context.get_world_rank(), context.get_world_size(), Path(folder) if folder else None
         ):
             metrics = vars(report)
-            if context.get_world_rank() == 0:
+            if training.is_sharded or context.get_world_rank() == 0:
                 with tempfile.TemporaryDirectory() as saved:
                     training.save(Path(saved))
                     ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(saved))

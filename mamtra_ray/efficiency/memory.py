@@ -62,6 +62,7 @@ def distillation_memory(
     length: int,
     batch_tokens: int | None = None,
     workers: int = 1,
+    fully_shard: bool = False,
     precision: str = "float32",
     activation_checkpointing: bool = False,
     loss_chunk_tokens: int = 256,
@@ -76,6 +77,7 @@ def distillation_memory(
         length: of its utterances; matters for the scan's states only.
         batch_tokens: padded tokens of this process's part of the batch; ``tokens`` if None.
         workers: processes that train together.
+        fully_shard: they divide weights, gradients and optimizer state; the head stays whole everywhere.
         precision: ``distill.precision``.
         activation_checkpointing: only the inputs of layers are kept.
         loss_chunk_tokens: tokens whose logits exist at a time.
@@ -94,18 +96,42 @@ def distillation_memory(
         kept = layout.num_layers * FLOAT32 * D * tokens + final
     # The gradient through the head, and the difference of the embedding loss.
     kept += (2 if hidden_loss else 1) * FLOAT32 * D * tokens
+    logits = logits_bytes(architecture, min(loss_chunk_tokens, tokens))
+    shards = workers if fully_shard else 1
+    rounded = _cast_bytes(architecture, layout) if precision != "float32" else 0
+    if shards > 1:
+        head = min(architecture.head_outputs * D, architecture.table_parameters)
+        all_weights = head + -(-(all_weights - head) // shards)
+        trained = -(-trained // shards)
+        # What a layer is put together in is rounded already, and gone with it.
+        kept -= 0 if activation_checkpointing else rounded
+        working += gathered_bytes(architecture, layout, precision)
+        # The table is put together when nothing is kept yet.
+        working = max(working, 2 * FLOAT32 * (architecture.table_parameters - head) - kept)
+    elif activation_checkpointing:
+        # Autocast lets go of the weights' rounded copies between the two passes.
+        logits += rounded
     return StepMemory(
         parameters=FLOAT32 * all_weights,
         gradients=FLOAT32 * trained,
         optimizer=_ADAM_BYTES * trained,
         activations=kept,
         working=working,
-        # Autocast lets go of the weights' rounded copies between the two passes.
-        logits=logits_bytes(architecture, min(loss_chunk_tokens, tokens))
-        + (_cast_bytes(architecture, layout) if activation_checkpointing and precision != "float32" else 0),
+        logits=logits,
         teacher_rows=FLOAT32 * D * batch_tokens,
         gradients_stay=batch_tokens > tokens or workers > 1,
     )
+
+
+def gathered_bytes(architecture: Architecture, layout: Layout, precision: str = "float32") -> int:
+    """What a process of a sharded training holds of whole layers in its backward pass.
+
+    The layer that computes and the next one, each beside the buffer that it was received in; the gradient and, in
+    float32, the buffer that it is sent in.
+    """
+    kinds = {"A": attention_layer(architecture).parameters, "M": mamba_layer(architecture).parameters}
+    layer = max(kinds[letter] for letter in str(layout))
+    return layer * (5 * _bytes_of(precision) + FLOAT32)
 
 
 def alignment_memory(architecture: Architecture, *, tokens: int, length: int, precision: str = "float32") -> StepMemory:

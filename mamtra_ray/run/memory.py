@@ -127,6 +127,7 @@ def training_memory(
                 length=min(lengths.longest, tokens),
                 batch_tokens=whole,
                 workers=workers,
+                fully_shard=distill.fully_shard,
                 precision=distill.precision,
                 activation_checkpointing=distill.activation_checkpointing,
                 loss_chunk_tokens=distill.loss_chunk_tokens,
@@ -140,6 +141,9 @@ def training_memory(
     memory = largest(tokens)
     ways = [] if micro == "auto" else ["distill.micro_batch_tokens (auto finds what fits)"]
     ways += [] if distill.activation_checkpointing else ["distill.activation_checkpointing=true"]
+    # What is left is weights, of which a card more takes its part.
+    key = "search.workers_per_trial" if phase == "trials" else "distill.workers"
+    ways.append(f"more {key}" if distill.fully_shard else f"distill.fully_shard=true with several {key}")
     smallest = largest(min(tokens, lengths.longest)) if micro == "auto" else memory
     return PhaseMemory(phase, tokens, memory, smallest, " or ".join([*ways, "distill.loss_chunk_tokens"]))
 

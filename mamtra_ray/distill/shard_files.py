@@ -1,0 +1,147 @@
+"""Weights and optimizer state of a sharded student on disk, by ``torch.distributed.checkpoint``.
+
+Every process writes its part. Any number of processes can read it, and so can one that holds the whole student. Frozen
+tensors are the teacher's and are not written. A file's hash stands in the training's manifest.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from mamtra_ray.artifacts import disk_full_is_said, file_hash
+from mamtra_ray.distill.sharding import part_like
+from mamtra_ray.errors import InputError
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+
+_FOLDER = "shards-{step}"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def write_shards(folder: Path, step: int, student: SpeechLM, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Write this process's part; all processes must call, with one folder for all or a folder for each.
+
+    Returns:
+        SHA-256 of every process's files, by path within ``folder``. They make up the state only together.
+
+    Raises:
+        DiskFullError: no space left for some process; in all of them.
+    """
+    shards = folder / _FOLDER.format(step=step)
+    with disk_full_is_said(shards):
+        try:
+            dcp.save(_state(student, optimizer), storage_writer=dcp.FileSystemWriter(shards))
+        except dcp.CheckpointException as failure:
+            # No Exception, but what it holds of every process that failed is.
+            for error, _ in failure.failures.values():
+                raise error from None
+            raise
+    rank = torch.distributed.get_rank()
+    own = [*shards.glob(f"__{rank}_*"), *(shards.glob(".metadata") if rank == 0 else [])]
+    hashes: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
+    mine = {str(path.relative_to(folder)): file_hash(path) for path in own}
+    torch.distributed.all_gather_object(hashes, mine)
+    return {name: digest for part in hashes for name, digest in part.items()}
+
+
+def remove_other_shards(folder: Path, step: int) -> None:
+    """Remove those of other steps, once a manifest names this step's; all processes must call."""
+    torch.distributed.barrier()
+    for path in folder.glob(_FOLDER.format(step="*")):
+        if path.name != _FOLDER.format(step=step):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_shards(
+    folder: Path,
+    step: int,
+    files: Mapping[str, str],
+    student: SpeechLM,
+    optimizer: torch.optim.Optimizer,
+    is_sharded: bool,
+) -> None:
+    """Fill student and optimizer with what any number of processes has written.
+
+    Args:
+        folder: with all the files.
+        step: at which they were written.
+        files: of :func:`write_shards`, as the manifest says.
+        student, optimizer: as made anew.
+        is_sharded: whether the student is cut; then all processes must call, and each checks a part of the files.
+
+    Raises:
+        InputError: a file is missing or damaged; in all processes.
+    """
+    _check(folder, files, is_sharded)
+    if step:
+        _prepare(optimizer)
+    state = _state(student, optimizer)
+    reader = dcp.FileSystemReader(folder / _FOLDER.format(step=step))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what no_dist asks for
+            dcp.load(state, storage_reader=reader, no_dist=not is_sharded)
+    except dcp.CheckpointException as failure:
+        reasons = [error for error, _ in failure.failures.values()]
+        raise InputError(f"{folder} holds no state of this student: {reasons[0]}") from None
+
+
+def read_whole(
+    weights: Mapping[str, Tensor], saved: Mapping[str, Any], student: SpeechLM, optimizer: torch.optim.Optimizer
+) -> None:
+    """Fill a sharded student and its optimizer with what a process that held all of it has written.
+
+    Args:
+        weights: of the student, on the CPU.
+        saved: the optimizer's ``state_dict()``, on the CPU.
+        student, optimizer: as made anew.
+    """
+    with torch.no_grad():
+        for name, tensor in student.state_dict().items():
+            tensor.copy_(part_like(tensor, weights[name]))
+        for index, parameter in enumerate(_parameters(optimizer)):
+            if index in saved["state"]:
+                of_one = saved["state"][index]
+                moments = {name: part_like(parameter, of_one[name]) for name in _MOMENTS}
+                optimizer.state[parameter] = {"step": of_one["step"].to(parameter.device), **moments}
+
+
+def _state(student: SpeechLM, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    moments = {name: optimizer.state[parameter] for name, parameter in trained.items() if parameter in optimizer.state}
+    return {"weights": {name: parameter.detach() for name, parameter in trained.items()}, "optimizer": moments}
+
+
+def _prepare(optimizer: torch.optim.Optimizer) -> None:
+    """What AdamW makes in its first step, for a checkpoint to fill."""
+    for parameter in _parameters(optimizer):
+        moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _check(folder: Path, files: Mapping[str, str], is_sharded: bool) -> None:
+    distributed = torch.distributed
+    rank, count = (distributed.get_rank(), distributed.get_world_size()) if is_sharded else (0, 1)
+    found: list[str | None] = [None] * count
+    for name in sorted(files)[rank::count]:
+        try:
+            if file_hash(folder / name) != files[name]:
+                found[rank] = f"{folder / name} is damaged, or not the file that its training's manifest describes"
+        except InputError as error:
+            found[rank] = str(error)
+    if is_sharded:
+        distributed.all_gather_object(found, found[rank])
+    for reason in found:
+        if reason is not None:
+            raise InputError(reason)

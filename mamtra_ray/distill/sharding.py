@@ -1,0 +1,81 @@
+"""``distill.fully_shard``: every process holds a part of the student's weights, gradients and optimizer state (FSDP2).
+
+A layer's weights are put together right before it computes, forward and backward, and are let go right after. Its
+gradient is averaged over the processes and cut as soon as it is complete, in every micro batch: a process that waited
+for the last one would hold the gradients of the whole student.
+
+- **The embedding table** is cut as well. Only the first operation of a pass needs it.
+- **The head is not.** It is frozen, so it has no gradient and no optimizer state. The loss reads all of it twice (for
+  teacher and student) for every chunk of tokens, at the moment when the activations are there.
+- **bfloat16** is what the matrices of linear layers are put together in, half as much to send; sums of gradients are
+  float32. The rest (norms, decay and step sizes of the scan, the table) stays float32, as under autocast. So a step
+  computes what an unsharded one with ``distill.precision: bfloat16`` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mamtra_ray.config import DistillConfig
+from mamtra_ray.speech_lm.speech_lm import SpeechLM
+
+
+def is_sharded(config: DistillConfig, world_size: int) -> bool:
+    """Whether the processes of a training share the student's weights."""
+    return config.fully_shard and world_size > 1
+
+
+def shard_student(student: SpeechLM, precision: str, device: torch.device, world_size: int) -> None:
+    """Cut the tensors of ``student`` into one part for every process, and put this process's parts onto ``device``.
+
+    Args:
+        student: on the CPU, the same in all processes. Its tensors are copied: they may be shared with a teacher. Layer
+            by layer, so ``device`` never holds more than one whole layer.
+        precision: ``distill.precision``.
+        device: where it trains.
+        world_size: processes of the process group, which must be initialized.
+    """
+    mesh = init_device_mesh(device.type, (world_size,))
+    rounded = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in student.body.layers:
+        if precision != "float32":
+            matrices: list[nn.Module] = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+            fully_shard(matrices, mesh=mesh, mp_policy=rounded)
+        fully_shard(layer, mesh=mesh)
+    # The parameters of table and last norm; a pass begins with the method, not with forward.
+    fully_shard(student.body.embed_tokens, mesh=mesh)
+    student.head.to(device)
+    fully_shard(student, mesh=mesh, ignored_params=set(student.head.parameters()))
+    register_fsdp_forward_method(student, "hidden_states")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, put together on every process's device where it is cut; all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, whole_tensor: Tensor) -> Tensor:
+    """Of ``whole_tensor``, on the CPU and the same in all processes: what a process holds if ``tensor`` is its part."""
+    if not isinstance(tensor, DTensor):
+        return whole_tensor.to(tensor.device)
+    return distribute_tensor(whole_tensor, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def whole_student(student: SpeechLM, rank: int) -> SpeechLM | None:
+    """The student on the CPU of process 0; None in the others.
+
+    Devices hold one whole tensor at a time. All processes must call.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in student.state_dict().items():
+        complete = whole(tensor)
+        if rank == 0:
+            tensors[name] = complete.detach().to("cpu", copy=True)
+        del complete
+    return SpeechLM.from_tensors(student.config, student.vocabulary, tensors) if rank == 0 else None
