@@ -16,7 +16,8 @@ decode   teacher and 1:1 to 1:11 with captured graphs (`static`) and without (`g
          transformers' Qwen2 and GraniteMoeHybrid. Speeds are over the teacher's own best way.
 search   the phases of the demo's search, one GPU for every worker.
 
-"peak MB" is by how much a run raises the memory that PyTorch has allocated on the device; empty on a CPU.
+"peak MB" is by how much a run raises the memory that PyTorch has allocated on the device; empty on a CPU. All
+trainings of a table are on the card at once, with their optimizers; one that no longer fits is left out.
 """
 
 from __future__ import annotations
