@@ -37,13 +37,17 @@ def test_killed_with_two_workers_and_ended_with_one(tmp_path, short_folder):  # 
         )
 
     killed, deadline = start("killed"), time.monotonic() + 500
-    while killed.poll() is None and not list((tmp_path / "killed" / "train").glob("**/training.json")):
+    # Ray Train's own list of checkpoints, which it goes on from.
+    noted = tmp_path / "killed" / "train" / "checkpoint_manager_snapshot.json"
+    while killed.poll() is None and not (noted.exists() and "checkpoint_2" in noted.read_text()):
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.1)
     assert killed.poll() is None, killed.communicate()[0]
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not list((tmp_path / "killed").glob("**/model.safetensors"))
+    shards = [path.name for path in (tmp_path / "killed" / "train").glob("*/shards-*/*.distcp")]
+    assert {"__0_0.distcp", "__1_0.distcp"} <= set(shards), "of both workers"
     alone = ("distill.workers=1", "distill.fully_shard=false")
     for run, overrides in (("killed", alone), ("whole", alone), ("sharded", ())):
         process = start(run, *overrides)
