@@ -16,6 +16,7 @@ from mamtra_ray.layouts.constraints import Constraints, sample_layouts
 from mamtra_ray.probe.layout_scoring import LayoutScorer
 from mamtra_ray.probe.phase import probe_data
 from mamtra_ray.probe.pool import ProbePool, first_utterances
+from mamtra_ray.run.folder import read_run
 from mamtra_ray.run.session import Session
 from mamtra_ray.teacher_cache.batches import DistillBatch, batches
 from mamtra_ray.teacher_cache.shared import SharedCache
@@ -104,3 +105,9 @@ def made_batches(shared: SharedCache, session: Session, tokens: int, tokens_per_
             epoch=0,
         )
     )
+
+
+def known_scores(run: Path, session: Session, library: Path, validation: SharedCache) -> dict[Layout, float]:
+    """Probe scores of another run, if they were made with the same mixers and tokens."""
+    with ProbePool(probe_data(session, library, validation), session.folder, session.worker) as pool:
+        return {row.layout: row.kl for row in read_run(run).probe if row.made_by == pool.made_by}

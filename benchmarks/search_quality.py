@@ -30,15 +30,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from layout_scores import ScoredOnDemand, TimedScores, cost_rows, exhaustive_truth, made_batches
+from layout_scores import ScoredOnDemand, TimedScores, cost_rows, exhaustive_truth, known_scores, made_batches
 from measurement import LONG_DEMO, print_table, quartiles, write_result
 from scipy.stats import spearmanr
 from search_methods import Method, SpentError, Truth, additive_costs, from_importance, methods
-from trained_selection import Selection, restored_one_by_one, trained_gates
+from trained_selection import Selection, trained_selections
 
 from mamtra_ray.align.mixer_library import load_library, read_library_manifest
 from mamtra_ray.align.phase import make_library
-from mamtra_ray.distill.job import DistillJob, distill_data
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.constraints import Constraints
 from mamtra_ray.probe.layout_scoring import LayoutScorer
@@ -54,10 +53,6 @@ RATIOS = {12: ("1:1", "1:2", "1:3"), 24: ("1:1", "1:3", "1:11"), 30: ("1:1", "1:
 """By the teacher's layers."""
 EVALUATIONS = {12: (100, 200, 400, 600), 24: (100, 300), 30: (100,)}
 MOST_LAYERS_OF_A_TABLE = 12
-GATE_STEPS = 50
-"""For each budget."""
-RESTORE_TOKENS = 4_000
-"""For each layer."""
 WITHOUT_CHANCE = ("additive", "alignment error", "beam", "greedy restore", "paper")
 QUICK = [
     "corpus.train_tokens=20000",
@@ -223,6 +218,8 @@ def options_of(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few tokens, one seed, nothing is written")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--methods", help="names with commas between (default: all)")
+    parser.add_argument("--no-training", action="store_true", help="leave out the methods that train")
+    parser.add_argument("--known", type=Path, help="run folder of a search whose probe scores are known already")
     parser.add_argument("--space", default="demo", help="search-space file (default: the packaged demo)")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/search_quality_SPACE)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -249,6 +246,8 @@ def main() -> int:
 
     is_table = num_layers <= MOST_LAYERS_OF_A_TABLE
     on_demand = ScoredOnDemand(scorer, held_out, session.folder / "scores.jsonl")
+    if options.known is not None:
+        on_demand.known |= known_scores(options.known, session, library, validation)
     truth = exhaustive_truth(session, library, validation) if is_table else on_demand
     cost = cost_rows(scorer, held_out, num_layers, layouts=16 if options.quick or not is_table else 64)
 
@@ -259,18 +258,7 @@ def main() -> int:
     every = methods(measured, [errors[layer] for layer in range(num_layers)])
     names = asked or list(every)
     found = search({name: every[name] for name in names}, truth, budgets, evaluations, seeds)
-    batch_tokens = max(500, config.distill.tokens_per_batch // 2)
-    training = made_batches(train, session, GATE_STEPS * batch_tokens, batch_tokens)
-    gates = {
-        ratio: trained_gates(scorer, training, budget.attention_counts[0], GATE_STEPS, config.seed)
-        for ratio, budget in budgets.items()
-    }
-    data = distill_data(config, session.shared_teacher, train, validation, str(library.resolve()))
-    restored = restored_one_by_one(
-        DistillJob(Layout.all_mamba(num_layers), config.distill, config.student, data, (), config.seed),
-        min(RESTORE_TOKENS, config.search.rung_tokens[0]),
-    )
-    selections = {"gates": gates, "restore one, distilled": dict.fromkeys(budgets, restored)}
+    selections = {} if options.no_training else trained_selections(session, scorer, train, validation, library, budgets)
     singles = additive_costs(truth.__getitem__, num_layers)
     for selection in selections.values():
         for ratio, one in selection.items():

@@ -13,23 +13,32 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import ray
 import torch
+from layout_scores import made_batches
 from torch import Tensor, nn
 
-from mamtra_ray.distill.job import DistillJob
+from mamtra_ray.distill.job import DistillJob, distill_data
 from mamtra_ray.distill.workers import distill
 from mamtra_ray.layouts import Layout
+from mamtra_ray.layouts.constraints import Constraints
 from mamtra_ray.losses import IGNORE, HiddenTargets, skewed_forward_kl
 from mamtra_ray.probe.layout_scoring import LayoutScorer
+from mamtra_ray.run.session import Session
 from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.teacher_cache.batches import DistillBatch
+from mamtra_ray.teacher_cache.shared import SharedCache
 
 PENALTY = 10.0
 """Weight of the squared difference between the mean gate and the budget, beside a KL in nats."""
 RATE = 0.1
+GATE_STEPS = 50
+"""For each budget."""
+RESTORE_TOKENS = 4_000
+"""For each layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,3 +112,27 @@ def restored_one_by_one(job: DistillJob, tokens: int) -> Selection:
     ]
     results = ray.get(running)
     return Selection([-kl for kl, _ in results], tokens * num_layers, sum(seconds for _, seconds in results))
+
+
+def trained_selections(
+    session: Session,
+    scorer: LayoutScorer,
+    train: SharedCache,
+    validation: SharedCache,
+    library: Path,
+    budgets: Mapping[str, Constraints],
+) -> dict[str, dict[str, Selection]]:
+    """What the methods that train say about the layers, by method and ratio."""
+    config, num_layers = session.config, session.num_layers
+    batch_tokens = max(500, config.distill.tokens_per_batch // 2)
+    training = made_batches(train, session, GATE_STEPS * batch_tokens, batch_tokens)
+    gates = {
+        ratio: trained_gates(scorer, training, budget.attention_counts[0], GATE_STEPS, config.seed)
+        for ratio, budget in budgets.items()
+    }
+    data = distill_data(config, session.shared_teacher, train, validation, str(library.resolve()))
+    restored = restored_one_by_one(
+        DistillJob(Layout.all_mamba(num_layers), config.distill, config.student, data, (), config.seed),
+        min(RESTORE_TOKENS, config.search.rung_tokens[0]),
+    )
+    return {"gates": gates, "restore one, distilled": dict.fromkeys(budgets, restored)}
