@@ -84,7 +84,10 @@ def by_two(rank, folder, batches, own):
         training.accumulation.add_gradients(own[0])
         found[name] = {n: whole(p.grad) for n, p in training.student.named_parameters() if p.requires_grad}
     training = training_of(folder, 2)
+    # As workers do: before the first step, before saving and before loading.
+    training.validate(lambda: batches)
     curve = [training.step(batch).read() for batch in own[:2]]
+    training.validate(lambda: batches)
     training.save(folder / "half")
     assert not (folder / "half" / "student").exists()
     held = [p.to_local() if isinstance(p, DTensor) else p for p in training.student.parameters()]
@@ -98,6 +101,7 @@ def by_two(rank, folder, batches, own):
         "gradients": sum(t.nbytes for t in local_gradients),
     }
     again = training_of(folder, 2)
+    again.validate(lambda: batches)
     again.load(folder / "half")
     assert again.position == training.position
     for each in (training, again):
@@ -203,6 +207,7 @@ def test_one_process_goes_on_with_what_two_have_written(teacher, made):  # noqa:
 def by_three(rank, folder, batches, own):
     for start in ("half", "half of one"):
         training = training_of(folder, 3)
+        training.validate(lambda: batches)
         training.load(folder / start)
         training.step(own[2])
         training.save(folder / f"{start}, by three")

@@ -115,7 +115,11 @@ def read_whole(
 
 def _state(student: SpeechLM, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-    moments = {name: optimizer.state[parameter] for name, parameter in trained.items() if parameter in optimizer.state}
+    # Before the first step there are none; later there are some of every parameter.
+    has_moments = any(optimizer.state.values())
+    moments = {name: optimizer.state[parameter] for name, parameter in trained.items()} if has_moments else {}
+    if any(not of_one for of_one in moments.values()):
+        raise ValueError("a trained parameter has no optimizer state")
     return {"weights": {name: parameter.detach() for name, parameter in trained.items()}, "optimizer": moments}
 
 

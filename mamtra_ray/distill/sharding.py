@@ -51,7 +51,9 @@ def shard_student(student: SpeechLM, precision: str, device: torch.device, world
     # The parameters of table and last norm; a pass begins with the method, not with forward.
     fully_shard(student.body.embed_tokens, mesh=mesh)
     student.head.to(device)
-    fully_shard(student, mesh=mesh, ignored_params=set(student.head.parameters()))
+    # Also the root lets go: otherwise the last norm would be whole, another tensor than the optimizer's, after a pass
+    # without gradients.
+    fully_shard(student, mesh=mesh, reshard_after_forward=True, ignored_params=set(student.head.parameters()))
     register_fsdp_forward_method(student, "hidden_states")
 
 
