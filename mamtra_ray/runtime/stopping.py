@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from mamtra_ray.errors import STOP_SIGNALS, Stopped
 
@@ -39,23 +39,7 @@ def run_interruptibly(function: Callable[[], Result], look: Callable[[], None] =
     Both set their own handlers, but in the main thread only. A signal leaves the thread behind, which ends with the
     process; so does an error that ``look`` raises, which is called all the while.
     """
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            outcome["result"] = function()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        look()
-        thread.join(_SECONDS_BETWEEN_LOOKS)
-    look()
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["result"]
+    return run_side_by_side([function], 1, look=look)[0]
 
 
 def run_side_by_side(
@@ -78,7 +62,7 @@ def run_side_by_side(
     Returns:
         The results in the order of ``functions``.
     """
-    outcomes: queue.SimpleQueue[tuple[int, Result | None, BaseException | None]] = queue.SimpleQueue()
+    outcomes: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
 
     def run(index: int) -> None:
         try:
@@ -97,9 +81,10 @@ def run_side_by_side(
             index, result, error = outcomes.get(timeout=_SECONDS_BETWEEN_LOOKS)
         except queue.Empty:
             continue
+        look()  # what it has to say comes before the error that it led to
         if error is not None:
             raise error
-        results[index] = cast(Result, result)
+        results[index] = result
         on_result(index, results[index])
     return [results[index] for index in range(len(functions))]
 
