@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measurement import LONG_DEMO, write_result
+from measurement import LONG_DEMO, is_found, write_result
 
 from mamtra_ray.layouts import Layout
 from mamtra_ray.run.folder import read_run
@@ -57,7 +57,7 @@ def outcome(folder: Path) -> list[dict[str, Any]]:
         _row(teacher, "teacher", reference.teacher_ce, reference.teacher.wer if reference.teacher else None),
     ]
     for finalist in sorted(run.finalists, key=lambda row: (-row.layout.num_attention, row.ce)):
-        found = finalist.origin in ("probe", "optuna")
+        found = is_found(finalist.origin)
         origin = f"found ({finalist.origin})" if found else finalist.origin
         rows.append(_row(finalist.layout, origin, finalist.ce, finalist.wer))
     return rows

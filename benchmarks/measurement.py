@@ -114,6 +114,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def is_found(origin: str) -> bool:
+    """Whether a layout of this origin is the search's own."""
+    return origin in ("probe", "optuna")
+
+
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as an aligned text table; what a row does not have stays empty."""
     if not rows:

@@ -3,7 +3,7 @@
     python benchmarks/probe_scores.py            about 20 minutes on one core
     python benchmarks/probe_scores.py --quick    2 layouts of each budget, few sentences; nothing written
 
-Takes the layouts and their WERs after distillation from benchmarks/results/proxy_quality.json and scores the same
+Takes the layouts and their WERs after distillation from benchmarks/results/proxy_quality_demo.json and scores the same
 layouts, with aligned mixers and nothing distilled, in many ways: on held-out speech (means, parts of the positions,
 tails), on what the teacher or the student says freely, by a recognizer, and with a library that was aligned four times
 as long. Spearman correlation of each score with the WER inside each budget, and by how much it differs from that of the
@@ -44,7 +44,7 @@ from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teacher_cache.phase import make_cache
 from mamtra_ray.teachers.teacher import Teacher
 
-RESULT = Path(__file__).parent / "results" / "proxy_quality.json"
+RESULT = Path(__file__).parent / "results" / "proxy_quality_demo.json"
 PROBE = "KL (the probe)"
 _SENTENCES_PER_BATCH = 16
 
@@ -181,7 +181,9 @@ def correlations(rows: Sequence[dict[str, Any]], names: Sequence[str], samples: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 layouts of each budget; nothing is written")
-    parser.add_argument("--run", type=Path, default=Path("runs/proxy_quality"), help="run folder, as of proxy_quality")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/proxy_quality_demo"), help="run folder, as of proxy_quality"
+    )
     options = parser.parse_args()
     distilled = json.loads(RESULT.read_text())["rows"]
     num_sentences = 64
@@ -205,7 +207,7 @@ def main() -> int:
     rows = []
     with session.screen.phase("scores", f"{len(distilled)} layouts"):
         for done, known in enumerate(distilled):
-            row = {name: known[name] for name in ("budget", "layout", "pattern", "WER", "final CE")}
+            row = {name: known[name] for name in ("budget", "layout", "from", "WER", "final CE")}
             for name, mixers in libraries.items():
                 student = make_student(teacher.model, known["layout"], "aligned", mixers).eval()
                 scores = held_out_scores(positions(teacher, student, texts, speech), config.probe.validation_tokens)
@@ -217,7 +219,7 @@ def main() -> int:
                 row |= scores
             rows.append(row)
             session.screen.count(done + 1, len(distilled), "layouts")
-    names = [name for name in rows[0] if name not in ("budget", "layout", "pattern", "WER")]
+    names = [name for name in rows[0] if name not in ("budget", "layout", "from", "WER")]
     found = correlations(rows, names)
     print_table(found)
     if not options.quick:

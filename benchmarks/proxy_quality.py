@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import ray
 from compared_layouts import Compared, correlations, limits_of_prediction, paired_rows, wer_by_band
-from measurement import LONG_DEMO, print_table, write_result
+from measurement import LONG_DEMO, is_found, print_table, write_result
 
 from mamtra_ray.align.phase import make_library
 from mamtra_ray.artifacts import read_manifest, write_manifest
@@ -248,11 +248,6 @@ def found_layouts(run: Run) -> list[Layout]:
     counts = sorted({row.layout.num_attention for row in run.probe}, reverse=True)
     of_count = {count: [row for row in run.probe if row.layout.num_attention == count] for count in counts}
     return [min(rows, key=lambda row: row.kl).layout for rows in of_count.values()]
-
-
-def is_found(origin: str) -> bool:
-    """Whether a layout of this origin is the search's own."""
-    return origin in ("probe", "optuna")
 
 
 if __name__ == "__main__":
