@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import CONFIG, CPU, Batch, make_batch, student_of, teacher  # noqa: F401 (a fixture)
+from test_training import CONFIG, CPU, Batch, join_two, make_batch, student_of, teacher  # noqa: F401 (a fixture)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,12 +193,7 @@ def test_two_processes_with_unequal_numbers_of_parts_equal_one(teacher, tmp_path
 
 
 def _one_of_two(rank: int, folder: str, micro: int | str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    parts = torch.load(f"{folder}/parts.pt", weights_only=True)
-    counts = [int((labels_BL != IGNORE).sum()) for _, labels_BL, _ in parts]
-    ids_BL, labels_BL, hidden_ND = parts[rank]
-    batch = Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), counts[rank], sum(counts))
+    batch = join_two(rank, folder)
     student = make_student(SpeechLM.load(f"{folder}/teacher"), "AMAM")
     config = DistillConfig(**{**CONFIG.model_dump(), "micro_batch_tokens": micro})
     accumulation = Accumulation(student, config, CPU, world_size=2)

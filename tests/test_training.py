@@ -212,13 +212,18 @@ def test_two_processes_equal_one(teacher, tmp_path):
     assert moved > 1e-3
 
 
-def _one_of_two(rank: int, folder: str) -> None:
+def join_two(rank: int, folder: str) -> Batch:
+    """In one of two processes: join the other one, and take this one's part of the step in ``folder``."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     parts = torch.load(f"{folder}/parts.pt", weights_only=True)
     counts = [int((labels_BL != IGNORE).sum()) for _, labels_BL, _ in parts]
     ids_BL, labels_BL, hidden_ND = parts[rank]
-    batch = Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), counts[rank], sum(counts))
+    return Batch(ids_BL, labels_BL, HiddenTargets(hidden_ND), counts[rank], sum(counts))
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    batch = join_two(rank, folder)
     teacher = SpeechLM.load(f"{folder}/teacher")
     letters = "AM" * (teacher.layout.num_layers // 2) + "M" * (teacher.layout.num_layers % 2)
     training = Distillation(make_student(teacher, letters), CONFIG, 100, CPU, world_size=2)

@@ -160,10 +160,10 @@ class Distillation:
             InputError: out of memory, and the parts may not or cannot be smaller.
         """
         self.check_finite()
-        whole = -(-self.config.tokens_per_batch // self.accumulation.world_size)
+        of_process = -(-self.config.tokens_per_batch // self.accumulation.world_size)
         # With activation checkpointing a step keeps little more than a pass without gradients needs.
         parts = 1 if self.config.activation_checkpointing else VALIDATION_PARTS
-        most = parts * (self.accumulation.most_tokens or whole)
+        most = parts * (self.accumulation.most_tokens or of_process)
         while most:
             try:
                 # The matrices of a sharded student are there in this precision alone.
