@@ -23,8 +23,8 @@ import optuna
 from mamtra_ray.layouts import STRATEGIES, Layout, from_strategy
 from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.layouts.constraints import Constraints, sample_layouts
+from mamtra_ray.probe.rounds import rounds
 from mamtra_ray.search.parameter_space import layout_from_params, param_space
-from mamtra_ray.surrogate.acquisition import fit_log, next_layouts
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -174,19 +174,13 @@ def from_importance(importance: Sequence[float], budget: Constraints) -> Layout:
 
 
 def surrogate(scores: Scores, budgets: Sequence[Constraints], seed: int) -> None:
-    """Ours: half uniformly, then rounds; one model for all budgets."""
-    rng = np.random.default_rng(seed)
-    first = scores.limit // 2
-    for index, budget in enumerate(budgets):
-        for layout in sample_layouts(budget, first * (index + 1) // len(budgets) - first * index // len(budgets), rng):
-            scores(layout)
-    share = max(2, scores.limit // 8 // len(budgets))
-    while True:
-        model = fit_log(scores.known)
-        new = [layout for budget in budgets for layout in next_layouts(model, scores.known, budget, share, rng)]
-        if not new:
-            return
-        for layout in new:
+    """Ours: what the probe does, all budgets together, without the paper's placements."""
+    ratios = tuple(
+        f"{budget.attention_counts[0]}:{budget.num_layers - budget.attention_counts[0]}" for budget in budgets
+    )
+    space = SearchSpace(budgets[0].num_layers, ratios)
+    for wanted in rounds(space, [], scores.limit, seed, scores.known):
+        for layout in wanted:
             scores(layout)
 
 

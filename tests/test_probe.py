@@ -18,7 +18,7 @@ from mamtra_ray.layouts.candidates import SearchSpace, paper_candidates
 from mamtra_ray.layouts.constraints import Constraints, layouts_to_matrix, sample_layouts
 from mamtra_ray.losses import HiddenTargets
 from mamtra_ray.models.transfer import mixer_from_attention
-from mamtra_ray.probe import probing
+from mamtra_ray.probe import rounds as probe_rounds
 from mamtra_ray.probe.layout_scoring import LayoutScorer
 from mamtra_ray.probe.pool import ProbeData, first_utterances
 from mamtra_ray.probe.probing import outcome_table, probe_layouts, propose
@@ -213,8 +213,8 @@ def test_scores_of_other_budgets_and_settings_stay_apart(setup, data, tmp_path):
 
 def test_the_last_scores_confirm_predicted_optima(setup, data, tmp_path, monkeypatch):
     asked = []
-    confirming = probing.best_unscored
-    monkeypatch.setattr(probing, "best_unscored", lambda *a: asked.append(confirming(*a)) or asked[-1])
+    confirming = probe_rounds.best_unscored
+    monkeypatch.setattr(probe_rounds, "best_unscored", lambda *a: asked.append(confirming(*a)) or asked[-1])
     config = Config.model_validate(
         setup.config.model_dump()
         | {"probe": {"num_layouts": 8, "validation_tokens": 120}, "search": {"ratios": ["1:1", "1:3"]}}

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial
 
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
-from mamtra_ray.probe.probing import ratio_constraints
+from mamtra_ray.probe.rounds import ratio_constraints
 from mamtra_ray.search.parameter_space import params_from_layout
 from mamtra_ray.surrogate.acquisition import best_of
 from mamtra_ray.surrogate.quadratic import Quadratic
