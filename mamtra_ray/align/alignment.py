@@ -245,25 +245,23 @@ def _align_task(job: AlignJob) -> Iterator[AlignStep]:
 
 def _align_on_ray_train(job: AlignJob, worker: WorkerResources, report: Callable[[AlignStep], None]) -> None:
     latest: Any = ray.remote(num_cpus=0)(_Latest).remote()  # type: ignore[attr-defined]
-    trainer = ray.train.torch.TorchTrainer(
-        train_fn_per_worker,
-        train_loop_config={"job": job, "latest": latest},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=job.config.workers, use_gpu=worker.gpus > 0, resources_per_worker=worker.bundle()
-        ),
-        run_config=ray.train.RunConfig(
-            name="train",
-            storage_path=str(Path(job.folder) / "train"),
-            failure_config=ray.train.FailureConfig(max_failures=_ATTEMPTS - 1),
-        ),
-    )
+
+    def new_trainer() -> ray.train.torch.TorchTrainer:
+        return ray.train.torch.TorchTrainer(
+            train_fn_per_worker,
+            train_loop_config={"job": job, "latest": latest},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=job.config.workers, use_gpu=worker.gpus > 0, resources_per_worker=worker.bundle()
+            ),
+            run_config=ray.train.RunConfig(name="train", storage_path=str(Path(job.folder) / "train")),
+        )
 
     def tell() -> None:
         if (step := ray.get(latest.get.remote())) is not None:
             report(step)
 
     with repeatedly(tell):
-        fit(trainer, Path(job.folder))
+        fit(new_trainer, Path(job.folder))
 
 
 def train_fn_per_worker(train_loop_config: dict[str, Any]) -> None:

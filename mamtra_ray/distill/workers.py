@@ -197,7 +197,6 @@ def trainer_for(
             name="train",
             storage_path=str(folder.resolve()),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=2),
             callbacks=callbacks or [],
         ),
     )
@@ -207,7 +206,8 @@ def distill_on_workers(
     job: DistillJob, folder: Path, *, workers: int, worker: WorkerResources, callbacks: list[Any] | None = None
 ) -> Report:
     """Distill ``job`` on Ray Train workers; the trained student ends in ``folder/student``."""
-    result = fit(trainer_for(job, folder, workers=workers, worker=worker, callbacks=callbacks), folder)
+    new_trainer = functools.partial(trainer_for, job, folder, workers=workers, worker=worker, callbacks=callbacks)
+    result = fit(new_trainer, folder)
     assert result.checkpoint is not None and result.metrics is not None
     with result.checkpoint.as_directory() as checkpoint:
         shutil.copytree(Path(checkpoint) / "student", folder / "student", dirs_exist_ok=True)

@@ -68,7 +68,7 @@ def rounds(
     yield new(chosen, before_last)
     if all(layout in scores for layout in singles):
         costs = {layout: scores[layout] for layout in singles}
-        favored = [layout for c in by_ratio.values() for layout in lowest_sums(costs, c, sums)] if singles else []
+        favored = [layout for c in by_ratio.values() for layout in lowest_sums(costs, c, sums)] if sums else []
         yield new(favored, before_last)
     while (spent := num_spent(space, total, scores)) < total and len(scores) >= FEWEST_TO_FIT:
         confirms = spent >= before_last

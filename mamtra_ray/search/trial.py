@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import traceback
@@ -25,6 +26,7 @@ from mamtra_ray.run.rows import RUNNING, TrialRow
 from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.runtime.resources import WorkerResources
+from mamtra_ray.runtime.train_run import fit_again_after_failures
 from mamtra_ray.runtime.training import is_state_of
 from mamtra_ray.search.trial_speech import SpeechScore, TrialSpeech, speech_score
 from mamtra_ray.search.trial_table import TrialFailure
@@ -135,14 +137,15 @@ def _run_on_train_workers(job: DistillJob, reporter: _RungReporter) -> None:
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             reporter.report(Report(**metrics[0]))
 
-    trainer = trainer_for(
+    new_trainer = functools.partial(
+        trainer_for,
         job,
         reporter.state,
         workers=reporter.settings.search.workers_per_trial,
         worker=reporter.settings.worker,
         callbacks=[Forward()],
     )
-    trainer.fit()
+    fit_again_after_failures(new_trainer)
 
 
 class _RungReporter:
