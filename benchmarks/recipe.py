@@ -103,7 +103,10 @@ COMPARISONS = {
             Recipe("low", 5e-5, 0.3, 256),
             Recipe("middle", 1e-4, 0.3, 256),
         ),
-        layouts=(("found 1:1", "MAMAMMMMAAAAAMMMAAAAAMMAAMMMAM"),),
+        layouts=(
+            ("found 1:1", "MAMAMMMMAAAAAMMMAAAAAMMAAMMMAM"),
+            ("block_beginning 1:1", "block_beginning:1:1"),
+        ),
         trial=(2_048, 4_096),
         finalist=(),
     ),
