@@ -58,6 +58,7 @@ QUICK = [
     "evaluate.sentences=2",
     "evaluate.audio_examples=0",
 ]
+PHASES = ("cache", "align", "probe", "distill", "speech", "second recognizer", "more sentences")
 _PROBED = 200
 """Drawn of each budget."""
 
@@ -96,7 +97,7 @@ def layouts_to_compare(
     *,
     ratios: Sequence[str],
     found: Sequence[Layout],
-    per_budget: int,
+    per_budget: Sequence[int],
     probed: int,
 ) -> list[Compared]:
     """Layouts over the whole ranking of each budget, by scores of the probe."""
@@ -105,7 +106,7 @@ def layouts_to_compare(
         session.screen.phase("probe", f"{probed} layouts of each budget"),
         ProbePool(probe_data(session, library, validation), session.folder, session.worker) as pool,
     ):
-        for ratio in ratios:
+        for ratio, count in zip(ratios, per_budget, strict=True):
             budget = Constraints.from_ratio(session.num_layers, ratio)
             drawn = sample_layouts(budget, min(probed, budget.num_layouts), np.random.default_rng(0))
             origins = {layout: "found" for layout in found if budget.allows(layout)}
@@ -114,7 +115,7 @@ def layouts_to_compare(
             for done in pool.score([layout for layout in {*drawn, *origins} if layout not in pool.rows], 32):
                 session.screen.count(done, probed, "layouts")
             kl = {layout: pool.rows[layout].kl for layout in (*drawn, *origins)}
-            chosen = chosen_layouts(kl, list(origins), per_budget)
+            chosen = chosen_layouts(kl, list(origins), count)
             rows = {
                 layout: {
                     "budget": ratio,
@@ -147,14 +148,16 @@ def distill_all(session: Session, data: DistillData, layouts: Sequence[Layout]) 
     return folders
 
 
-def heard(session: Session, systems: dict[str, Path | None], recognizer: str | None = None) -> dict[str, Evaluation]:
-    """Evaluations by layout, and of the teacher and the codec; another recognizer has a folder of its own."""
+def heard(
+    session: Session, systems: dict[str, Path | None], phase: str = "speech", **changes: Any
+) -> dict[str, Evaluation]:
+    """Evaluations by layout, and of the teacher and the codec; with changed settings in a folder of their own."""
     config, folder = session.config, session.folder
-    if recognizer is not None:
-        other = config.evaluate.model_copy(update={"recognizer": recognizer})
-        config, folder = config.model_copy(update={"evaluate": other}), folder / "second_recognizer"
+    if changes:
+        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
+        folder /= phase.replace(" ", "_")
     what = f"{config.evaluate.sentences} sentences by each of {len(systems)}, {config.evaluate.recognizer}"
-    with session.screen.phase("speech" if recognizer is None else "second recognizer", what):
+    with session.screen.phase(phase, what):
         return evaluate_systems(
             config,
             systems,
@@ -168,11 +171,12 @@ def heard(session: Session, systems: dict[str, Path | None], recognizer: str | N
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 layouts, few tokens; nothing is written")
-    parser.add_argument("--layouts", type=int, default=12, help="of each budget")
+    parser.add_argument("--layouts", default="12", help="of each budget; or one number for every ratio: 16,16,8")
     parser.add_argument("--ratios", help="with commas between (default: 1:1,1:3; 1:5 and 1:11 of 24 layers)")
     parser.add_argument("--probed", type=int, default=_PROBED, help="drawn of each budget, to choose from")
     parser.add_argument("--found", type=Path, help="run folder whose found layouts are among them")
     parser.add_argument("--second-recognizer", help="such as faster-whisper:FOLDER, for found layouts and rivals")
+    parser.add_argument("--more-sentences", type=int, help="so many for the found layouts and their closest rival")
     parser.add_argument("--space", default="demo", help="search-space file (default: the packaged demo)")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/proxy_quality_SPACE)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -182,13 +186,17 @@ def main() -> int:
     folder = options.run or Path("runs") / f"{name}{'_quick' if options.quick else ''}"
     found = found_layouts(read_run(options.found)) if options.found else []
     run = open_run(options.space, folder, overrides)
-    session = start_session(run, ("cache", "align", "probe", "distill", "speech", "second recognizer"), None)
+    session = start_session(run, PHASES, None)
     train, validation = make_cache(session)
     library = make_library(session, train, validation)
     assert library is not None
     data = distill_data(session.config, session.shared_teacher, train, validation, str(library.resolve()))
-    per_budget, probed = (4, 10) if options.quick else (options.layouts, options.probed)
     ratios = options.ratios.split(",") if options.ratios else RATIOS[session.num_layers]
+    per_budget, probed = [int(count) for count in options.layouts.split(",")], options.probed
+    if len(per_budget) == 1:
+        per_budget *= len(ratios)
+    if options.quick:
+        per_budget, probed = [4] * len(ratios), 10
     compared = layouts_to_compare(
         session, library, validation, ratios=ratios, found=found, per_budget=per_budget, probed=probed
     )
@@ -198,27 +206,24 @@ def main() -> int:
     for layout, row in ((layout, row) for one in compared for layout, row in one.rows.items()):
         evaluation = evaluations[str(layout)]
         row |= read_manifest(folders[layout] / "report.json", "distilled", 1)["report"]
-        row |= {"WER": evaluation.wer.value, "WER low": evaluation.wer.low, "WER high": evaluation.wer.high}
-        row |= wer_by_band(evaluation)
+        row |= wer_columns(evaluation)
     tables = {
         "correlations": correlations(compared),
         "limits": limits_of_prediction(compared, evaluations),
         "paired": paired_rows(compared, evaluations),
     }
     if options.second_recognizer:
-        again = heard(session, contenders(compared, systems), options.second_recognizer)
-        tables["second_recognizer"] = [
-            {"system": system, "WER": one.wer.value, "WER low": one.wer.low, "WER high": one.wer.high}
-            for system, one in again.items()
-        ]
-        tables["paired_by_second_recognizer"] = paired_rows(compared, again)
-    rows = [row for one in compared for row in one.rows.values()]
-    for name_of_system in ("codec", "teacher"):
-        wer = evaluations[name_of_system].wer
-        tables.setdefault("references", []).append(
-            {"system": name_of_system, "WER": wer.value, "WER low": wer.low, "WER high": wer.high}
-            | wer_by_band(evaluations[name_of_system])
+        again = heard(
+            session, contenders(compared, systems, 2), "second recognizer", recognizer=options.second_recognizer
         )
+        tables["second_recognizer"] = [heard_row(system, one) for system, one in again.items()]
+        tables["paired_by_second_recognizer"] = paired_rows(compared, again)
+    if options.more_sentences:
+        longer = heard(session, contenders(compared, systems, 1), "more sentences", sentences=options.more_sentences)
+        tables["more_sentences"] = [heard_row(system, one) for system, one in longer.items()]
+        tables["paired_by_more_sentences"] = paired_rows(compared, longer)
+    rows = [row for one in compared for row in one.rows.values()]
+    tables["references"] = [heard_row(name, evaluations[name]) for name in ("codec", "teacher")]
     for table in (rows, *tables.values()):
         print()
         print_table(table)
@@ -231,13 +236,24 @@ def main() -> int:
     return 0
 
 
-def contenders(compared: Sequence[Compared], systems: Mapping[str, Path | None]) -> dict[str, Path | None]:
-    """Found layouts, and the two others of their budgets with the lowest WER."""
+def heard_row(system: str, evaluation: Evaluation) -> dict[str, Any]:
+    """A row of the result for one system."""
+    return {"system": system, "sentences": len(evaluation.rows)} | wer_columns(evaluation)
+
+
+def wer_columns(evaluation: Evaluation) -> dict[str, float]:
+    """WER with its interval, and by length."""
+    wer = evaluation.wer
+    return {"WER": wer.value, "WER low": wer.low, "WER high": wer.high} | wer_by_band(evaluation)
+
+
+def contenders(compared: Sequence[Compared], systems: Mapping[str, Path | None], rivals: int) -> dict[str, Path | None]:
+    """Found layouts, and so many others of their budgets with the lowest WER."""
     chosen = []
     for one in compared:
         ranked = sorted(one.rows, key=lambda layout: one.rows[layout]["WER"])
         found = [layout for layout in ranked if one.rows[layout]["from"] == "found"]
-        chosen += [*found, *[layout for layout in ranked if layout not in found][:2]]
+        chosen += [*found, *[layout for layout in ranked if layout not in found][:rivals]]
     return {str(layout): systems[str(layout)] for layout in chosen}
 
 
@@ -245,7 +261,10 @@ def found_layouts(run: Run) -> list[Layout]:
     """What the search proposed, and not the paper: its finalists, or before these the probe's best of every ratio."""
     if run.finalists:
         return [row.layout for row in run.finalists if is_found(row.origin)]
-    counts = sorted({row.layout.num_attention for row in run.probe}, reverse=True)
+    # Not the single replacements, which the probe scores too.
+    counts = sorted(
+        {count for row in run.probe if 1 < row.layout.num_layers - (count := row.layout.num_attention)}, reverse=True
+    )
     of_count = {count: [row for row in run.probe if row.layout.num_attention == count] for count in counts}
     return [min(rows, key=lambda row: row.kl).layout for rows in of_count.values()]
 

@@ -15,7 +15,7 @@ from mamtra_ray.errors import InputError
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
 from mamtra_ray.probe.pool import ProbeData, ProbePool
-from mamtra_ray.probe.rounds import FEWEST_TO_FIT, num_spent, ratio_constraints, rounds
+from mamtra_ray.probe.rounds import FEWEST_TO_FIT, num_spent, ratio_constraints, rounds, without_singles
 from mamtra_ray.run.rows import ProbeRow
 from mamtra_ray.runtime.progress import table
 from mamtra_ray.runtime.resources import WorkerResources
@@ -74,7 +74,7 @@ def propose(space: SearchSpace, rows: Sequence[ProbeRow], ratio: str, count: int
     if not rows:
         raise InputError("no layout was scored, so none can be proposed: raise probe.num_layouts")
     constraints = ratio_constraints(space)[ratio]
-    scores = {row.layout: row.kl for row in rows}
+    scores = without_singles(space, {row.layout: row.kl for row in rows})
     if len(scores) < FEWEST_TO_FIT:
         return sorted((layout for layout in scores if constraints.allows(layout)), key=scores.__getitem__)[:count]
     return [layout for layout, _, _ in ranked_layouts(fit_log(scores), scores, constraints, count)]
@@ -83,9 +83,9 @@ def propose(space: SearchSpace, rows: Sequence[ProbeRow], ratio: str, count: int
 def outcome_table(space: SearchSpace, rows: Sequence[ProbeRow], seed: int = 0) -> str:
     """The best scored layout of every ratio, whether anything else may be better, and how well the surrogate
     predicts left-out scores there; empty with too few scores for a surrogate."""
-    if len(rows) < FEWEST_TO_FIT:
+    scores = without_singles(space, {row.layout: row.kl for row in sorted(rows, key=lambda row: row.layout)})
+    if len(scores) < FEWEST_TO_FIT:
         return ""
-    scores = {row.layout: row.kl for row in sorted(rows, key=lambda row: row.layout)}
     surrogate = fit_log(scores)
     fits = surrogate.held_out_fit()
     cells: list[list[object]] = []

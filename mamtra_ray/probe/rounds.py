@@ -2,8 +2,9 @@
 
 1. What is given (the paper's placements, the user's own), every single replacement, and placements drawn uniformly.
    The single replacements also say which layouts have the lowest sums (HALO, Puzzle): a few of each ratio are scored.
-2. A surrogate with linear and pairwise terms is fitted to all of that. The layouts that it holds for best are scored,
-   round by round, until the best one is scored and hardly any unscored one can be better.
+2. A surrogate with linear and pairwise terms is fitted to all but the single replacements: what one layer costs among
+   attention layers bends its straight lines where half of the layers are replaced. The layouts that it holds for best
+   are scored, round by round, until the best one is scored and hardly any unscored one can be better.
 3. The last eighth confirms: it goes to the predicted optima alone, a few at a time.
 """
 
@@ -70,10 +71,12 @@ def rounds(
         costs = {layout: scores[layout] for layout in singles}
         favored = [layout for c in by_ratio.values() for layout in lowest_sums(costs, c, sums)] if sums else []
         yield new(favored, before_last)
-    while (spent := num_spent(space, total, scores)) < total and len(scores) >= FEWEST_TO_FIT:
+    while (spent := num_spent(space, total, scores)) < total:
+        known = without_singles(space, dict(sorted(scores.items())))
+        if len(known) < FEWEST_TO_FIT:
+            break
         confirms = spent >= before_last
         rng = np.random.default_rng([seed, len(scores)])
-        known = dict(sorted(scores.items()))
         surrogate = fit_log(known)
         unsettled = [c for c in by_ratio.values() if confidence(surrogate, known, c, rng) < CONFIDENT]
         share = max(round(total * (1 - _FIRST_SHARE) * _ROUND_SHARE / max(len(unsettled), 1)), 2)
@@ -110,6 +113,12 @@ def affordable_singles(space: SearchSpace, total: int) -> list[Layout]:
     every layout of the ratios can be scored anyway."""
     singles = single_replacements(space)
     return singles if len(singles) <= _SINGLES_SHARE * total and total < space.num_layouts else []
+
+
+def without_singles(space: SearchSpace, scores: Mapping[Layout, float]) -> dict[Layout, float]:
+    """What the surrogate of a search is fitted to: all scores but those of single replacements of no searched ratio."""
+    singles = set(single_replacements(space))
+    return {layout: kl for layout, kl in scores.items() if layout not in singles or space.allows(layout)}
 
 
 def single_replacements(space: SearchSpace) -> list[Layout]:

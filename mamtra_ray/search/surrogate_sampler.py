@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial
 
 from mamtra_ray.layouts import Layout
 from mamtra_ray.layouts.candidates import SearchSpace
-from mamtra_ray.probe.rounds import ratio_constraints
+from mamtra_ray.probe.rounds import ratio_constraints, without_singles
 from mamtra_ray.search.parameter_space import params_from_layout
 from mamtra_ray.surrogate.acquisition import best_of
 from mamtra_ray.surrogate.quadratic import Quadratic
@@ -54,8 +54,8 @@ class SurrogateSampler(optuna.samplers.BaseSampler):
     def __init__(self, space: SearchSpace, probe: Mapping[Layout, float], seed: int, *, hears: bool = False) -> None:
         self.space, self.seed, self.hears = space, seed, hears
         self._by_attention = {c.attention_counts[0]: c for c in ratio_constraints(space).values()}
-        logarithms = {layout: math.log(max(kl, 1e-8)) for layout, kl in probe.items()}
-        self._prior = corrected(None, logarithms) if len(probe) >= _FEWEST_TO_FIT else None
+        logarithms = {layout: math.log(max(kl, 1e-8)) for layout, kl in without_singles(space, probe).items()}
+        self._prior = corrected(None, logarithms) if len(logarithms) >= _FEWEST_TO_FIT else None
         self._proposed: tuple[int, dict[str, Any]] = (-1, {})
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
