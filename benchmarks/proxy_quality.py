@@ -263,7 +263,7 @@ def found_layouts(run: Run) -> list[Layout]:
         return [row.layout for row in run.finalists if is_found(row.origin)]
     # Not the single replacements, which the probe scores too.
     counts = sorted(
-        {count for row in run.probe if 1 < row.layout.num_layers - (count := row.layout.num_attention)}, reverse=True
+        {count for row in run.probe if row.layout.num_layers - (count := row.layout.num_attention) > 1}, reverse=True
     )
     of_count = {count: [row for row in run.probe if row.layout.num_attention == count] for count in counts}
     return [min(rows, key=lambda row: row.kl).layout for rows in of_count.values()]
