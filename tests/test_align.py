@@ -1,6 +1,8 @@
 """Alignment against plain transformers, plain least squares, plain autograd, and a stopped and resumed run."""
 
+import gc
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,35 +107,82 @@ STEPS = [
 TOGETHER = AlignConfig(tokens=400, tokens_per_batch=100, learning_rate=6e-3)
 
 
-def trained_together(teacher, rank=0, world_size=1):
-    training = MixerTraining(teacher.model, TOGETHER, "per_query_head", CPU, world_size, seed=5)
+SHARDED = TOGETHER.model_copy(update={"workers": 3, "fully_shard": True})
+
+
+def together(teacher, world_size=1, config=TOGETHER):
+    return MixerTraining(teacher.model, config, "per_query_head", CPU, world_size, seed=5)
+
+
+def trained_together(teacher, rank=0, world_size=1, config=TOGETHER, state=None):
+    """All steps; before the last one the state is kept in a folder."""
+    training = together(teacher, world_size, config)
     parts = STEPS if world_size == 1 else [part_of(batch, rank) for batch in STEPS]
     training.fit_output_projections(parts)
-    errors = [training.step(part) for part in parts]
+    errors = [training.step(part) for part in parts[:-1]]
+    if state is not None:
+        training.save(state, {}, note="half")
+    errors.append(training.step(parts[-1]))
     return training, errors
 
 
 def _one_of_three(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
-    training, errors = trained_together(load_teacher("huggingface", f"{folder}/teacher"), rank, 3)
-    if rank == 2:
-        torch.save((training.library(), errors, training.position.tokens), f"{folder}/together.pt")
+    teacher = load_teacher("huggingface", f"{folder}/teacher")
+    before = teacher.model.fingerprint()
+    sharded, sharded_errors = trained_together(teacher, rank, 3, SHARDED, Path(folder) / "half of three")
+    held = sum(p.to_local().numel() for p in (*sharded.teacher.body.parameters(), *sharded._trained().values()))
+    scores = sharded.errors(STEPS)  # passes without gradients leave the parts as they are
+    resumed = {}
+    for start in ("half of three", "half of one"):
+        again = together(teacher, 3, SHARDED)
+        assert again.load(Path(folder) / start, {})["note"] == "half"
+        again.step(part_of(STEPS[-1], rank))
+        resumed[start] = again.library()
+    libraries = {"sharded": sharded.library(), **resumed}
+    assert teacher.model.fingerprint() == before, "the teacher was changed"
+    training, errors = trained_together(teacher, rank, 3)
+    if rank == 0:
+        libraries["together"] = training.library()
+        found = (libraries, {"together": errors, "sharded": sharded_errors}, training.position.tokens, scores, held)
+        torch.save(found, f"{folder}/together.pt")
+    else:
+        assert not libraries["sharded"]
+    gc.collect()  # what holds the process group goes first
     torch.distributed.destroy_process_group()
 
 
+def assert_same_library(found, expected):
+    for layer, tensors in expected.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(found[layer][name], tensor, rtol=0, atol=3e-4, msg=f"{layer}.{name}")
+
+
 def test_several_workers_are_one_worker(tmp_path):
-    """Same seed, same batches: the same mixers up to rounding, however unequal the parts are."""
+    """Same seed, same batches: the same mixers up to rounding, however unequal the parts are, sharded or not; and
+    sharded ones go on with what one worker has written, and the other way round."""
     write_folder(tmp_path / "teacher", transformers_model())
+    teacher = load_teacher("huggingface", tmp_path / "teacher")
+    alone, alone_errors = trained_together(teacher, state=tmp_path / "half of one")
     torch.multiprocessing.spawn(_one_of_three, args=(str(tmp_path),), nprocs=3)
-    library, errors, tokens = torch.load(tmp_path / "together.pt", weights_only=True)
-    alone, alone_errors = trained_together(load_teacher("huggingface", tmp_path / "teacher"))
+    libraries, errors, tokens, scores, held = torch.load(tmp_path / "together.pt", weights_only=True)
     assert tokens == alone.position.tokens
-    for layer, expected in alone.library().items():
-        for name, tensor in expected.items():
-            torch.testing.assert_close(library[layer][name], tensor, rtol=0, atol=3e-4, msg=f"{layer}.{name}")
-        # By the sums of all parts, not by the mean of their ratios.
-        assert [step[layer] for step in errors] == pytest.approx([step[layer] for step in alone_errors], rel=1e-3)
+    for name, library in libraries.items():
+        assert set(library) == {0, 1, 2, 3}, name
+        assert_same_library(library, alone.library())
+    assert scores == pytest.approx(alone.errors(STEPS), rel=1e-3)
+    everything = sum(p.numel() for p in (*teacher.model.body.parameters(), *alone._trained().values()))
+    assert held < 0.4 * everything, "a process holds more than its part"
+    of_one = together(teacher)
+    of_one.load(tmp_path / "half of three", {})
+    of_one.step(STEPS[-1])
+    assert_same_library(of_one.library(), alone.library())
+    for steps in errors.values():
+        for layer in range(4):
+            # By the sums of all parts, not by the mean of their ratios.
+            assert [step[layer] for step in steps] == pytest.approx([step[layer] for step in alone_errors], rel=1e-3)
+    library = libraries["together"]
     start = MixerTraining(load_teacher("huggingface", tmp_path / "teacher").model, TOGETHER, "per_query_head", CPU)
     moved = [(library[0][name] - tensor).abs().max() for name, tensor in start.library()[0].items()]
     assert max(moved) > 1e-2
@@ -300,10 +349,12 @@ def test_stopped_alignment_goes_on_where_it_was(setup, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_ray_train_workers_learn_as_much_as_one(setup, tmp_path):
     one = aligned(setup, tmp_path / "one")
-    both = aligned(setup, tmp_path / "two", setup.config.model_copy(update={"workers": 2}))
-    assert both.workers == 2
-    for layer in range(4):
-        assert both.errors[layer] == pytest.approx(one.errors[layer], rel=0.2)
+    for name, changes in {"two": {}, "sharded": {"fully_shard": True}}.items():
+        both = aligned(setup, tmp_path / name, setup.config.model_copy(update={"workers": 2, **changes}))
+        assert both.workers == 2
+        for layer in range(4):
+            assert both.errors[layer] == pytest.approx(one.errors[layer], rel=0.2)
+        assert not list((tmp_path / name).glob("shards-*")), "a state was left behind"
 
 
 def test_two_searches_do_not_train_one_library_at_once(tmp_path):

@@ -11,11 +11,11 @@ from test_training import CONFIG, CPU, Batch, make_batch, student_of, teacher  #
 from torch.distributed.tensor import DTensor
 
 from mamtra_ray.config import Config, DistillConfig
-from mamtra_ray.distill.sharding import whole
 from mamtra_ray.distill.training import Distillation
 from mamtra_ray.efficiency.memory import distillation_memory
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import IGNORE, HiddenTargets
+from mamtra_ray.runtime.sharding import whole
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 from mamtra_ray.teachers.outline import architecture_of

@@ -227,6 +227,20 @@ def test_which_cards_a_large_student_needs(name, cards):
     assert forward_memory(shape, tokens=8192, logits_tokens=0).total < {"3B": 16e9, "8B": 34e9}[name]
     aligned = alignment_memory(shape, tokens=4096, length=2048).total
     assert aligned < {"3B": 32e9, "8B": 65e9}[name] and (aligned > card.memory_bytes) == (name == "8B")
+    shared = alignment_memory(shape, tokens=4096, length=2048, workers=2, fully_shard=True).total
+    assert shared < {"3B": 22e9, "8B": 40e9}[name]
+
+
+def test_a_sharded_alignment_is_divided():
+    shape, sizes = run_memory_architecture(), {"tokens": 512, "length": 128}
+    whole = alignment_memory(shape, **sizes)
+    part = alignment_memory(shape, **sizes, workers=4, fully_shard=True)
+    assert part.gradients == pytest.approx(whole.gradients / 4, rel=1e-6)
+    assert part.optimizer == pytest.approx(whole.optimizer / 4, rel=1e-6)
+    head = 4 * shape.head_outputs * shape.hidden_size
+    assert part.parameters == pytest.approx(head + (whole.parameters - head) / 4, rel=1e-6)
+    copies = alignment_memory(shape, **sizes, workers=4)
+    assert copies.gradients == 2 * whole.gradients and copies.parameters == whole.parameters
 
 
 def test_a_sharded_student_is_divided():

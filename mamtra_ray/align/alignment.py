@@ -31,6 +31,7 @@ from mamtra_ray.runtime.actor_pool import result_of
 from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.runtime.resources import WorkerResources
+from mamtra_ray.runtime.shard_files import remove_shards
 from mamtra_ray.runtime.train_run import fit
 from mamtra_ray.runtime.training import has_state, remove_state
 from mamtra_ray.teacher_cache.batches import batches, batches_holding
@@ -135,7 +136,7 @@ def library_made_by(
     Not what form the cache has: alignment reads its tokens only. Nor how many workers share a batch: equal but for
     rounding.
     """
-    settings = config.model_dump(exclude={"workers"}) | {
+    settings = config.model_dump(exclude={"workers", "fully_shard"}) | {
         "state_sharing": state_sharing,
         "selection": train.manifest.made_by["selection"],
         "train_speech_tokens": train.speech_tokens,
@@ -203,7 +204,7 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
         for batch in train_batches(training.position.epoch, training.position.batch):
             training.step(batch)
             now = time.monotonic()
-            if rank == 0 and now - last_save > _SECONDS_PER_CHECKPOINT:
+            if training.is_asked_by_first(now - last_save > _SECONDS_PER_CHECKPOINT):
                 training.save(folder, job.made_by, transferred=transferred, start=start, seconds=seconds())
                 last_save = now
             if now - last_yield > _SECONDS_PER_REPORT:
@@ -216,12 +217,14 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
     spent = seconds()
     errors = yield from held_out("measuring the held-out errors of the trained mixers")
     yield AlignStep(training.position.tokens, "saving the mixers")
+    library = training.library() if rank == 0 or training.is_sharded else {}
     if rank == 0:
         manifest = LibraryManifest(
             transferred, start, errors, training.position.tokens, training.position.step, round(spent, 2), world_size
         )
-        save_library(folder, training.library(), job.made_by, manifest)
+        save_library(folder, library, job.made_by, manifest)
         remove_state(folder)
+        remove_shards(folder)
     yield AlignStep(training.position.tokens)
 
 

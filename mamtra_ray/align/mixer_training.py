@@ -2,7 +2,8 @@
 
 Every layer is a problem of its own: its mixer reads what the teacher's attention reads and is compared with what the
 attention writes. So a mixer's forward and backward pass run inside the teacher's forward pass, right where its layer
-is computed: nothing is stored, and memory does not grow with the number of layers.
+is computed: nothing is stored, and memory does not grow with the number of layers. With ``align.fully_shard`` a process
+holds its part of every layer and mixer, and puts one of each together at a time.
 
 Knows PyTorch but not Ray. Shapes: B batch, L length, D model width, I mixer channels before out_proj.
 """
@@ -10,18 +11,23 @@ Knows PyTorch but not Ray. Shapes: B batch, L length, D model width, I mixer cha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from mamtra_ray.config import AlignConfig
 from mamtra_ray.errors import DivergedError
 from mamtra_ray.models.mamba import MambaMixer, StateSharing
 from mamtra_ray.models.transfer import mixer_from_attention
+from mamtra_ray.runtime.shard_files import read_shards, read_whole, remove_other_shards, write_shards
+from mamtra_ray.runtime.sharding import is_sharded, part_like, whole
 from mamtra_ray.runtime.training import (
     Position,
     autocast,
@@ -30,7 +36,9 @@ from mamtra_ray.runtime.training import (
     save_state,
     sum_over_workers,
 )
+from mamtra_ray.speech_lm.sharding import shard_speech_lm
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.speech_lm.student import make_student
 
 _WARMUP = 0.05
 _MAX_GRAD_NORM = 1.0
@@ -78,7 +86,7 @@ class MixerTraining:
     """The mixers of all attention layers of a teacher in training.
 
     Args:
-        teacher: on ``device`` afterward; not changed otherwise.
+        teacher: on ``device`` afterward, not changed otherwise; with ``fully_shard`` it stays where it is.
         config: optimizer and batches.
         state_sharing: see :class:`~mamtra_ray.models.mamba.MixerConfig`.
         device: where it trains.
@@ -95,7 +103,10 @@ class MixerTraining:
         world_size: int = 1,
         seed: int = 0,
     ) -> None:
-        self.teacher, self.config, self.device, self.world_size = teacher.to(device).eval(), config, device, world_size
+        self.config, self.device, self.world_size = config, device, world_size
+        self.is_sharded = is_sharded(config.fully_shard, world_size)
+        """Whether this process holds a part of teacher and mixers; then all of them must save and load together."""
+        self.rank = torch.distributed.get_rank() if world_size > 1 else 0
         shape = dataclasses.replace(teacher.config.mixer, state_sharing=state_sharing)
         self.mixers: dict[int, MambaMixer] = {}
         for layer in teacher.layout.attention_layers:
@@ -103,11 +114,30 @@ class MixerTraining:
             mixer = mixer_from_attention(attention, shape, "transfer", layer_seed)
             # Weights are trained in float32 whatever the teacher is stored in.
             self.mixers[layer] = mixer.float().train().requires_grad_(True)
-        trained = [parameter for mixer in self.mixers.values() for parameter in mixer.parameters()]
+        self.teacher = self._placed(teacher).eval()
         self.optimizer = torch.optim.AdamW(
-            trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            list(self._trained().values()), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.position = Position()
+
+    def _placed(self, teacher: SpeechLM) -> SpeechLM:
+        """The teacher on the device; of a sharded training, a model of its tensors' parts. Cuts the mixers as well."""
+        if not self.is_sharded:
+            return teacher.to(self.device)
+        same = make_student(teacher, teacher.layout, state_sharing=teacher.config.state_sharing, share_weights=True)
+        shard_speech_lm(same, "float32", self.device, self.world_size)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        for mixer in self.mixers.values():
+            # After a pass without gradients, too, a mixer is in parts.
+            fully_shard(mixer, mesh=mesh, reshard_after_forward=True)
+        return same
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{layer}.{name}": parameter
+            for layer, mixer in self.mixers.items()
+            for name, parameter in mixer.named_parameters()
+        }
 
     def learning_rate(self) -> float:
         """Learning rate of the next step: linear warm-up, then cosine to 0 at the last token."""
@@ -124,6 +154,7 @@ class MixerTraining:
         """
         errors: dict[int, Tensor] = {}
         pending: list[tuple[int, Tensor, list[nn.Parameter], Any]] = []
+        sums: list[Tensor] = []
         real_BL = batch.attention_mask_BL
 
         def learn(layer: int, hidden_BLD: Tensor, target_BLD: Tensor) -> None:
@@ -134,7 +165,9 @@ class MixerTraining:
             loss.backward()
             errors[layer] = error.detach() / power
             parameters = list(self.mixers[layer].parameters())
-            if self.world_size > 1:
+            if self.is_sharded:
+                sums.append(torch.stack([error.detach(), power]))
+            elif self.world_size > 1:
                 # Sent while the next layer computes.
                 gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
                 flat = torch.cat([*gradients, torch.stack([error.detach(), power])])
@@ -143,13 +176,15 @@ class MixerTraining:
         with torch.no_grad(), attention_taps(self.teacher, learn):
             # Padded right and causal: no position sees padding, so no mask is needed.
             self.teacher.hidden_states(batch.input_ids_BL)
+        if self.is_sharded:
+            errors = self._divide_by_power(list(errors), sums)
         for layer, flat, parameters, work in pending:
             work.wait()
             *parts, last = (flat / flat[-1]).split([*(parameter.numel() for parameter in parameters), 2])
             errors[layer] = last[0]
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
-        norms = [nn.utils.clip_grad_norm_(mixer.parameters(), _MAX_GRAD_NORM) for mixer in self.mixers.values()]
+        norms = [whole(nn.utils.clip_grad_norm_(mixer.parameters(), _MAX_GRAD_NORM)) for mixer in self.mixers.values()]
         self._check_finite(torch.stack(norms))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
@@ -157,6 +192,21 @@ class MixerTraining:
         self.optimizer.zero_grad(set_to_none=True)
         self.position = self.position.after(sum_over_workers(int(real_BL.sum()), self.world_size, self.device))
         return {layer: float(error) for layer, error in errors.items()}
+
+    def _divide_by_power(self, layers: Sequence[int], sums: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Gradients that FSDP has averaged over the processes become those of one process; the layers' errors.
+
+        Args:
+            layers: in the order in which they learned.
+            sums: (2,) of each: this process's squared error and power.
+        """
+        sums_L2 = torch.stack(list(sums))
+        torch.distributed.all_reduce(sums_L2)
+        for layer, (_, power) in zip(layers, sums_L2, strict=True):
+            for parameter in self.mixers[layer].parameters():
+                if isinstance(parameter.grad, DTensor):
+                    parameter.grad.to_local().mul_(self.world_size / power)
+        return {layer: error / power for layer, (error, power) in zip(layers, sums_L2, strict=True)}
 
     def _check_finite(self, norms: Tensor) -> None:
         wrong = (~norms.isfinite()).nonzero()
@@ -207,9 +257,9 @@ class MixerTraining:
             gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
             solution = torch.linalg.solve(gram.double(), cross.double()).T.float()
             projection = self.mixers[layer].out_proj
-            projection.weight.copy_(solution[:, : projection.in_features])
+            projection.weight.copy_(part_like(projection.weight, solution[:, : projection.in_features]))
             if projection.bias is not None:
-                projection.bias.copy_(solution[:, -1])
+                projection.bias.copy_(part_like(projection.bias, solution[:, -1]))
         return sum_over_workers(tokens, self.world_size, self.device)
 
     def errors(self, batches: Iterable[Batch]) -> dict[int, float]:
@@ -220,14 +270,37 @@ class MixerTraining:
         return sums.errors()
 
     def library(self) -> dict[int, dict[str, Tensor]]:
-        """Tensors of every mixer, on the CPU: what :func:`~mamtra_ray.models.transfer.mixer_from_library` takes."""
-        return {
-            layer: {name: tensor.detach().cpu().contiguous() for name, tensor in mixer.state_dict().items()}
-            for layer, mixer in self.mixers.items()
-        }
+        """Tensors of every mixer, on the CPU: what :func:`~mamtra_ray.models.transfer.mixer_from_library` takes.
+
+        Of a sharded training all processes must ask, and process 0 gets them.
+        """
+        library: dict[int, dict[str, Tensor]] = {}
+        for layer, mixer in self.mixers.items():
+            for name, tensor in mixer.state_dict().items():
+                complete = whole(tensor).detach()
+                if self.rank == 0 or not self.is_sharded:
+                    library.setdefault(layer, {})[name] = complete.cpu().contiguous()
+        return library
+
+    def is_asked_by_first(self, wish: bool) -> bool:
+        """What process 0 wishes: clocks differ, and a sharded training is saved by all processes or none."""
+        if not self.is_sharded:
+            return wish and self.rank == 0
+        asked = torch.tensor(float(wish), device=self.device)
+        torch.distributed.broadcast(asked, 0)
+        return bool(asked)
 
     def save(self, folder: Path, made_by: Mapping[str, Any], **content: Any) -> None:
-        """Write everything that the next step depends on, and ``content`` (JSON-ready), atomically."""
+        """Write everything that the next step depends on, and ``content`` (JSON-ready), atomically.
+
+        Of a sharded training every process writes its part, into the same folder.
+        """
+        if self.is_sharded:
+            shards = write_shards(folder, self.position.step, self._trained(), self.optimizer)
+            if self.rank == 0:
+                save_state(folder, {}, self.position, made_by, shards=shards, **content)
+            remove_other_shards(folder, self.position.step)
+            return
         state = {
             "mixers": {str(layer): mixer.state_dict() for layer, mixer in self.mixers.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -235,15 +308,22 @@ class MixerTraining:
         save_state(folder, state, self.position, made_by, **content)
 
     def load(self, folder: Path, made_by: Mapping[str, Any]) -> dict[str, Any]:
-        """Take what :meth:`save` wrote; returns its ``content``.
+        """Take what :meth:`save` of any number of processes wrote, sharded or not; returns its ``content``.
 
         Raises:
             InputError: a state of another training, or a damaged one.
         """
-        state, self.position, content = read_state(folder, made_by, self.device)
-        for layer, mixer in self.mixers.items():
-            mixer.load_state_dict(state["mixers"][str(layer)])
-        self.optimizer.load_state_dict(state["optimizer"])
+        state, self.position, content = read_state(folder, made_by, "cpu" if self.is_sharded else self.device)
+        trained = self._trained()
+        if shards := content.get("shards"):
+            read_shards(folder, self.position.step, shards, trained, self.optimizer, self.is_sharded)
+        elif self.is_sharded:
+            weights = {f"{layer}.{n}": t for layer, mixer in state["mixers"].items() for n, t in mixer.items()}
+            read_whole(weights, state["optimizer"], trained, self.optimizer)
+        else:
+            for layer, mixer in self.mixers.items():
+                mixer.load_state_dict(state["mixers"][str(layer)])
+            self.optimizer.load_state_dict(state["optimizer"])
         return content
 
 

@@ -108,6 +108,14 @@ class AlignConfig(Section):
     """Autocast type of the mixers' forward pass."""
     workers: Count = 1
     """Processes that train together; one is a plain Ray task, several are a Ray Train run."""
+    fully_shard: bool = False
+    """Divide the teacher, the mixers and their optimizer state among the workers (FSDP2)."""
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> AlignConfig:
+        if self.fully_shard and self.workers == 1:
+            raise ValueError("fully_shard=true divides teacher and mixers among workers, and workers is 1")
+        return self
 
 
 class ProbeConfig(Section):

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mamtra_ray.config import DistillConfig
 from mamtra_ray.distill.micro_batches import Batch, MicroBatch, empty_part, micro_batches
-from mamtra_ray.distill.sharding import is_sharded
 from mamtra_ray.errors import InputError
 from mamtra_ray.losses import LossWeights, distillation_loss
+from mamtra_ray.runtime.sharding import is_sharded
 from mamtra_ray.runtime.training import autocast
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
@@ -95,7 +95,7 @@ class Accumulation:
         # With auto any process may run out of memory in the middle of a backward pass, where DDP would have the others
         # wait for its gradients for ever: there the processes agree first and average afterward.
         self.averages_afterward = self.is_auto and world_size > 1
-        self.is_sharded = is_sharded(config, world_size)
+        self.is_sharded = is_sharded(config.fully_shard, world_size)
         if world_size > 1 and not self.is_auto and not self.is_sharded:
             # All trained tensors take part in every step, so no search for unused ones is needed.
             self.objective = nn.parallel.DistributedDataParallel(

@@ -23,12 +23,13 @@ from mamtra_ray.distill.accumulation import Accumulation
 from mamtra_ray.distill.compilation import compile_layers
 from mamtra_ray.distill.curve import HostCopy, StepTerms
 from mamtra_ray.distill.micro_batches import Batch, micro_batches
-from mamtra_ray.distill.shard_files import read_shards, read_whole, remove_other_shards, write_shards
-from mamtra_ray.distill.sharding import is_sharded, shard_student, whole, whole_student
 from mamtra_ray.errors import DivergedError, InputError
 from mamtra_ray.losses import LossWeights, distillation_loss
 from mamtra_ray.models.mamba import MambaMixer
+from mamtra_ray.runtime.shard_files import read_shards, read_whole, remove_other_shards, write_shards
+from mamtra_ray.runtime.sharding import is_sharded, whole
 from mamtra_ray.runtime.training import Position, autocast, learning_rate_factor, read_state, save_state
+from mamtra_ray.speech_lm.sharding import shard_speech_lm, whole_student
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
 _LOG = logging.getLogger(__name__)
@@ -71,10 +72,10 @@ class Distillation:
         say: Callable[[str], None] = _LOG.warning,
     ) -> None:
         self.config, self.total_tokens, self.device = config, total_tokens, device
-        self.is_sharded = is_sharded(config, world_size)
+        self.is_sharded = is_sharded(config.fully_shard, world_size)
         """Whether this process holds a part of the student; then all of them must validate, save and load together."""
         if self.is_sharded:
-            shard_student(student, config.precision, device, world_size)
+            shard_speech_lm(student, config.precision, device, world_size)
         self.student = (student if self.is_sharded else student.to(device)).train()
         if config.compile:
             compile_layers(self.student)
@@ -201,7 +202,7 @@ class Distillation:
 
     def _save_shards(self, folder: Path, state: Mapping[str, Any]) -> None:
         rank, step = torch.distributed.get_rank(), self.position.step
-        shards = write_shards(folder, step, self.student, self.optimizer)
+        shards = write_shards(folder, step, self._trained(), self.optimizer)
         if self.position.tokens >= self.total_tokens:
             student = whole_student(self.student, rank)
             if student is not None:
@@ -209,6 +210,9 @@ class Distillation:
         if rank == 0:
             save_state(folder, state, self.position, self.made_by, seconds=self.seconds, shards=shards)
         remove_other_shards(folder, step)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.student.named_parameters() if parameter.requires_grad}
 
     def load(self, folder: Path) -> None:
         """Take student weights, optimizer and position from :meth:`save`'s folder, of any number of processes, sharded
@@ -219,10 +223,10 @@ class Distillation:
         """
         state, position, content = read_state(folder, self.made_by, "cpu" if self.is_sharded else self.device)
         if shards := content.get("shards"):
-            read_shards(folder, position.step, shards, self.student, self.optimizer, self.is_sharded)
+            read_shards(folder, position.step, shards, self._trained(), self.optimizer, self.is_sharded)
         elif self.is_sharded:
             weights = SpeechLM.load(folder / "student").state_dict()
-            read_whole(weights, state["optimizer"], self.student, self.optimizer)
+            read_whole(weights, state["optimizer"], self.student.state_dict(), self.optimizer)
         else:
             self.student.load_state_dict(SpeechLM.load(folder / "student").state_dict())
             self.optimizer.load_state_dict(state["optimizer"])

@@ -22,10 +22,10 @@ from torch import Tensor
 from mamtra_ray.align.mixer_library import load_library
 from mamtra_ray.distill.curve import StepTerms, read_curve
 from mamtra_ray.distill.job import DistillJob, Report
-from mamtra_ray.distill.sharding import is_sharded
 from mamtra_ray.distill.training import VALIDATION_PARTS, Distillation, Stopwatch
 from mamtra_ray.errors import DivergedError
 from mamtra_ray.runtime.resources import WorkerResources
+from mamtra_ray.runtime.sharding import is_sharded
 from mamtra_ray.runtime.train_run import fit
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
@@ -91,7 +91,7 @@ def distill(
     tell("loading the teacher and its student")
     sequence, size = job.data.teacher.load().sequence, job.settings.tokens_per_batch
     # Cutting a student copies it.
-    student = initial_student(job, share_weights=is_sharded(job.settings, world_size))
+    student = initial_student(job, share_weights=is_sharded(job.settings.fully_shard, world_size))
     training = Distillation(student, job.settings, job.report_at[-1], device, world_size, made_by=job.made_by, say=say)
     held_out = functools.partial(
         batches,

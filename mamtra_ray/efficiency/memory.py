@@ -134,18 +134,47 @@ def gathered_bytes(architecture: Architecture, layout: Layout, precision: str = 
     return layer * (5 * _bytes_of(precision) + FLOAT32)
 
 
-def alignment_memory(architecture: Architecture, *, tokens: int, length: int, precision: str = "float32") -> StepMemory:
-    """A step that trains all layers' mixers: beside the teacher's forward pass one mixer at a time."""
+def alignment_memory(
+    architecture: Architecture,
+    *,
+    tokens: int,
+    length: int,
+    precision: str = "float32",
+    workers: int = 1,
+    fully_shard: bool = False,
+) -> StepMemory:
+    """A step that trains all layers' mixers: beside the teacher's forward pass one mixer at a time.
+
+    Args:
+        architecture: of the teacher and its Mamba layers.
+        tokens: padded tokens of this process's part of a batch.
+        length: of its utterances; matters for the scan's states only.
+        precision: ``align.precision``.
+        workers: processes that train together.
+        fully_shard: they divide teacher, mixers and optimizer state; the teacher's head stays whole everywhere.
+    """
     teacher = total_parameters(architecture, Layout.all_attention(architecture.num_layers))
-    mixers = architecture.num_layers * mixer_parameters(architecture)
-    mixer = _mixer_bytes(architecture, tokens, length, _bytes_of(precision))
+    mixer = mixer_parameters(architecture)
+    mixers = architecture.num_layers * mixer
+    shards = workers if fully_shard else 1
     forward = forward_memory(architecture, tokens=tokens, logits_tokens=0)
+    working = forward.working
+    if shards > 1:
+        head = min(architecture.head_outputs * architecture.hidden_size, architecture.table_parameters)
+        # The layer that computes and the next one, each beside the buffer that it was received in; a mixer likewise,
+        # its gradient, and the buffer that it is sent in.
+        gathered = FLOAT32 * (4 * attention_layer(architecture).parameters + 4 * mixer)
+        # The table is put together when nothing else is there yet.
+        working += max(gathered, 2 * FLOAT32 * (architecture.table_parameters - head) - working)
+        teacher = head + -(-(teacher - head) // shards)
+    held = -(-mixers // shards)
     return StepMemory(
-        parameters=FLOAT32 * (teacher + mixers),
-        gradients=FLOAT32 * mixers,
-        optimizer=_ADAM_BYTES * mixers,
-        activations=mixer,
-        working=forward.working,
+        parameters=FLOAT32 * (teacher + held),
+        # Processes that each hold all mixers send copies of their gradients, all of which are there at the step's end.
+        gradients=FLOAT32 * held * (2 if workers > shards else 1),
+        optimizer=_ADAM_BYTES * held,
+        activations=_mixer_bytes(architecture, tokens, length, _bytes_of(precision)),
+        working=working,
         logits=0,
         teacher_rows=0,
         gradients_stay=True,

@@ -98,8 +98,16 @@ def memory_of_phases(
     phases = [PhaseMemory("cache", cached, cache, cache, "cache.layers")]
     if config.student.initialization == "aligned":
         aligned = lengths.at_once(-(-config.align.tokens_per_batch // config.align.workers))
-        align = alignment_memory(architecture, tokens=aligned, length=lengths.longest, precision=config.align.precision)
-        phases.append(PhaseMemory("align", aligned, align, align, "align.tokens_per_batch"))
+        align = alignment_memory(
+            architecture,
+            tokens=aligned,
+            length=lengths.longest,
+            precision=config.align.precision,
+            workers=config.align.workers,
+            fully_shard=config.align.fully_shard,
+        )
+        more = "more align.workers" if config.align.fully_shard else "align.fully_shard=true with several align.workers"
+        phases.append(PhaseMemory("align", aligned, align, align, f"align.tokens_per_batch or {more}"))
         if config.probe.num_layouts:
             probe = forward_memory(
                 architecture, tokens=probed, logits_tokens=PROBE_LOGITS_TOKENS, kept_layers=layers, mixers=True

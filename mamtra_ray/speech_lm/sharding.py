@@ -1,8 +1,8 @@
-"""``distill.fully_shard``: every process holds a part of the student's weights, gradients and optimizer state (FSDP2).
+"""A speech language model of which every process holds a part (FSDP2): a student in training, or a teacher.
 
 A layer's weights are put together right before it computes, forward and backward, and are let go right after. Its
 gradient is averaged over the processes and cut as soon as it is complete, in every micro batch: a process that waited
-for the last one would hold the gradients of the whole student.
+for the last one would hold the gradients of the whole model.
 
 - **The embedding table** is cut as well. Only the first operation of a pass needs it.
 - **The head is not.** It is frozen, so it has no gradient and no optimizer state. The loss reads all of it twice (for
@@ -18,24 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mamtra_ray.config import DistillConfig
+from mamtra_ray.runtime.sharding import whole
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 
 
-def is_sharded(config: DistillConfig, world_size: int) -> bool:
-    """Whether the processes of a training share the student's weights."""
-    return config.fully_shard and world_size > 1
-
-
-def shard_student(student: SpeechLM, precision: str, device: torch.device, world_size: int) -> None:
-    """Cut the tensors of ``student`` into one part for every process, and put this process's parts onto ``device``.
+def shard_speech_lm(model: SpeechLM, precision: str, device: torch.device, world_size: int) -> None:
+    """Cut the tensors of ``model`` into one part for every process, and put this process's parts onto ``device``.
 
     Args:
-        student: on the CPU, the same in all processes. Its tensors are copied: they may be shared with a teacher. Layer
+        model: on the CPU, the same in all processes. Its tensors are copied: they may be shared with a teacher. Layer
             by layer, so ``device`` never holds more than one whole layer.
-        precision: ``distill.precision``.
+        precision: what matrices are put together in, ``float32`` or ``bfloat16``.
         device: where it trains.
         world_size: processes of the process group, which must be initialized.
     """
@@ -43,30 +37,18 @@ def shard_student(student: SpeechLM, precision: str, device: torch.device, world
     rounded = MixedPrecisionPolicy(
         param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for layer in student.body.layers:
+    for layer in model.body.layers:
         if precision != "float32":
             matrices: list[nn.Module] = [module for module in layer.modules() if isinstance(module, nn.Linear)]
             fully_shard(matrices, mesh=mesh, mp_policy=rounded)
         fully_shard(layer, mesh=mesh)
     # The parameters of table and last norm; a pass begins with the method, not with forward.
-    fully_shard(student.body.embed_tokens, mesh=mesh)
-    student.head.to(device)
+    fully_shard(model.body.embed_tokens, mesh=mesh)
+    model.head.to(device)
     # Also the root lets go: otherwise the last norm would be whole, another tensor than the optimizer's, after a pass
     # without gradients.
-    fully_shard(student, mesh=mesh, reshard_after_forward=True, ignored_params=set(student.head.parameters()))
-    register_fsdp_forward_method(student, "hidden_states")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, put together on every process's device where it is cut; all processes must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def part_like(tensor: Tensor, whole_tensor: Tensor) -> Tensor:
-    """Of ``whole_tensor``, on the CPU and the same in all processes: what a process holds if ``tensor`` is its part."""
-    if not isinstance(tensor, DTensor):
-        return whole_tensor.to(tensor.device)
-    return distribute_tensor(whole_tensor, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=set(model.head.parameters()))
+    register_fsdp_forward_method(model, "hidden_states")
 
 
 def whole_student(student: SpeechLM, rank: int) -> SpeechLM | None:

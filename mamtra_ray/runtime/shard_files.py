@@ -1,7 +1,7 @@
-"""Weights and optimizer state of a sharded student on disk, by ``torch.distributed.checkpoint``.
+"""Weights and optimizer state of a sharded training on disk, by ``torch.distributed.checkpoint``.
 
-Every process writes its part. Any number of processes can read it, and so can one that holds the whole student. Frozen
-tensors are the teacher's and are not written. A file's hash stands in the training's manifest.
+Every process writes its part. Any number of processes can read it, and so can one that holds everything. Only what is
+trained is written. A file's hash stands in the training's manifest.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mamtra_ray.artifacts import disk_full_is_said, file_hash
-from mamtra_ray.distill.sharding import part_like
 from mamtra_ray.errors import InputError
-from mamtra_ray.speech_lm.speech_lm import SpeechLM
+from mamtra_ray.runtime.sharding import part_like
 
 _FOLDER = "shards-{step}"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
+Trained = Mapping[str, Tensor]
+"""The trained parameters by name: those of the optimizer."""
 
-def write_shards(folder: Path, step: int, student: SpeechLM, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+
+def write_shards(folder: Path, step: int, trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """Write this process's part; all processes must call, with one folder for all or a folder for each.
 
     Returns:
@@ -37,7 +39,7 @@ def write_shards(folder: Path, step: int, student: SpeechLM, optimizer: torch.op
     shards = folder / _FOLDER.format(step=step)
     with disk_full_is_said(shards):
         try:
-            dcp.save(_state(student, optimizer), storage_writer=dcp.FileSystemWriter(shards))
+            dcp.save(_state(trained, optimizer), storage_writer=dcp.FileSystemWriter(shards))
         except dcp.CheckpointException as failure:
             # No Exception, but what it holds of every process that failed is.
             for error, _ in failure.failures.values():
@@ -59,22 +61,28 @@ def remove_other_shards(folder: Path, step: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_shards(folder: Path) -> None:
+    """Remove all of them: the training has ended."""
+    for path in folder.glob(_FOLDER.format(step="*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def read_shards(
     folder: Path,
     step: int,
     files: Mapping[str, str],
-    student: SpeechLM,
+    trained: Trained,
     optimizer: torch.optim.Optimizer,
     is_sharded: bool,
 ) -> None:
-    """Fill student and optimizer with what any number of processes has written.
+    """Fill parameters and optimizer with what any number of processes has written.
 
     Args:
         folder: with all the files.
         step: at which they were written.
         files: of :func:`write_shards`, as the manifest says.
-        student, optimizer: as made anew.
-        is_sharded: whether the student is cut; then all processes must call, and each checks a part of the files.
+        trained, optimizer: as made anew.
+        is_sharded: whether the parameters are cut; then all processes must call, and each checks a part of the files.
 
     Raises:
         InputError: a file is missing or damaged; in all processes.
@@ -82,7 +90,7 @@ def read_shards(
     _check(folder, files, is_sharded)
     if step:
         _prepare(optimizer)
-    state = _state(student, optimizer)
+    state = _state(trained, optimizer)
     reader = dcp.FileSystemReader(folder / _FOLDER.format(step=step))
     try:
         with warnings.catch_warnings():
@@ -90,21 +98,24 @@ def read_shards(
             dcp.load(state, storage_reader=reader, no_dist=not is_sharded)
     except dcp.CheckpointException as failure:
         reasons = [error for error, _ in failure.failures.values()]
-        raise InputError(f"{folder} holds no state of this student: {reasons[0]}") from None
+        raise InputError(f"{folder} holds no state of this training: {reasons[0]}") from None
 
 
 def read_whole(
-    weights: Mapping[str, Tensor], saved: Mapping[str, Any], student: SpeechLM, optimizer: torch.optim.Optimizer
+    weights: Mapping[str, Tensor],
+    saved: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Fill a sharded student and its optimizer with what a process that held all of it has written.
+    """Fill sharded tensors and their optimizer with what a process that held all of them has written.
 
     Args:
-        weights: of the student, on the CPU.
+        weights: by name, on the CPU.
         saved: the optimizer's ``state_dict()``, on the CPU.
-        student, optimizer: as made anew.
+        tensors, optimizer: as made anew.
     """
     with torch.no_grad():
-        for name, tensor in student.state_dict().items():
+        for name, tensor in tensors.items():
             tensor.copy_(part_like(tensor, weights[name]))
         for index, parameter in enumerate(_parameters(optimizer)):
             if index in saved["state"]:
@@ -113,8 +124,7 @@ def read_whole(
                 optimizer.state[parameter] = {"step": of_one["step"].to(parameter.device), **moments}
 
 
-def _state(student: SpeechLM, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+def _state(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     # Before the first step there are none; later there are some of every parameter.
     has_moments = any(optimizer.state.values())
     moments = {name: optimizer.state[parameter] for name, parameter in trained.items()} if has_moments else {}
