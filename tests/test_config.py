@@ -25,7 +25,7 @@ NEUTRAL = [
     *(f"search.{key}" for key in ("layouts", "sampler", "keep_attention", "always_mamba", "cost", "workers_per_trial")),
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),
-    *("distill.hidden_weight", "distill.hidden_layers", "distill.kl_skew", "distill.fully_shard"),
+    *("distill.hidden_weight", "distill.hidden_layers", "distill.kl_skew", "distill.fully_shard", "align.fully_shard"),
     *(f"distill.{key}" for key in ("micro_batch_tokens", "activation_checkpointing", "loss_chunk_tokens", "compile")),
     *("evaluate.language", "evaluate.metrics", "evaluate.audio_examples"),
     # How the teacher's own system samples.
