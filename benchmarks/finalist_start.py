@@ -114,10 +114,7 @@ def main() -> int:
         row: dict[str, Any] = {"finalists": mode}
         for name, values in (
             ("seconds of the phase", [phase.whole for phase in phases]),
-            (
-                "of the time one after another",
-                [p.whole / q.whole for p, q in zip(phases, measured["one after another"])],
-            ),
+            ("of one after another", [p.whole / other for p, other in zip(phases, before, strict=True)]),
             ("seconds to the first step", [phase.first for phase in phases]),
             ("to a finalist's own", [phase.own for phase in phases]),
             ("not training", [phase.not_training for phase in phases]),
