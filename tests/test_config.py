@@ -32,6 +32,7 @@ NEUTRAL = [
     *("evaluate.temperature", "evaluate.top_p", "evaluate.top_k", "evaluate.repetition_aware"),
 ]
 SET_BY_DEMO24 = ("evaluate.temperature", "distill.pretrained_learning_rate_factor", "search.learning_rate")
+SET_BY_SMOLLM2 = (*("cache.utterances_per_shard", "distill.pretrained_learning_rate_factor", "search.learning_rate"),)
 SET_BY_COSYVOICE2 = (
     *("search.objectives", "search.learning_rate", "search.tokens_per_batch"),
     "evaluate.race_sentences",
@@ -62,7 +63,7 @@ INHERITED = {
         *("probe.validation_tokens", "search.sentences", "evaluate.codec"),
     ],
     "smollm2": [
-        *(key for key in NEUTRAL if key != "cache.utterances_per_shard"),
+        *(key for key in NEUTRAL if key not in SET_BY_SMOLLM2),
         *("cache.format", "cache.bits", "student.initialization", "align.workers", "search.finalists"),
         *("search.sentences", "distill.workers", "distill.precision"),
         *(f"evaluate.{key}" for key in ("corpus", "recognizer", "codec", "normalization")),

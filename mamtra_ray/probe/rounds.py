@@ -27,7 +27,7 @@ _FIRST_SHARE, _ROUND_SHARE = 0.5, 0.25
 # The last part of all, that confirms optima, and how many of a ratio are scored before the next fit.
 _LAST_SHARE, _CONFIRMED_AT_ONCE = 0.125, 2
 # Single replacements may take this part of the scores at most, and the lowest sums this part, over all ratios.
-_SINGLES_SHARE, _SUMS_SHARE = 0.25, 0.125
+_SINGLES_SHARE, _SUMS_SHARE = 0.7, 0.25
 
 
 def rounds(
