@@ -26,6 +26,7 @@ NEUTRAL = [
     "distill.pretrained_learning_rate_factor",
     *(f"distill.{key}" for key in ("warmup_fraction", "weight_decay", "max_grad_norm", "ce_weight", "kl_weight")),
     *("distill.hidden_weight", "distill.hidden_layers", "distill.kl_skew", "distill.fully_shard", "align.fully_shard"),
+    "teacher.cpu_offload",
     *(f"distill.{key}" for key in ("micro_batch_tokens", "activation_checkpointing", "loss_chunk_tokens", "compile")),
     *("evaluate.language", "evaluate.metrics", "evaluate.audio_examples"),
     # How the teacher's own system samples.

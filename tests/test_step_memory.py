@@ -229,6 +229,30 @@ def test_which_cards_a_large_student_needs(name, cards):
     assert aligned < {"3B": 32e9, "8B": 65e9}[name] and (aligned > card.memory_bytes) == (name == "8B")
     shared = alignment_memory(shape, tokens=4096, length=2048, workers=2, fully_shard=True).total
     assert shared < {"3B": 22e9, "8B": 40e9}[name]
+    # Or one card, with the teacher's layers on the CPU.
+    passes = [
+        forward_memory(shape, tokens=8192, logits_tokens=0, cpu_offload=True),
+        forward_memory(shape, tokens=4096, logits_tokens=1024, mixers=True, cpu_offload=True),
+        alignment_memory(shape, tokens=4096, length=2048, cpu_offload=True),
+    ]
+    most = {"3B": (4.8e9, 5.8e9, 21e9), "8B": (7.0e9, 7.4e9, 38e9)}[name]
+    assert all(one.total < limit for one, limit in zip(passes, most, strict=True))
+
+
+def test_layers_on_the_cpu_are_not_on_the_card(teacher):
+    """What is left: everything outside the layers, and the largest layer that a pass needs."""
+    shape, pure_mamba = architecture(teacher), make_student(teacher.model, "MMMM")
+    outside = sum(p.numel() for name, p in teacher.model.named_parameters() if not name.startswith("body.layers."))
+    attention, mamba = (
+        max(sum(p.numel() for p in layer.parameters()) for layer in model.body.layers)
+        for model in (teacher.model, pure_mamba)
+    )
+    sizes = {"tokens": 512, "logits_tokens": 0, "cpu_offload": True}
+    assert forward_memory(shape, **sizes).parameters == 4 * (outside + attention)
+    assert forward_memory(shape, **sizes, mixers=True).parameters == 4 * (outside + max(attention, mamba))
+    sizes = {"tokens": 512, "length": 128}
+    aligned, offloaded = (alignment_memory(shape, **sizes, cpu_offload=offload) for offload in (False, True))
+    assert aligned.total - offloaded.total == 4 * 3 * attention
 
 
 def test_a_sharded_alignment_is_divided():

@@ -1,7 +1,6 @@
 """A corpus of random utterances for the tiny teacher of :mod:`tiny_models`, and a cache of it made without Ray."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,18 @@ from mamtra_ray.teacher_cache.manifest import CacheManifest, finished_shard, pla
 from mamtra_ray.teacher_cache.storage import Storage
 from mamtra_ray.teacher_cache.worker import CacheJob, TeacherPass
 from mamtra_ray.teachers import load_teacher
+from mamtra_ray.teachers.shared import SharedTeacher
 from mamtra_ray.teachers.teacher import Teacher
 
 
-@dataclass(frozen=True)
-class LocalTeacher:
+class LocalTeacher(SharedTeacher):
     """A ``SharedTeacher`` that needs no Ray: in this process only."""
 
     teacher: Teacher
 
-    @property
-    def fingerprint(self) -> str:
-        return self.teacher.fingerprint
+    def __init__(self, teacher: Teacher, cpu_offload: bool = False) -> None:
+        super().__init__(teacher.fingerprint, (), cpu_offload)
+        object.__setattr__(self, "teacher", teacher)
 
     def load(self) -> Teacher:
         return self.teacher
@@ -69,7 +68,8 @@ def cache_without_ray(config: Config, folder: Path) -> CacheManifest:
     made_by = cache_made_by(config.cache, teacher.fingerprint, identity, seed=config.corpus.seed, longest=None)
     size = config.cache.utterances_per_shard
     manifest = CacheManifest(made_by, teacher.model.config.hidden_size, size, True, {})
-    teacher_pass = TeacherPass(CacheJob(LocalTeacher(teacher), storage, made_by))
+    local = LocalTeacher(teacher, config.teacher.cpu_offload)
+    teacher_pass = TeacherPass(CacheJob(local, storage, made_by))
     shards = {}
     for split in ("train", "validation"):
         table = drawn(read_corpus(config.corpus.path, split), config.corpus.seed)

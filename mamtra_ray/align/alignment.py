@@ -32,6 +32,7 @@ from mamtra_ray.runtime.device import device_of_this_process
 from mamtra_ray.runtime.progress import repeatedly
 from mamtra_ray.runtime.resources import WorkerResources
 from mamtra_ray.runtime.shard_files import remove_shards
+from mamtra_ray.runtime.sharding import is_sharded
 from mamtra_ray.runtime.train_run import fit
 from mamtra_ray.runtime.training import has_state, remove_state
 from mamtra_ray.teacher_cache.batches import batches, batches_holding
@@ -154,7 +155,8 @@ def align(job: AlignJob, device: torch.device, rank: int = 0, world_size: int = 
     """
     config, folder = job.config, Path(job.folder)
     teacher = job.teacher.load()
-    training = MixerTraining(teacher.model, config, job.state_sharing, device, world_size, job.seed)
+    model = teacher.model if is_sharded(config.fully_shard, world_size) else job.teacher.model_on(device)
+    training = MixerTraining(model, config, job.state_sharing, device, world_size, job.seed)
 
     def train_batches(epoch: int, skip: int = 0) -> Iterator[Batch]:
         return batches(

@@ -86,7 +86,7 @@ class MixerTraining:
     """The mixers of all attention layers of a teacher in training.
 
     Args:
-        teacher: on ``device`` afterward, not changed otherwise; with ``fully_shard`` it stays where it is.
+        teacher: computes on ``device``; with ``fully_shard`` on the CPU, and not changed.
         config: optimizer and batches.
         state_sharing: see :class:`~mamtra_ray.models.mamba.MixerConfig`.
         device: where it trains.
@@ -112,18 +112,18 @@ class MixerTraining:
         for layer in teacher.layout.attention_layers:
             attention, layer_seed = attention_of(teacher, layer), seed * teacher.config.num_layers + layer
             mixer = mixer_from_attention(attention, shape, "transfer", layer_seed)
+            if not self.is_sharded:
+                mixer.to(device)
             # Weights are trained in float32 whatever the teacher is stored in.
             self.mixers[layer] = mixer.float().train().requires_grad_(True)
-        self.teacher = self._placed(teacher).eval()
+        self.teacher = (self._sharded(teacher) if self.is_sharded else teacher).eval()
         self.optimizer = torch.optim.AdamW(
             list(self._trained().values()), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.position = Position()
 
-    def _placed(self, teacher: SpeechLM) -> SpeechLM:
-        """The teacher on the device; of a sharded training, a model of its tensors' parts. Cuts the mixers as well."""
-        if not self.is_sharded:
-            return teacher.to(self.device)
+    def _sharded(self, teacher: SpeechLM) -> SpeechLM:
+        """A model of this process's parts of the teacher's tensors. Cuts the mixers as well."""
         same = make_student(teacher, teacher.layout, state_sharing=teacher.config.state_sharing, share_weights=True)
         shard_speech_lm(same, "float32", self.device, self.world_size)
         mesh = init_device_mesh(self.device.type, (self.world_size,))

@@ -47,6 +47,9 @@ class TeacherConfig(Section):
     """Which loader: demo, demo24, cosyvoice2, llasa, huggingface, causal_lm (of text), or your own MODULE:FUNCTION."""
     path: LocalPath | None = None
     """Folder of the checkpoint (causal_lm: or a GGUF file); none for a packaged teacher (demo, demo24)."""
+    cpu_offload: bool = False
+    """In cache, alignment and probe the teacher's layers stay in the machine's memory and come one at a time: for a
+    teacher larger than a card."""
 
     @property
     def speaks(self) -> bool:
@@ -300,6 +303,11 @@ class Config(Section):
             )
         if of_trials < search.workers_per_trial:
             raise ValueError(f"{batch_of_trials} leaves a worker of a trial without a token")
+        if self.teacher.cpu_offload and self.align.fully_shard:
+            raise ValueError(
+                "teacher.cpu_offload=true and align.fully_shard=true are two ways to hold a large teacher: set one of "
+                "them to false"
+            )
         if self.align.tokens_per_batch < self.align.workers:
             raise ValueError(f"align.tokens_per_batch={self.align.tokens_per_batch} leaves a worker without a token")
         rungs = (0, *search.rung_tokens)

@@ -142,6 +142,7 @@ def alignment_memory(
     precision: str = "float32",
     workers: int = 1,
     fully_shard: bool = False,
+    cpu_offload: bool = False,
 ) -> StepMemory:
     """A step that trains all layers' mixers: beside the teacher's forward pass one mixer at a time.
 
@@ -152,8 +153,9 @@ def alignment_memory(
         precision: ``align.precision``.
         workers: processes that train together.
         fully_shard: they divide teacher, mixers and optimizer state; the teacher's head stays whole everywhere.
+        cpu_offload: the teacher's layers are there one at a time.
     """
-    teacher = total_parameters(architecture, Layout.all_attention(architecture.num_layers))
+    teacher = _forward_weights(architecture, mixers=False, cpu_offload=cpu_offload)
     mixer = mixer_parameters(architecture)
     mixers = architecture.num_layers * mixer
     shards = workers if fully_shard else 1
@@ -182,7 +184,13 @@ def alignment_memory(
 
 
 def forward_memory(
-    architecture: Architecture, *, tokens: int, logits_tokens: int, kept_layers: int = 0, mixers: bool = False
+    architecture: Architecture,
+    *,
+    tokens: int,
+    logits_tokens: int,
+    kept_layers: int = 0,
+    mixers: bool = False,
+    cpu_offload: bool = False,
 ) -> StepMemory:
     """A forward pass without gradients.
 
@@ -192,9 +200,9 @@ def forward_memory(
         logits_tokens: of these, with logits at a time.
         kept_layers: layers whose outputs are kept.
         mixers: a Mamba mixer for every layer is held beside the teacher.
+        cpu_offload: layers are there one at a time.
     """
-    weights = total_parameters(architecture, Layout.all_attention(architecture.num_layers))
-    weights += architecture.num_layers * mixer_parameters(architecture) if mixers else 0
+    weights = _forward_weights(architecture, mixers, cpu_offload)
     D, wide = architecture.hidden_size, max(3 * architecture.intermediate_size, 6 * _inner(architecture))
     return StepMemory(
         parameters=FLOAT32 * weights,
@@ -207,6 +215,15 @@ def forward_memory(
         teacher_rows=0,
         gradients_stay=False,
     )
+
+
+def _forward_weights(architecture: Architecture, mixers: bool, cpu_offload: bool) -> int:
+    """Parameters that are there in a forward pass of the teacher."""
+    teacher = total_parameters(architecture, Layout.all_attention(architecture.num_layers))
+    if cpu_offload:
+        attention, mamba = attention_layer(architecture).parameters, mamba_layer(architecture).parameters
+        return teacher - architecture.num_layers * attention + (max(attention, mamba) if mixers else attention)
+    return teacher + (architecture.num_layers * mixer_parameters(architecture) if mixers else 0)
 
 
 def saved_bytes(

@@ -27,6 +27,7 @@ from mamtra_ray.losses import (
 from mamtra_ray.models.mamba import StateSharing
 from mamtra_ray.run.memory import PROBE_LOGITS_TOKENS
 from mamtra_ray.run.rows import ProbeRow
+from mamtra_ray.speech_lm.offloading import bring_when_needed
 from mamtra_ray.speech_lm.speech_lm import SpeechLM
 from mamtra_ray.speech_lm.student import make_student
 
@@ -51,10 +52,11 @@ class LayoutScorer:
     """Teacher and mixer library on a device.
 
     Args:
-        teacher: all attention; its tensors are shared, not copied.
+        teacher: all attention, computing on ``device``; its tensors are shared, not copied.
         library: layer -> tensors of its aligned mixer.
         state_sharing: that of the library.
         device: where to score.
+        cpu_offload: whether the teacher's layers stay on the CPU; then so do those with mixers.
 
     Raises:
         InputError: a library that does not fit the teacher.
@@ -66,8 +68,9 @@ class LayoutScorer:
         library: Mapping[int, Mapping[str, Tensor]],
         state_sharing: StateSharing,
         device: torch.device,
+        cpu_offload: bool = False,
     ) -> None:
-        self.teacher = teacher.to(device).eval()
+        self.teacher = teacher.eval()
         pure_mamba = make_student(
             self.teacher,
             Layout.all_mamba(teacher.config.num_layers),
@@ -76,6 +79,10 @@ class LayoutScorer:
             state_sharing,
             share_weights=True,
         ).eval()
+        if cpu_offload:
+            bring_when_needed(pure_mamba.body.layers, device)
+        else:
+            pure_mamba.to(device)
         self.attention_layers, self.mamba_layers = list(teacher.body.layers), list(pure_mamba.body.layers)
 
     @torch.no_grad()

@@ -120,7 +120,10 @@ class ProbeActor:
         device = device_of_this_process()
         teacher = self.data.teacher.load()
         library = load_library(self.data.library, teacher_fingerprint=teacher.fingerprint)
-        self.scorer = LayoutScorer(teacher.model, library, self.data.state_sharing, device)
+        shared = self.data.teacher
+        self.scorer = LayoutScorer(
+            shared.model_on(device), library, self.data.state_sharing, device, shared.cpu_offload
+        )
         size = PROBE_BATCH_TOKENS
         self.batches: list[DistillBatch] = list(
             batches(self.data.validation, teacher.sequence, tokens_per_batch=size, seed=0, epoch=0, device=device)

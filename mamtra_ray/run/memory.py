@@ -94,8 +94,10 @@ def memory_of_phases(
     cached, probed = lengths.at_once(CACHE_BATCH_TOKENS), lengths.at_once(PROBE_BATCH_TOKENS)
     layers = architecture.num_layers
     kept = layers if config.cache.layers else 0
-    cache = forward_memory(architecture, tokens=cached, logits_tokens=0, kept_layers=kept)
-    phases = [PhaseMemory("cache", cached, cache, cache, "cache.layers")]
+    offload = config.teacher.cpu_offload
+    larger = "" if offload else " or teacher.cpu_offload=true"
+    cache = forward_memory(architecture, tokens=cached, logits_tokens=0, kept_layers=kept, cpu_offload=offload)
+    phases = [PhaseMemory("cache", cached, cache, cache, f"cache.layers{larger}")]
     if config.student.initialization == "aligned":
         aligned = lengths.at_once(-(-config.align.tokens_per_batch // config.align.workers))
         align = alignment_memory(
@@ -105,14 +107,20 @@ def memory_of_phases(
             precision=config.align.precision,
             workers=config.align.workers,
             fully_shard=config.align.fully_shard,
+            cpu_offload=offload,
         )
         more = "more align.workers" if config.align.fully_shard else "align.fully_shard=true with several align.workers"
         phases.append(PhaseMemory("align", aligned, align, align, f"align.tokens_per_batch or {more}"))
         if config.probe.num_layouts:
             probe = forward_memory(
-                architecture, tokens=probed, logits_tokens=PROBE_LOGITS_TOKENS, kept_layers=layers, mixers=True
+                architecture,
+                tokens=probed,
+                logits_tokens=PROBE_LOGITS_TOKENS,
+                kept_layers=layers,
+                mixers=True,
+                cpu_offload=offload,
             )
-            phases.append(PhaseMemory("probe", probed, probe, probe, "probe.num_layouts (0: no probe)"))
+            phases.append(PhaseMemory("probe", probed, probe, probe, f"probe.num_layouts (0: no probe){larger}"))
     for phase, workers in (("trials", config.search.workers_per_trial), ("finalists", config.distill.workers)):
         phases.append(training_memory(config, architecture, lengths, layouts, phase, workers))
     return phases

@@ -120,7 +120,7 @@ def start_session(run: OpenRun, phases: tuple[str, ...], address: str | None) ->
         config=config,
         folder=folder,
         teacher=teacher,
-        shared_teacher=share_teacher(teacher),
+        shared_teacher=share_teacher(teacher, cpu_offload=config.teacher.cpu_offload),
         architecture=architecture,
         corpus=identity,
         worker=worker,

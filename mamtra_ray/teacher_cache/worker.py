@@ -5,6 +5,7 @@ Tensor letters: B batch, L length, N labeled positions, D model width.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,9 +94,8 @@ class TeacherPass:
         # Measured: with several workers on a machine one thread each is fastest; it also fixes the summation order.
         torch.set_num_threads(1)
         self.job = job
-        device = device_of_this_process()
-        self.teacher = job.teacher.load()
-        self.teacher.model.to(device)
+        model = job.teacher.model_on(device_of_this_process())
+        self.teacher = dataclasses.replace(job.teacher.load(), model=model)
 
     @torch.inference_mode()
     def shard(self, planned: PlannedShard, table: pa.Table) -> pa.Buffer:
