@@ -10,7 +10,7 @@ among them. Each is distilled from the library with equal settings, once as long
 once, anew, as long as a finalist ("final"), and speaks the same sentences. Spearman correlations are taken inside each
 budget, with 95 % intervals of 2,000 bootstrap samples of the layouts; and between the WERs on two random halves of the
 sentences, which says how much of the ranking by WER is noise. The found layout is compared with every placement on the
-sentences of both. ``--second-recognizer`` hears the found layouts and their closest rivals once more. Every distilled
+sentences of both. ``--second-recognizer`` hears the found layouts and their closest rival once more. Every distilled
 student is kept in the run folder and not distilled again.
 """
 
@@ -176,6 +176,7 @@ def main() -> int:
     parser.add_argument("--probed", type=int, default=_PROBED, help="drawn of each budget, to choose from")
     parser.add_argument("--found", type=Path, help="run folder whose found layouts are among them")
     parser.add_argument("--second-recognizer", help="such as faster-whisper:FOLDER, for found layouts and rivals")
+    parser.add_argument("--second-sentences", type=int, help="so many for it (default: as for the first)")
     parser.add_argument("--more-sentences", type=int, help="so many for the found layouts and their closest rival")
     parser.add_argument("--space", default="demo", help="search-space file (default: the packaged demo)")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/proxy_quality_SPACE)")
@@ -214,7 +215,11 @@ def main() -> int:
     }
     if options.second_recognizer:
         again = heard(
-            session, contenders(compared, systems, 2), "second recognizer", recognizer=options.second_recognizer
+            session,
+            contenders(compared, systems, 1),
+            "second recognizer",
+            recognizer=options.second_recognizer,
+            sentences=options.second_sentences or session.config.evaluate.sentences,
         )
         tables["second_recognizer"] = [heard_row(system, one) for system, one in again.items()]
         tables["paired_by_second_recognizer"] = paired_rows(compared, again)
