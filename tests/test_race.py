@@ -93,6 +93,7 @@ def test_ratios_do_not_race_against_each_other():
     assert race.lost == {} and race.sentences == {"AM": 80, "MA": 80, "MMMA": 40}
 
 
+@pytest.mark.slow
 def test_an_equal_one_seldom_loses():
     """Four looks at intervals of 95 %: an equal system is out by chance in a few races of a hundred."""
     lost = sum(

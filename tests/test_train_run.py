@@ -42,6 +42,7 @@ def trainer(folder, fails):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_worker_goes_on_from_its_last_checkpoint(ray_cluster, tmp_path):
     result = fit(partial(trainer, tmp_path, "killed"), tmp_path)
     assert (tmp_path / "attempts").read_text() == ".."
