@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -167,7 +168,13 @@ def _by_id(row: Row) -> str:
 
 
 def _result(rows: Sequence[Row], normalization: str) -> WerResult:
-    return word_error_rate([row["text"] for row in rows], [row["hypothesis"] for row in rows], normalization)
+    return _heard(tuple(row["text"] for row in rows), tuple(row["hypothesis"] for row in rows), normalization)
+
+
+@functools.lru_cache(maxsize=256)
+def _heard(texts: tuple[str, ...], hypotheses: tuple[str, ...], normalization: str) -> WerResult:
+    # Every pair of systems is compared in four rates: alignments of the same sentences are not computed again.
+    return word_error_rate(texts, hypotheses, normalization)
 
 
 def headline_rate(normalization: str) -> str:
