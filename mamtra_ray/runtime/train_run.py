@@ -47,11 +47,13 @@ def fit_again_after_failures(new_trainer: NewTrainer) -> Any:
         try:
             return new_trainer().fit()
         except ray.train.TrainingFailedError as error:
-            for failure in getattr(error, "worker_failures", {}).values():
+            failures = getattr(error, "worker_failures", {})
+            for failure in failures.values():
                 for reason in (failure, getattr(failure, "cause", None), failure.__cause__):
                     if isinstance(reason, InputError):
                         raise type(reason)(str(reason)) from None
-            if attempt == _ATTEMPTS:
+            # Another kind, such as a controller that cannot start workers, may still hold what the next one would need.
+            if not failures or attempt == _ATTEMPTS:
                 raise
             logging.getLogger(__name__).warning("a worker failed, training goes on from its last checkpoint: %s", error)
     raise AssertionError("unreachable")
